@@ -1,0 +1,114 @@
+"""Bad input gets an error that names the argument, its shape and the remedy, before anything is computed."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .types import Batch, Layer, Number, Params, State
+
+
+def check_params(params: Params) -> None:
+    """params: a non-empty dict of real floating-point tensors that have values."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params is a {type(params).__name__}: pass a dict of tensors, dict(net.named_parameters())")
+    if not params:
+        raise ValueError("params is empty: pass at least one tensor to differentiate")
+    for name, p in params.items():
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params[{name!r}] is a {type(p).__name__}: pass tensors")
+        if not p.is_floating_point():
+            raise TypeError(
+                f"params[{name!r}] of shape {tuple(p.shape)} has dtype {p.dtype}: params must be real floating-point; "
+                "leave buffers and indices out of params, and view a complex tensor as real"
+            )
+        if p.is_meta:
+            raise ValueError(
+                f"params[{name!r}] of shape {tuple(p.shape)} is on the meta device and has no values: materialise it "
+                "with to_empty() and initialise it first"
+            )
+
+
+def check_batch(batch: Batch) -> int:
+    """batch: a tree of tensors with one leading axis. Returns its size n."""
+    leaves = pytree.tree_leaves(batch)
+    if not leaves:
+        raise ValueError("batch has no tensors: pass the tree of one example, each tensor with a leading axis")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, close over "
+                "anything else in loss_fn"
+            )
+        if leaf.dim() == 0:
+            raise ValueError(
+                f"batch{_where(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples"
+            )
+    n = leaves[0].shape[0]
+    for leaf in leaves:
+        if leaf.shape[0] != n:
+            raise ValueError(
+                f"batch{_where(batch, leaf)} has shape {tuple(leaf.shape)}, with {leaf.shape[0]} examples, where "
+                f"batch{_where(batch, leaves[0])} of shape {tuple(leaves[0].shape)} has {n}: give every tensor the "
+                "same leading size"
+            )
+    if n == 0:
+        raise ValueError(
+            f"batch{_where(batch, leaves[0])} has shape {tuple(leaves[0].shape)}: an empty batch has no gradient, "
+            "pass at least one example"
+        )
+    return n
+
+
+def check_state(state: State, layers: Iterable[Layer]) -> None:
+    """state: made by `init` for these params, loss_fn and rules."""
+    if not isinstance(state, State):
+        raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
+    layers = list(layers)
+    for layer in layers:
+        b, o, i, k = layer.sizes
+        if layer.weight not in state.second_moments:
+            raise ValueError(f"state has no layer {layer.weight!r}, params has: make it with init(params, batch)")
+        found = tuple(state.second_moments[layer.weight].value.shape)
+        if found != (b, o, i, k):
+            raise ValueError(
+                f"state has a second moment of shape {found} for the layer {layer.weight!r}, params and rules need "
+                f"{(b, o, i, k)} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
+            )
+    names = [layer.weight for layer in layers]
+    for name in state.second_moments:
+        if name not in names:
+            raise ValueError(f"state has a layer {name!r} that params has not: make it with init(params, batch)")
+
+
+def check_positive(name: str, value: Number) -> None:
+    """Refuse a Python number that is not positive; a tensor cannot be checked and shows in `info`."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: give a Python number or a 0-d tensor")
+    elif not value > 0:
+        raise ValueError(f"{name}={value!r}: give a positive number")
+
+
+def check_decay(name: str, decay: Number) -> None:
+    """Refuse a Python number that is no weight of the past."""
+    if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
+        raise ValueError(f"{name}={decay!r}: it is the weight of the past in each step, give 0 <= {name} <= 1")
+
+
+def check_every(name: str, steps: int) -> None:
+    """Refuse a number of steps that is not a positive whole number."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{name}={steps!r}: give a whole number of steps, at least 1")
+
+
+def _where(batch: Batch, leaf: Any) -> str:
+    """The path of a leaf in the batch, for a message."""
+    if torch.compiler.is_compiling():
+        return ""
+    for path, other in pytree.tree_flatten_with_path(batch)[0]:
+        if other is leaf:
+            return pytree.keystr(path)
+    return ""

@@ -1,0 +1,66 @@
+"""Per-example gradients in their own right."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .capture import Captured, capture
+from .checks import check_batch, check_params
+from .kronecker import dense, gradient, square_norms, unpack
+from .rules import RULES, Rules
+from .types import Batch, LossFn, Params
+
+
+@dataclass(frozen=True)
+class PerExampleGradients:
+    """Gradients of each example's loss, kept as factors where a rule knows them."""
+
+    captured: Captured
+    params: Params
+
+    @property
+    def losses(self) -> Tensor:
+        """`[n]`."""
+        return self.captured.losses
+
+    def dense(self, name: str) -> Tensor:
+        """`[n, *param.shape]` of one parameter. KeyError if params has no such name."""
+        if name not in self.params:
+            raise KeyError(f"{name!r} is not in params: it has {', '.join(map(repr, self.params))}")
+        for layer in self.captured.layers.values():
+            if name in (layer.weight, layer.bias):
+                return unpack(layer, dense(self.captured.terms[layer.weight]), self.params)[name]
+        raise AssertionError(f"no layer holds {name!r}")
+
+    def mean(self) -> Params:
+        """Mean over the examples, a tree like params."""
+        tree: Params = {}
+        for name, layer in self.captured.layers.items():
+            tree |= unpack(layer, gradient(self.captured.terms[name]) / len(self.losses), self.params)
+        return {name: tree[name] for name in self.params}
+
+    def norms(self) -> Tensor:
+        """Euclidean norm over all parameters of each example's gradient, `[n]`."""
+        squares = [square_norms(term) for term in self.captured.terms.values()]
+        return torch.stack([square.to(self.losses.dtype) for square in squares]).sum(0).sqrt()
+
+
+@torch.no_grad()
+def per_example_gradients(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    rules: Rules = RULES,
+    randomness: str = "different",
+    chunk_size: int | None = None,
+) -> PerExampleGradients:
+    """Exact gradients of `loss_fn(params, example)` for every example of the batch.
+
+    loss_fn, params, batch, rules, randomness and chunk_size as in `ekfac`. Exact for every parameter that
+    `torch.autograd.grad` in a loop over the examples can differentiate.
+    """
+    check_params(params)
+    check_batch(batch)
+    return PerExampleGradients(capture(loss_fn, params, batch, rules, randomness, chunk_size), params)

@@ -1,0 +1,140 @@
+"""Which torch calls are layers: one function and one row each.
+
+A rule reads a call of a torch function and says where its weight's gradient comes from. Whatever no rule
+recognises is differentiated as it is: rules are speed and a better basis, never correctness.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .types import Factored
+
+
+class Call(NamedTuple):
+    """One call of a layer, as its rule reads it (letters as in `kronecker.py`).
+
+    `weight.reshape(sizes)` is `[b o i k]`. `read(input, output_gradient)` takes both with a leading axis n and
+    returns the terms of the weight's per-example gradients. A bias must add to the output along `(b o)`; a rule that
+    leaves it out (None) makes it a block of its own.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    input: Tensor
+    sizes: tuple[int, int, int, int]
+    read: Callable[[Tensor, Tensor], Factored]
+
+
+Rule = Callable[..., Call | None]
+Rules = Mapping[Callable[..., Any], Rule]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
+    """`F.linear` with any leading dimensions: each is a position s. A vector weight has no rule."""
+    if weight.dim() != 2:
+        return None
+
+    def read(x: Tensor, g: Tensor) -> Factored:
+        return Factored(rearrange(x, "n ... i -> n 1 (...) i 1"), rearrange(g, "n ... o -> n 1 (...) o"))
+
+    return Call(weight, bias, input, (1, *weight.shape, 1), read)
+
+
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Call:
+    """`F.conv1d`, `F.conv2d`, `F.conv3d`: the inputs are patches over `(c/groups kernel)`, each output pixel a position."""
+    nd = weight.dim() - 2
+
+    def read(x: Tensor, g: Tensor) -> Factored:
+        x, g = _batched(x, nd), _batched(g, nd)
+        a = rearrange(
+            _patches(x, weight.shape[2:], stride, padding, dilation),
+            f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) (c {_KERNEL[nd]}) 1",
+            b=groups,
+        )
+        return Factored(a, rearrange(g, "n m (b o) ... -> n b (m ...) o", b=groups))
+
+    c_out, c = weight.shape[:2]
+    return Call(weight, bias, input, (groups, c_out // groups, c * weight[0, 0].numel(), 1), read)
+
+
+def conv_sua(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Call:
+    """Convolutions under the spatially uncorrelated activations assumption: `A` over channels alone.
+
+    Grosse & Martens 2016, https://arxiv.org/abs/1602.01407. `A` is the mean over examples and all pixels of the
+    convolution's input, and the kernel offsets stay apart (k). The per-example gradients and their moment stay exact.
+    The bias is a block of its own.
+    """
+    nd = weight.dim() - 2
+
+    def read(x: Tensor, g: Tensor) -> Factored:
+        x, g = _batched(x, nd), _batched(g, nd)
+        a = rearrange(
+            _patches(x, weight.shape[2:], stride, padding, dilation),
+            f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) c ({_KERNEL[nd]})",
+            b=groups,
+        )
+        pixels = rearrange(x, "n m (b c) ... -> n b (m ...) c", b=groups)
+        return Factored(a, rearrange(g, "n m (b o) ... -> n b (m ...) o", b=groups), pixels)
+
+    c_out, c = weight.shape[:2]
+    return Call(weight, None, input, (groups, c_out // groups, c, weight[0, 0].numel()), read)
+
+
+_OUT = ("", "x", "x y", "x y z")
+_KERNEL = ("", "u", "u v", "u v w")
+
+
+def _batched(x: Tensor, nd: int) -> Tensor:
+    """`[n (m) c ...]` with the convolution's own batch axis m written out."""
+    return x.unsqueeze(1) if x.dim() == nd + 2 else x
+
+
+def _patches(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: int | tuple[int, ...],
+    padding: str | int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+) -> Tensor:
+    """`[n m c ...]` to a view `[n m c *output *kernel]` of what each output pixel sees."""
+    nd = len(kernel)
+    strides, dilations = _each(stride, nd), _each(dilation, nd)
+    reach = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+    if padding == "same":  # an even reach pads both sides alike, an odd one pads the end once more
+        sides = [(r // 2, r - r // 2) for r in reach]
+    else:
+        sides = [(p, p) for p in _each(0 if padding == "valid" else padding, nd)]
+    if any(map(any, sides)):
+        x = F.pad(x, [p for side in reversed(sides) for p in side])
+    for axis in range(nd):
+        x = x.unfold(3 + axis, reach[axis] + 1, strides[axis])[..., :: dilations[axis]]
+    return x
+
+
+def _each(value: Any, nd: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * nd if len(values) == 1 else values
+
+
+RULES: Rules = {F.linear: linear, F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
+SUA: Rules = {F.conv1d: conv_sua, F.conv2d: conv_sua, F.conv3d: conv_sua}

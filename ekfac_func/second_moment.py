@@ -1,0 +1,123 @@
+"""Estimators of `E[G^2]` in the eigenbasis, each a value, and what becomes of them when the basis changes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_decay
+from .contraction import exact_sums, gradient_sums
+from .kronecker import into_basis
+from .types import Basis, Moment, Number, Sums, Term
+
+AtRefresh = Callable[[Moment, Basis, Basis, Callable[[], Tensor]], Moment]
+"""(moment, old basis, new basis, product of the eigenvalues) -> moment"""
+
+
+class SecondMoment(NamedTuple):
+    """An estimator of the second moment of the gradient's coordinates in the eigenbasis.
+
+    `sums(term, basis)` is what it needs of a batch; `update(moment, mean, n)` takes that as means over the n
+    examples. Before the first observation it `starts_from_eigenvalues` of the factors or from nothing.
+    """
+
+    name: str
+    sums: Callable[[Term, Basis], Sums]
+    update: Callable[[Moment, Sums, int], Moment]
+    at_refresh: AtRefresh
+    starts_from_eigenvalues: bool = False
+
+
+def reset(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
+    """Start again from the product of the factors' eigenvalues, as the classic implementation does."""
+    return Moment(product(), torch.ones_like(moment.weight))
+
+
+def keep(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
+    """Carry the moment on as it is, coordinate by coordinate, whatever the new basis."""
+    return moment
+
+
+def transport(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
+    """Carry the moment on by the squared rotation `(Q_old^T Q_new)^2` of both sides, which keeps its sum."""
+    R_A = torch.einsum("biI,biJ->bIJ", old.Q_A, new.Q_A).square()
+    R_B = torch.einsum("boO,boP->bOP", old.Q_B, new.Q_B).square()
+    return Moment(into_basis(moment.value, Basis(R_A, R_B)), moment.weight)
+
+
+def refresh(
+    estimator: SecondMoment,
+    at_refresh: AtRefresh,
+    moment: Moment,
+    old: Basis,
+    new: Basis,
+    product: Callable[[], Tensor],
+) -> Moment:
+    """The moment in the new basis; from the eigenvalues where nothing was observed and the estimator wants that."""
+    moved = at_refresh(moment, old, new, product)
+    if at_refresh is reset or not estimator.starts_from_eigenvalues:
+        return moved
+    unseen = moved.weight == 0
+    return Moment(torch.where(unseen, product(), moved.value), torch.where(unseen, 1, moved.weight))
+
+
+def moving_average(moment: Moment, new: Tensor, decay: Number) -> Moment:
+    """One step of a bias-corrected moving average."""
+    past = decay * moment.weight
+    total = past + (1 - decay)
+    value = (past * moment.value + (1 - decay) * new) / torch.where(total > 0, total, 1)
+    return Moment(value, total)
+
+
+def _intra_batch(moment: Moment, mean: Sums, n: int) -> Moment:
+    assert mean.square is not None
+    return Moment(mean.square, torch.ones_like(moment.weight))
+
+
+def _eigenvalues(moment: Moment, mean: Sums, n: int) -> Moment:
+    return moment
+
+
+intra_batch = SecondMoment("intra_batch", exact_sums, _intra_batch, keep)
+"""`mean_n G_kfe[n]^2` of this batch alone: exact. George et al. 2018, https://arxiv.org/abs/1806.03884.
+
+It carries nothing from step to step, so `at_refresh` does not matter to it.
+"""
+
+kfac = SecondMoment("kfac", gradient_sums, _eigenvalues, reset, starts_from_eigenvalues=True)
+"""The eigenvalues of the factors, `lambda_B x lambda_A x positions`: K-FAC with the damping on the product.
+
+Martens & Grosse 2015, https://arxiv.org/abs/1503.05671; Grosse & Martens 2016, https://arxiv.org/abs/1602.01407.
+Until a first basis exists (its batch was skipped) there is no estimate, and the natural gradient is zero.
+"""
+
+
+def averaged_intra_batch(decay: Number) -> SecondMoment:
+    """Bias-corrected moving average of `intra_batch`.
+
+    decay: weight of the past in each step, 0 <= decay <= 1; checked where it is a Python number.
+    """
+    check_decay("decay", decay)
+
+    def update(moment: Moment, mean: Sums, n: int) -> Moment:
+        assert mean.square is not None
+        return moving_average(moment, mean.square, decay)
+
+    return SecondMoment("averaged_intra_batch", exact_sums, update, transport)
+
+
+def running_average(decay: Number) -> SecondMoment:
+    """`m2 <- decay m2 + (1 - decay) n (mean_n G_kfe)^2`, from the product of the eigenvalues: EKFAC-ra.
+
+    George et al. 2018, https://arxiv.org/abs/1806.03884, section 3.2, with the factor n of the classic
+    implementation: the mean of n gradients has a second moment n times too small.
+
+    decay: weight of the past in each step, 0 <= decay <= 1; checked where it is a Python number.
+    """
+    check_decay("decay", decay)
+
+    def update(moment: Moment, mean: Sums, n: int) -> Moment:
+        return moving_average(moment, n * mean.projected.square(), decay)
+
+    return SecondMoment("running_average", gradient_sums, update, reset, starts_from_eigenvalues=True)
