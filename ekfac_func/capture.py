@@ -1,8 +1,10 @@
 """Per-example gradients of any function of a dict of tensors, without hooks.
 
-A layer's weight is not differentiated: its calls are tapped, a zero probe is added to each output, and one
-`vmap(grad)` w.r.t. the probes gives the per-example output gradients. Parameters that no rule explains on every
-path to the loss are differentiated as they are, in the same pass.
+A layer's weight is not differentiated: its calls are tapped, a zero probe is added to each output, and the gradient
+w.r.t. the probes is the per-example output gradient. Parameters that no rule explains on every path to the loss are
+differentiated as they are, one copy an example, in the same pass. Since no example's loss sees another's probes or
+copies, this is `vmap(grad)`, written as the gradient of `vmap(loss)`'s sum: the backward pass then runs on whole
+batches, outside `vmap`.
 """
 
 import functools
@@ -45,6 +47,7 @@ class Plan(NamedTuple):
 
     layers: tuple[Layer, ...]
     calls: tuple[tuple[str, Spec], ...]  # weight, output of one example
+    second_order: bool  # the loss calls torch.autograd.grad, which vmap would hide from the gradient around it
 
 
 def capture(
@@ -100,11 +103,12 @@ def _tapped(
     fixed = {name: p for name, p in params.items() if name in held}
     free = {name: p for name, p in params.items() if name not in held}
     probes = [torch.zeros(s.shape, dtype=s.dtype, device=s.device) for _, s in found.calls]
-    trace: dict[str, list[Any]] = {}
+    calls: list[Call] = []
+    seen: list[Any] = []
 
-    def probed(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Any]:
-        calls: list[Call] = []
-        seen: list[Any] = []
+    def probed(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        calls.clear()
+        seen.clear()
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             seen.append(func)
@@ -129,21 +133,26 @@ def _tapped(
                 f"the loss called {len(calls)} layers where discovery saw {len(probes)}: let the loss call the same "
                 "layers whatever device, mode or values it meets"
             )
-        trace["calls"], trace["seen"] = calls, seen
         return loss, (loss, [call.input for call in calls])
 
-    (outputs, dense), (losses, inputs) = torch.func.vmap(
-        torch.func.grad(probed, argnums=(0, 1), has_aux=True),
-        in_dims=(None, None, 0),
-        randomness=randomness,
-        chunk_size=chunk_size,
-    )(probes, free, batch)
+    def total(probes: list[Tensor], free: Params, examples: Batch) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        losses, aux = torch.func.vmap(probed, randomness=randomness)(probes, free, examples)
+        return losses.sum(), aux
+
+    of_total = torch.func.grad(total, argnums=(0, 1), has_aux=True)
+    of_each = torch.func.vmap(torch.func.grad(probed, argnums=(0, 1), has_aux=True), randomness=randomness)
+    parts = []
+    for examples in _chunks(batch, chunk_size):
+        n = pytree.tree_leaves(examples)[0].shape[0]
+        copies = pytree.tree_map(lambda t, n=n: t.expand(n, *t.shape), (probes, free))
+        parts.append((of_each if found.second_order else of_total)(*copies, examples))
+    (outputs, dense), (losses, inputs) = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
 
     terms: dict[str, Term] = {}
     for layer in found.layers:
         reads = [
             _with_bias(call, layer, call.read(x, g), params)
-            for call, x, g, (weight, _) in zip(trace["calls"], inputs, outputs, found.calls, strict=True)
+            for call, x, g, (weight, _) in zip(calls, inputs, outputs, found.calls, strict=True)
             if weight == layer.weight
         ]
         if reads:
@@ -151,7 +160,14 @@ def _tapped(
         else:
             G = dense[layer.weight]
             terms[layer.weight] = Dense(G.reshape(G.shape[0], *layer.sizes))
-    return Captured(losses, layers, terms), trace["seen"]
+    return Captured(losses, layers, terms), seen
+
+
+def _chunks(batch: Batch, size: int | None) -> list[Batch]:
+    if size is None:
+        return [batch]
+    leaves, tree = pytree.tree_flatten(batch)
+    return [pytree.tree_unflatten(part, tree) for part in zip(*(leaf.split(size) for leaf in leaves), strict=True)]
 
 
 def _with_bias(call: Call, layer: Layer, term: Factored, params: Params) -> Factored:
@@ -195,15 +211,17 @@ def _discover(
     inputs: list[tuple[Tensor, int]] = []
     reached: set[str] = set()
 
+    second_order = False
+
     def observed(params: Params) -> Tensor:
         marked = {name: _Mark.apply(p, name, reached) for name, p in params.items()}
-        depth, second_order = _depth(), False
+        depth = _depth()
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             nonlocal second_order
             _refuse_checkpoint()
             _refuse_batch_statistics(func, args, kwargs, marked)
-            second_order |= func is torch.autograd.grad
+            second_order |= func is torch.autograd.grad and _differentiates(depth, *args, **kwargs)
             call = _read(rules, func, args, kwargs)
             weight = None if call is None else _name(call.weight, marked)
             # inside a transform of the user's own the output of a call is not all that the loss sees of it
@@ -239,13 +257,14 @@ def _discover(
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.func.grad(observed)(fill(dict(param_specs)))
-    return _arrange(param_specs, calls, reached)
+    return _arrange(param_specs, calls, reached, second_order)
 
 
 def _arrange(
     param_specs: dict[str, Spec],
     calls: Sequence[tuple[str, str | None, tuple[int, int, int, int], Spec]],
     reached: set[str],
+    second_order: bool,
 ) -> Plan:
     """A weight is a layer if its calls are its only paths and agree on its axes; a bias belongs to one weight or none."""
     sizes: dict[str, set[tuple[int, int, int, int]]] = {}
@@ -270,7 +289,8 @@ def _arrange(
             layers.append(Layer(name, owned.get(name), (b, o, i + (name in owned), k)))
         elif name not in owned.values():
             layers.append(Layer(name, None, _dense_sizes(spec.shape)))
-    return Plan(tuple(layers), tuple((weight, output) for weight, _, _, output in calls if weight in tapped))
+    tapped_calls = tuple((weight, output) for weight, _, _, output in calls if weight in tapped)
+    return Plan(tuple(layers), tapped_calls, second_order)
 
 
 def _dense_sizes(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -325,6 +345,11 @@ def _spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
 
 def _is_spec(leaf: Any) -> bool:
     return isinstance(leaf, Spec)
+
+
+def _differentiates(depth: int, outputs: Any, *_: Any, **__: Any) -> bool:
+    """Whether the outputs of a `torch.autograd.grad` are the loss's own, not of a transform within it."""
+    return any(torch._C._functorch.maybe_get_level(leaf) <= depth for leaf in pytree.tree_leaves(outputs))
 
 
 def _depth() -> int:

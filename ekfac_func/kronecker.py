@@ -127,4 +127,4 @@ def unpack(layer: Layer, M: Tensor, like: Params) -> Params:
 
 
 def _as(M: Tensor, p: Tensor) -> Tensor:
-    return M.reshape(*M.shape[:-4], *p.shape).to(p.dtype)
+    return M.reshape((*M.shape[:-4], *p.shape)).to(p.dtype)

@@ -1,5 +1,7 @@
 """The step: from a batch to a natural gradient, one line a stage."""
 
+from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
+
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -56,7 +58,7 @@ def ekfac(
         them from the batch of the refresh alone.
     rules: which torch calls are layers, e.g. `{**RULES, **SUA}`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
-    chunk_size: examples that `torch.func.vmap` differentiates at a time; None takes the batch at once.
+    chunk_size: examples differentiated at a time, against the memory of activations; None takes the batch at once.
 
     A batch whose loss, gradient or statistic is not finite is skipped: every tensor of the state stays as it was,
     the step number advances, `natural` is zero and `info.skipped` is true.

@@ -1,5 +1,7 @@
 """Estimators of `E[G^2]` in the eigenbasis, each a value, and what becomes of them when the basis changes."""
 
+from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
+
 from collections.abc import Callable
 from typing import NamedTuple
 

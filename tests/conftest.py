@@ -1,0 +1,14 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _numeric() -> Iterator[None]:
+    """float64 by default, a fixed seed, and no compiled code of another test."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.compiler.reset()

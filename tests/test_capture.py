@@ -1,0 +1,166 @@
+"""Captured per-example gradients equal a loop over the examples."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ekfac_func import RULES, SUA, per_example_gradients
+from ekfac_func.capture import capture
+from ekfac_func.types import Factored, Params
+
+from .cases import CASES, N, classifier, every_case, make
+from .oracles import close, loop
+
+
+@every_case
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}, {}], ids=["rules", "sua", "none"])
+def test_equal_to_the_loop(name: str, rules: Any) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    losses, expected = loop(case.loss_fn, case.params, batch)
+    found = per_example_gradients(case.loss_fn, case.params, batch, rules=rules)
+    close(found.losses, losses)
+    for p in case.params:
+        close(found.dense(p), expected[p])
+        close(found.mean()[p], expected[p].mean(0))
+    squares = [g.flatten(1).square().sum(1) for g in expected.values()]
+    close(found.norms(), torch.stack(squares).sum(0).sqrt())
+    assert list(found.mean()) == list(case.params)
+
+
+@every_case
+def test_rules_read_what_they_should(name: str) -> None:
+    case = make(name)
+    captured = capture(case.loss_fn, case.params, case.batch(N), RULES)
+    read = set()
+    for weight, term in captured.terms.items():
+        if isinstance(term, Factored):
+            bias = captured.layers[weight].bias
+            read |= {weight} if bias is None else {weight, bias}
+    assert read == case.ruled
+
+
+def test_the_table_has_factored_and_dense_rows() -> None:
+    assert any(make(name).ruled for name in CASES)
+    assert any(not make(name).ruled for name in CASES)
+
+
+def test_norms_form_no_dense_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = classifier(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), 64)
+    found = per_example_gradients(case.loss_fn, case.params, case.batch(N))
+    monkeypatch.setattr("ekfac_func.kronecker.dense", None)
+    assert found.norms().shape == (N,)
+
+
+def test_a_changed_path_is_seen_although_the_shapes_are_not_new() -> None:
+    penalty = [False]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        loss = F.linear(x, params["w"]).cos().sum()
+        return loss + params["w"].square().sum() if penalty[0] else loss
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    for penalty[0] in (False, True, True, False):
+        close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+
+
+def test_a_changed_number_of_layers_is_seen() -> None:
+    depth = [1]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        for _ in range(depth[0]):
+            x = F.linear(x, params["w"]).cos()
+        return x.sum()
+
+    params, batch = {"w": torch.randn(4, 4)}, torch.randn(N, 4)
+    for depth[0] in (2, 1, 3):
+        close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+
+
+def test_every_kind_of_callable() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    expected = loop(case.loss_fn, case.params, batch)[1]
+
+    class Loss(nn.Module):
+        def forward(self, params: Params, example: Any) -> Tensor:
+            return case.loss_fn(params, example)
+
+    def scaled(scale: float, params: Params, example: Any) -> Tensor:
+        return scale * case.loss_fn(params, example)
+
+    for loss_fn in (Loss(), Loss().forward, functools.partial(scaled, 1.0), case.loss_fn):
+        for name, gradient in expected.items():
+            close(per_example_gradients(loss_fn, case.params, batch).dense(name), gradient)
+
+
+def test_no_hook_is_left_and_nothing_is_mutated() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.BatchNorm1d(5).eval(), nn.Linear(5, 3))
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    params = dict(net.named_parameters())
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(functional_call(net, params, (example[0][None],)), example[1][None])
+
+    found = per_example_gradients(loss_fn, params, (torch.randn(N, 4), torch.randint(0, 3, (N,))))
+    assert not found.mean()["0.weight"].requires_grad
+    for module in net.modules():
+        assert not module._forward_hooks
+        assert not module._backward_hooks
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_an_input_changed_in_place_after_the_call_is_refused() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = x.cos()
+        y = F.linear(h, params["w"])
+        h += 1
+        return (y * h).sum()
+
+    with pytest.raises(RuntimeError, match=r"'w'.*\(4,\).*in place"):
+        per_example_gradients(loss_fn, {"w": torch.randn(4, 4)}, torch.randn(N, 4))
+
+
+def test_a_derivative_inside_the_loss_is_one_more_path() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["v"]).tanh()
+        y = F.linear(h, params["w"]).square().sum()
+        (slope,) = torch.autograd.grad(y, h, create_graph=True)
+        return y + slope.square().sum()
+
+    params, batch = {"v": torch.randn(3, 4), "w": torch.randn(2, 3)}, torch.randn(N, 4)
+    expected = loop(loss_fn, params, batch)[1]
+    found = per_example_gradients(loss_fn, params, batch)
+    for name in params:
+        close(found.dense(name), expected[name])
+
+
+def test_autocast_inside_the_loss() -> None:
+    params, batch = {"w": torch.randn(3, 4).float(), "b": torch.randn(3).float()}, torch.randn(N, 4).float()
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(x, params["w"], params["b"]).float().cos().sum()
+
+    expected = loop(loss_fn, params, batch)[1]
+    found = per_example_gradients(loss_fn, params, batch)
+    for name in params:
+        assert found.dense(name).dtype == torch.float32
+        close(found.dense(name), expected[name], 2e-2)
+
+
+def test_chunks_change_nothing() -> None:
+    case = make("conv groups")
+    batch = case.batch(7)
+    whole = per_example_gradients(case.loss_fn, case.params, batch)
+    for size in (1, 3, 7, 20):
+        parts = per_example_gradients(case.loss_fn, case.params, batch, chunk_size=size)
+        for name in case.params:
+            close(parts.dense(name), whole.dense(name))
+        close(parts.losses, whole.losses)
