@@ -84,6 +84,10 @@ def plan(loss_fn: LossFn, params: Params, batch: Batch, rules: Rules) -> Plan:
     return _plan(loss_fn, {name: p.detach() for name, p in params.items()}, batch, rules)
 
 
+class _SecondOrder(Exception):
+    """The loss calls `torch.autograd.grad`."""
+
+
 class StalePlan(RuntimeError):
     """The loss called other layers than discovery saw."""
 
@@ -211,17 +215,15 @@ def _discover(
     inputs: list[tuple[Tensor, int]] = []
     reached: set[str] = set()
 
-    second_order = False
-
     def observed(params: Params) -> Tensor:
         marked = {name: _Mark.apply(p, name, reached) for name, p in params.items()}
         depth = _depth()
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            nonlocal second_order
             _refuse_checkpoint()
             _refuse_batch_statistics(func, args, kwargs, marked)
-            second_order |= func is torch.autograd.grad and _differentiates(depth, *args, **kwargs)
+            if func is torch.autograd.grad and _differentiates(depth, *args, **kwargs):
+                raise _SecondOrder
             call = _read(rules, func, args, kwargs)
             weight = None if call is None else _name(call.weight, marked)
             # inside a transform of the user's own the output of a call is not all that the loss sees of it
@@ -240,8 +242,6 @@ def _discover(
         with _Tap(handle):
             loss = loss_fn(*args, marked, fill(example), **kwargs)
         _check_loss(loss)
-        if second_order:  # a derivative of a call's output w.r.t. its input is one more path to its weight
-            reached.update(params)
         for (weight, *_), (x, version) in zip(calls, inputs, strict=True):
             if x._version != version:
                 raise RuntimeError(
@@ -255,9 +255,12 @@ def _discover(
             lambda spec: torch.empty(spec.shape, dtype=spec.dtype, device=spec.device), tree, is_leaf=_is_spec
         )
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.func.grad(observed)(fill(dict(param_specs)))
-    return _arrange(param_specs, calls, reached, second_order)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            torch.func.grad(observed)(fill(dict(param_specs)))
+    except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
+        return _arrange(param_specs, [], reached, second_order=True)
+    return _arrange(param_specs, calls, reached, second_order=False)
 
 
 def _arrange(

@@ -28,7 +28,7 @@ def test_equal_to_the_loop(name: str, rules: Any) -> None:
     for p in case.params:
         close(found.dense(p), expected[p])
         close(found.mean()[p], expected[p].mean(0))
-    squares = [g.flatten(1).square().sum(1) for g in expected.values()]
+    squares = [g.reshape(N, -1).square().sum(1) for g in expected.values()]
     close(found.norms(), torch.stack(squares).sum(0).sqrt())
     assert list(found.mean()) == list(case.params)
 
