@@ -1,0 +1,259 @@
+"""Each estimator against dense per-example gradients, in the basis that the step used."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ekfac_func import (
+    RULES,
+    SUA,
+    Moment,
+    SecondMoment,
+    State,
+    averaged_intra_batch,
+    ekfac,
+    exact_sums,
+    intra_batch,
+    keep,
+    kfac,
+    reset,
+    running_average,
+    transport,
+)
+from ekfac_func.capture import plan
+from ekfac_func.types import Layer, Params
+
+from .cases import N, Case, every_case, make
+from .oracles import blocks, close, close_trees, loop
+
+RULE_TABLES = pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])
+
+
+def dense_blocks(case: Case, batch: Any, layer: Layer) -> Tensor:
+    return blocks(loop(case.loss_fn, case.params, batch)[1], layer.weight, layer.bias, layer.sizes)
+
+
+def rotated(G: Tensor, state: State, name: str) -> Tensor:
+    basis = state.bases[name]
+    return torch.einsum("boO,nboik,biI->nbOIk", basis.Q_B, G, basis.Q_A)
+
+
+def layers(case: Case, batch: Any, rules: Any) -> tuple[Layer, ...]:
+    return plan(case.loss_fn, case.params, batch, rules).layers
+
+
+@every_case
+@RULE_TABLES
+def test_intra_batch_is_the_exact_moment(name: str, rules: Any) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2, rules=rules)
+    natural, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    assert list(natural) == list(case.params)
+    close(info.loss, loop(case.loss_fn, case.params, batch)[0].mean())
+    for layer in layers(case, batch, rules):
+        G = rotated(dense_blocks(case, batch, layer), state, layer.weight)
+        moment = G.square().mean(0)
+        close(state.second_moments[layer.weight].value, moment)
+        basis = state.bases[layer.weight]
+        rescaled = torch.einsum("boO,bOIk,biI->boik", basis.Q_B, G.mean(0) / (moment + 1e-2), basis.Q_A)
+        expected = blocks({k: v[None] for k, v in natural.items()}, layer.weight, layer.bias, layer.sizes)[0]
+        close(expected, rescaled)
+
+
+@every_case
+@pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac])
+def test_infinite_damping_is_the_plain_gradient(name: str, estimator: SecondMoment) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e12, second_moment=estimator)
+    natural, _, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    for p, expected in loop(case.loss_fn, case.params, batch)[1].items():
+        assert natural[p].shape == case.params[p].shape
+        assert natural[p].dtype == case.params[p].dtype
+        close(natural[p] * 1e12, expected.mean(0), 1e-8)
+        close(info.gradient[p], expected.mean(0))
+
+
+@every_case
+@RULE_TABLES
+def test_averages_over_batches_and_stale_bases(name: str, rules: Any) -> None:
+    """Every estimator's moment over five batches, the basis kept for all, by its own formula."""
+    case = make(name)
+    batches = [case.batch(N) for _ in range(5)]
+    all_layers = layers(case, batches[0], rules)
+    for estimator in (averaged_intra_batch(0.7), running_average(0.7), kfac):
+        step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=10, rules=rules)
+        state = step.init(case.params, batches[0])
+        expected: dict[str, Tensor] = {}
+        for t, batch in enumerate(batches):
+            _, state, _ = step.precondition(case.params, batch, state)
+            for layer in all_layers:
+                w = layer.weight
+                G = rotated(dense_blocks(case, batch, layer), state, w)
+                if estimator.name == "averaged_intra_batch":
+                    expected[w] = 0.7 * expected.get(w, 0) + 0.3 * G.square().mean(0)
+                    close(state.second_moments[w].value, expected[w] / (1 - 0.7 ** (t + 1)))
+                else:
+                    start = expected.get(w, product(state, w, captured_positions(case, batch, layer, rules)))
+                    new = len(G) * G.mean(0).square()
+                    expected[w] = 0.7 * start + 0.3 * new if estimator.name == "running_average" else start
+                    close(state.second_moments[w].value, expected[w])
+
+
+def captured_positions(case: Case, batch: Any, layer: Layer, rules: Any) -> int:
+    from ekfac_func.capture import capture
+    from ekfac_func.kronecker import positions
+
+    return positions(capture(case.loss_fn, case.params, batch, rules).terms[layer.weight])
+
+
+def product(state: State, name: str, positions: int) -> Tensor:
+    factors, moment = state.factors[name], state.second_moments[name].value
+    a, b = torch.linalg.eigvalsh(factors.A), torch.linalg.eigvalsh(factors.B)
+    return (positions * b[:, :, None, None] * a[:, None, :, None]).expand_as(moment)
+
+
+@every_case
+def test_ekfac_is_at_least_as_near_to_the_fisher_as_kfac(name: str) -> None:
+    """||F - EKFAC||_F <= ||F - K-FAC||_F, block by block, on blocks formed in full."""
+    case = make(name)
+    batch = case.batch(N)
+    moments = {}
+    for estimator in (intra_batch, kfac):
+        step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator)
+        _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+        moments[estimator.name] = state
+    for layer in layers(case, batch, RULES):
+        G = dense_blocks(case, batch, layer)
+        basis = state.bases[layer.weight]
+        for b in range(layer.sizes[0]):
+            g = G[:, b].flatten(1)
+            fisher = g.T @ g / len(g)
+            Q = torch.kron(basis.Q_B[b], basis.Q_A[b])
+            error = {
+                name: (fisher - Q @ torch.diag(s.second_moments[layer.weight].value[b].flatten()) @ Q.T).norm()
+                for name, s in moments.items()
+            }
+            assert error["intra_batch"] <= error["kfac"] * (1 + 1e-9) + 1e-12
+
+
+def test_dense_factors_have_the_scale_of_the_moment() -> None:
+    """The eigenvalue product of a matrix without a rule sums to the mean squared norm of its gradients."""
+    case = make("transposed")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=kfac)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    gradients = loop(case.loss_fn, case.params, batch)[1]
+    for name in case.params:
+        close(state.second_moments[name].value.sum(), gradients[name].square().sum() / N)
+
+
+@pytest.mark.parametrize("estimator", [averaged_intra_batch(0.6), running_average(0.6)])
+@pytest.mark.parametrize("at_refresh", [reset, keep, transport])
+def test_what_a_refresh_does_to_the_average(estimator: SecondMoment, at_refresh: Any) -> None:
+    case = make("mlp")
+    batches = [case.batch(40) for _ in range(4)]
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=2, at_refresh=at_refresh)
+    state = step.init(case.params, batches[0])
+    for batch in batches[:2]:
+        _, state, _ = step.precondition(case.params, batch, state)
+    _, new, _ = step.precondition(case.params, batches[2], state)
+    for layer in layers(case, batches[0], RULES):
+        w = layer.weight
+        G = rotated(dense_blocks(case, batches[2], layer), new, w)
+        seen = G.square().mean(0) if estimator.name == "averaged_intra_batch" else len(G) * G.mean(0).square()
+        old, weight = state.second_moments[w]
+        if at_refresh is reset:
+            old, weight = product(new, w, 1), torch.ones(())
+        elif at_refresh is transport:
+            R_A = (state.bases[w].Q_A.mT @ new.bases[w].Q_A).square()
+            R_B = (state.bases[w].Q_B.mT @ new.bases[w].Q_B).square()
+            moved = torch.stack([R_B.mT @ old[..., k] @ R_A for k in range(old.shape[-1])], dim=-1)
+            close(moved.sum(), old.sum())
+            old = moved
+        total = 0.6 * weight + 0.4
+        close(new.second_moments[w].value, (0.6 * weight * old + 0.4 * seen) / total)
+        close(new.second_moments[w].weight, total)
+
+
+def test_a_refresh_does_not_wipe_the_running_average_unless_asked() -> None:
+    case = make("mlp")
+    batches = [case.batch(40) for _ in range(6)]
+    weights = {}
+    for at_refresh in (keep, transport, reset):
+        step = ekfac(case.loss_fn, damping=1e-2, second_moment=averaged_intra_batch(0.9), at_refresh=at_refresh)
+        state = step.init(case.params, batches[0])
+        for batch in batches:
+            _, state, _ = step.precondition(case.params, batch, state)
+        weights[at_refresh] = state.second_moments["0.weight"].weight
+    close(weights[keep], torch.tensor(1 - 0.9**6))
+    close(weights[transport], torch.tensor(1 - 0.9**6))
+    close(weights[reset], torch.tensor(1.0))
+
+
+def test_factors_are_a_bias_corrected_average_over_refreshes() -> None:
+    case = make("conv groups")
+    batches = [case.batch(N) for _ in range(4)]
+    single, sums = [], ekfac(case.loss_fn, damping=1e-2, factor_decay=0.8, basis_every=1)
+    alone = ekfac(case.loss_fn, damping=1e-2)
+    state = sums.init(case.params, batches[0])
+    for batch in batches:
+        _, state, _ = sums.precondition(case.params, batch, state)
+        single.append(alone.precondition(case.params, batch, alone.init(case.params, batch))[1].factors)
+    for name in state.factors:
+        for field in ("A", "B"):
+            total = sum(0.2 * 0.8 ** (3 - t) * getattr(f[name], field) for t, f in enumerate(single))
+            close(getattr(state.factors[name], field), total / (1 - 0.8**4))
+
+
+@every_case
+def test_factors_are_means_over_examples_and_positions(name: str) -> None:
+    """Mean against sum: twice the same batch has the same factors, basis and moments."""
+    case = make(name)
+    batch = case.batch(N)
+    double = torch.utils._pytree.tree_map(lambda t: torch.cat([t, t]), batch)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    once = step.precondition(case.params, batch, step.init(case.params, batch))
+    twice = step.precondition(case.params, double, step.init(case.params, double))
+    close_trees(once[1].factors, twice[1].factors)
+    close_trees(once[0], twice[0], 1e-7)
+
+
+def test_an_estimator_of_ones_own() -> None:
+    def variance(moment: Moment, mean: Any, n: int) -> Moment:
+        return Moment(mean.square - mean.projected**2, torch.ones_like(moment.weight))
+
+    centred = SecondMoment("centred", exact_sums, variance, keep)
+    case = make("conv")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=centred)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    for layer in layers(case, batch, RULES):
+        G = rotated(dense_blocks(case, batch, layer), state, layer.weight)
+        close(state.second_moments[layer.weight].value, G.var(0, unbiased=False))
+
+
+def natural_of(case: Case, params: Params, batch: Any, **options: Any) -> Params:
+    step = ekfac(case.loss_fn, damping=1e-2, **options)
+    return step.precondition(params, batch, step.init(params, batch))[0]
+
+
+@every_case
+def test_the_order_of_the_batch_and_chunks_do_not_matter(name: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    turned = torch.utils._pytree.tree_map(lambda t: t.flip(0), batch)
+    expected = natural_of(case, case.params, batch)
+    close_trees(natural_of(case, case.params, turned), expected, 1e-7)
+    close_trees(natural_of(case, case.params, batch, chunk_size=4), expected, 1e-7)
+
+
+def test_blocks_of_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make("conv groups")
+    batch = case.batch(N)
+    expected = natural_of(case, case.params, batch)
+    monkeypatch.setattr("ekfac_func.contraction.MAX_BYTES", 1)
+    close_trees(natural_of(case, case.params, batch), expected)
