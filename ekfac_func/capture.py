@@ -8,7 +8,7 @@ batches, outside `vmap`.
 """
 
 import functools
-import sys
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -68,7 +68,7 @@ def capture(
         found, expected = plans[key]
         try:
             captured, seen = _tapped(found, loss_fn, params, batch, rules, randomness, chunk_size)
-        except StalePlan:
+        except RuntimeError:  # a stale plan, or what discovery says better
             seen = None
         if seen == expected:
             return captured
@@ -213,6 +213,7 @@ def _discover(
     """Run the loss once on tensors without values; autograd decides which weights have a path beside their calls."""
     calls: list[tuple[str, str | None, tuple[int, int, int, int], Spec]] = []
     inputs: list[tuple[Tensor, int]] = []
+    mutations: list[RuntimeError] = []
     reached: set[str] = set()
 
     def observed(params: Params) -> Tensor:
@@ -220,7 +221,6 @@ def _discover(
         depth = _depth()
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            _refuse_checkpoint()
             _refuse_batch_statistics(func, args, kwargs, marked)
             if func is torch.autograd.grad and _differentiates(depth, *args, **kwargs):
                 raise _SecondOrder
@@ -228,7 +228,7 @@ def _discover(
             weight = None if call is None else _name(call.weight, marked)
             # inside a transform of the user's own the output of a call is not all that the loss sees of it
             if call is None or weight is None or _depth() != depth:
-                return func(*args, **kwargs)
+                return _unless_mutating(func, args, kwargs, mutations)
             bias = None if call.bias is None else _name(call.bias, marked)
             held = (call.weight, call.bias) if bias is not None else (call.weight,)
             args, kwargs = pytree.tree_map(
@@ -239,8 +239,14 @@ def _discover(
             inputs.append((call.input, call.input._version))
             return output
 
-        with _Tap(handle):
-            loss = loss_fn(*args, marked, fill(example), **kwargs)
+        try:
+            with _Tap(handle):
+                loss = loss_fn(*args, marked, fill(example), **kwargs)
+        except RuntimeError as error:
+            _refuse_checkpoint(error)
+            raise
+        if mutations:
+            raise mutations[0]
         _check_loss(loss)
         for (weight, *_), (x, version) in zip(calls, inputs, strict=True):
             if x._version != version:
@@ -415,12 +421,24 @@ def _refuse_batch_statistics(func: Any, args: Any, kwargs: Any, params: Params) 
         )
 
 
-def _refuse_checkpoint() -> None:
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            raise ValueError(
-                "torch.utils.checkpoint inside loss_fn does not work under torch.func: remove it and bound the memory "
-                "with chunk_size"
-            )
-        frame = frame.f_back  # type: ignore[assignment]
+def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError]) -> Any:
+    """Call func; note what it raises for changing a tensor from outside the loss.
+
+    A BatchNorm counts its batches so, before it is seen that it uses their statistics.
+    """
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        mutations.append(error)
+        return args[0]
+
+
+def _refuse_checkpoint(error: RuntimeError) -> None:
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename == torch.utils.checkpoint.__file__ for frame in frames):
+        raise ValueError(
+            "torch.utils.checkpoint inside loss_fn does not work under torch.func: remove it and bound the memory with "
+            "chunk_size"
+        ) from error

@@ -88,20 +88,28 @@ def check_positive(name: str, value: Number) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: give a Python number or a 0-d tensor")
+    elif not isinstance(value, int | float):
+        raise TypeError(f"{name} is a {type(value).__name__}: give a Python number or a 0-d tensor")
     elif not value > 0:
         raise ValueError(f"{name}={value!r}: give a positive number")
 
 
 def check_decay(name: str, decay: Number) -> None:
     """Refuse a Python number that is no weight of the past."""
-    if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
-        raise ValueError(f"{name}={decay!r}: it is the weight of the past in each step, give 0 <= {name} <= 1")
+    if not isinstance(decay, Tensor) and not 0 <= decay < 1:
+        raise ValueError(f"{name}={decay!r}: it is the weight of the past in each step, give 0 <= {name} < 1")
 
 
-def check_every(name: str, steps: int) -> None:
-    """Refuse a number of steps that is not a positive whole number."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{name}={steps!r}: give a whole number of steps, at least 1")
+def check_count(name: str, count: int) -> None:
+    """Refuse what is not a positive whole number."""
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}={count!r}: give a whole number, at least 1")
+
+
+def check_randomness(randomness: str) -> None:
+    """Refuse what `torch.func.vmap` does not know."""
+    if randomness not in ("different", "same", "error"):
+        raise ValueError(f"randomness={randomness!r}: give 'different', 'same' or 'error', as to torch.func.vmap")
 
 
 def _where(batch: Batch, leaf: Any) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .capture import Captured, capture
-from .checks import check_batch, check_params
+from .checks import check_batch, check_count, check_params, check_randomness
 from .kronecker import dense, gradient, square_norms, unpack
 from .rules import RULES, Rules
 from .types import Batch, LossFn, Params
@@ -61,6 +61,9 @@ def per_example_gradients(
     loss_fn, params, batch, rules, randomness and chunk_size as in `ekfac`. Exact for every parameter that
     `torch.autograd.grad` in a loop over the examples can differentiate.
     """
+    check_randomness(randomness)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     check_params(params)
     check_batch(batch)
     return PerExampleGradients(capture(loss_fn, params, batch, rules, randomness, chunk_size), params)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from . import basis as eigenbasis
 from .capture import capture, plan
-from .checks import check_batch, check_decay, check_every, check_params, check_positive, check_state
+from .checks import (
+    check_batch,
+    check_count,
+    check_decay,
+    check_params,
+    check_positive,
+    check_randomness,
+    check_state,
+)
 from .kronecker import average_factors, eigenvalue_product, factor_sums, out_of_basis, positions, unpack
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, refresh
@@ -77,8 +85,11 @@ def ekfac(
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is a {type(rules).__name__}: pass a dict from torch functions to rules, as RULES")
     check_positive("damping", damping)
-    check_every("basis_every", basis_every)
+    check_count("basis_every", basis_every)
     check_decay("factor_decay", factor_decay)
+    check_randomness(randomness)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
 
     def init(params: Params, batch: Batch) -> State:

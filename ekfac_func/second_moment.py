@@ -98,7 +98,7 @@ Until a first basis exists (its batch was skipped) there is no estimate, and the
 def averaged_intra_batch(decay: Number) -> SecondMoment:
     """Bias-corrected moving average of `intra_batch`.
 
-    decay: weight of the past in each step, 0 <= decay <= 1; checked where it is a Python number.
+    decay: weight of the past in each step, 0 <= decay < 1; checked where it is a Python number.
     """
     check_decay("decay", decay)
 
@@ -115,7 +115,7 @@ def running_average(decay: Number) -> SecondMoment:
     George et al. 2018, https://arxiv.org/abs/1806.03884, section 3.2, with the factor n of the classic
     implementation: the mean of n gradients has a second moment n times too small.
 
-    decay: weight of the past in each step, 0 <= decay <= 1; checked where it is a Python number.
+    decay: weight of the past in each step, 0 <= decay < 1; checked where it is a Python number.
     """
     check_decay("decay", decay)
 

@@ -19,8 +19,9 @@ class Task(NamedTuple):
     classifies: bool
 
 
-def make(model: str, side: int, seed: int) -> Task:
-    """A new network, initialised from the seed alone."""
+def make(model: str, images: Tensor, seed: int) -> Task:
+    """A new network for images like these [n 1 h h], initialised from the seed and, of an autoencoder, their mean."""
+    side = images.shape[-1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         match model:
@@ -29,7 +30,7 @@ def make(model: str, side: int, seed: int) -> Task:
             case "cnn":
                 return Task(cnn(side), classification_losses, True)
             case _:
-                return Task(autoencoder(side), reconstruction_losses, False)
+                return Task(autoencoder(side, images.mean(0).flatten()), reconstruction_losses, False)
 
 
 def mlp(side: int) -> nn.Module:
@@ -55,22 +56,26 @@ def cnn(side: int) -> nn.Module:
     )
 
 
-def autoencoder(side: int) -> nn.Module:
+def autoencoder(side: int, mean: Tensor) -> nn.Module:
     """The deep autoencoder of Hinton & Salakhutdinov 2006, https://doi.org/10.1126/science.1127647.
 
-    For 28 x 28 images 784-1000-500-250-30 and its mirror, for smaller ones an eighth of those widths. The hidden
-    units are sigmoids, the code and the output are linear. Weights are drawn as Glorot & Bengio 2010 do, biases are
-    zero: there is no layer-wise pretraining.
+    For 28 x 28 images 784-1000-500-250-30 and its mirror, for smaller ones an eighth of those widths. It differs from
+    theirs where they needed pretraining layer by layer: the hidden units are rectified in place of sigmoids, the
+    weights are drawn as He et al. 2015 do (https://arxiv.org/abs/1502.01852), and the output starts at the log-odds of
+    the mean image. The code and the output are linear.
     """
     encoder = (side**2, 1000, 500, 250, 30) if side > 8 else (side**2, 125, 63, 31, 10)
     widths = (*encoder, *reversed(encoder[:-1]))
-    code, output = len(encoder) - 2, len(widths) - 2
-    layers: list[nn.Module] = [nn.Flatten()]
-    for k, (i, o) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        linear = nn.Linear(i, o)
-        nn.init.xavier_uniform_(linear.weight)
+    linears = [nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+    for linear in linears:
+        nn.init.kaiming_normal_(linear.weight)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if k in (code, output) else [linear, nn.Sigmoid()]
+    with torch.no_grad():
+        linears[-1].bias.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
+    code = linears[len(encoder) - 2]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for linear in linears:
+        layers += [linear] if linear in (code, linears[-1]) else [linear, nn.ReLU()]
     return nn.Sequential(*layers)
 
 

@@ -1,0 +1,40 @@
+"""Curves as a table and as a plot."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .run import Curve
+
+
+def table(curves: Sequence[Curve], rows: int = 5) -> str:
+    """Losses against steps and seconds, about as many rows as asked for each optimizer, the last point among them."""
+    lines = [
+        f"{'optimizer':<10} {'step':>6} {'seconds':>8} {'training loss':>14} {'test loss':>10} {'test accuracy':>14}"
+    ]
+    for curve in curves:
+        every = max(1, math.ceil((len(curve.points) - 1) / rows))
+        for point in curve.points[::-1][::every][::-1]:
+            accuracy = "-" if point.test_accuracy is None else f"{point.test_accuracy:.1%}"
+            lines.append(
+                f"{curve.name:<10} {point.step:>6} {point.seconds:>8.2f} {point.train_loss:>14.4g} "
+                f"{point.test_loss:>10.4g} {accuracy:>14}"
+            )
+    return "\n".join(lines)
+
+
+def plot(curves: Sequence[Curve], title: str, path: Path) -> None:
+    """Training loss (solid) and test loss (dashed) against steps and against seconds, written as a PNG."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, curve in enumerate(curves):
+        for axes, x in ((left, [p.step for p in curve.points]), (right, [p.seconds for p in curve.points])):
+            axes.plot(x, [p.train_loss for p in curve.points], color=f"C{number}", label=curve.name)
+            axes.plot(x, [p.test_loss for p in curve.points], color=f"C{number}", linestyle="--", linewidth=1)
+    left.set(xlabel="steps", ylabel="loss", yscale="log")
+    right.set(xlabel="seconds")
+    left.legend(title="training; dashed: test")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,47 @@
+"""What the options of `train` mean, and good values of those that are left out."""
+
+from typing import NamedTuple
+
+from ..second_moment import SecondMoment, averaged_intra_batch, intra_batch, kfac, running_average
+
+DATA = ("digits", "mnist")
+MODELS = ("mlp", "cnn", "autoencoder")
+SECOND_MOMENTS = ("intra_batch", "averaged_intra_batch", "running_average", "kfac")
+AVERAGES = ("averaged_intra_batch", "running_average")
+
+
+class Settings(NamedTuple):
+    """Numbers of one comparison; those without a prefix are EKFAC's or shared."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    momentum: float
+    damping: float
+    basis_every: int
+    sgd_lr: float
+    sgd_momentum: float
+    adamw_lr: float
+
+
+DEFAULTS = {
+    ("digits", "mlp"): Settings(300, 128, 0.1, 0.9, 0.1, 5, 0.1, 0.9, 3e-3),
+    ("digits", "cnn"): Settings(300, 128, 0.1, 0.9, 0.1, 5, 0.1, 0.9, 3e-3),
+    ("digits", "autoencoder"): Settings(300, 128, 0.1, 0.9, 1.0, 5, 3e-3, 0.9, 3e-3),
+    ("mnist", "mlp"): Settings(300, 128, 0.1, 0.9, 0.1, 10, 0.1, 0.9, 3e-3),
+    ("mnist", "cnn"): Settings(300, 128, 0.1, 0.9, 0.1, 10, 0.1, 0.9, 3e-3),
+    ("mnist", "autoencoder"): Settings(200, 500, 0.1, 0.9, 10.0, 20, 3e-3, 0.9, 1e-3),
+}
+
+
+def estimator(name: str, decay: float) -> SecondMoment:
+    """The second moment of that name; the decay is that of the two averages."""
+    match name:
+        case "intra_batch":
+            return intra_batch
+        case "kfac":
+            return kfac
+        case "averaged_intra_batch":
+            return averaged_intra_batch(decay)
+        case _:
+            return running_average(decay)

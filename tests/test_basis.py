@@ -1,0 +1,157 @@
+"""A basis is always finite and orthonormal, whatever the factor and the eigensolver."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ekfac_func import ekfac, kfac
+from ekfac_func import basis as eigenbasis
+from ekfac_func.types import Basis, Factors
+
+from .cases import N, make
+from .oracles import close, same_bits
+
+HARD = Path(__file__).parent / "data" / "hard_factors.pt"
+
+
+def low_rank(rank: int, dim: int) -> Tensor:
+    X = torch.randn(rank, dim)
+    return X.T @ X
+
+
+def dead_units() -> Tensor:
+    X = torch.randn(50, 24).relu() * (torch.arange(24) % 3 > 0)
+    return X.T @ X / 50
+
+
+FACTORS: dict[str, Callable[[], Tensor]] = {
+    "file": lambda: torch.load(HARD, weights_only=True)["nan"],
+    "zero": lambda: torch.zeros(16, 16),
+    "rank one": lambda: low_rank(1, 16),
+    "tiny": lambda: low_rank(20, 16) * 1e-30,
+    "huge": lambda: low_rank(20, 16).float() * 1e30,
+    "repeated": lambda: torch.diag(torch.tensor([2.0] * 8 + [1.0] * 8)),
+    "identity": lambda: torch.eye(16),
+    "dead units": dead_units,
+    "asymmetric": lambda: low_rank(20, 16) + 1e-9 * torch.randn(16, 16),
+    "not finite": lambda: low_rank(20, 16).index_fill(0, torch.tensor([3]), torch.nan),
+    "infinite": lambda: low_rank(20, 16).index_fill(1, torch.tensor([3]), torch.inf),
+}
+
+
+def assert_orthonormal(Q: Tensor) -> None:
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype).expand_as(Q)
+    assert torch.isfinite(Q).all()
+    assert (Q.mT @ Q - eye).abs().max() < 100 * torch.finfo(Q.dtype).eps
+
+
+def refresh(C: Tensor) -> tuple[Basis, int]:
+    C = C[None] if C.dim() == 2 else C
+    b, dim, _ = C.shape
+    old = eigenbasis.identity(b, dim, dim, C)
+    basis, kept = eigenbasis.refresh(Factors(C, C, torch.ones(())), old)
+    return basis, int(kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FACTORS)
+def test_hard_factors(name: str, dtype: torch.dtype) -> None:
+    C = FACTORS[name]().to(dtype)
+    basis, kept = refresh(C)
+    assert kept == 0
+    assert basis.Q_A.dtype == dtype
+    assert_orthonormal(basis.Q_A)
+    if torch.isfinite(C).all() and C.abs().max() > 0:
+        C = C.double() / C.abs().max().double()
+        D = basis.Q_A[0].double().T @ ((C + C.T) / 2) @ basis.Q_A[0].double()
+        assert (D - torch.diag(D.diagonal())).abs().max() < 1e3 * torch.finfo(dtype).eps
+
+
+def nan_vectors(C: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(C)
+    return values, vectors * torch.nan
+
+
+def skewed_vectors(C: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(C)
+    return values, vectors + 1e-3
+
+
+def raises(C: Tensor) -> tuple[Tensor, Tensor]:
+    raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+
+
+def raises_on_near_ones(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Fails for a batch as a whole, and again for the one matrix in it whose entries are all near 1."""
+    return raises(C) if C.dim() == 3 or C.min() > 0.9 else torch.linalg.eigh(C)
+
+
+@pytest.mark.parametrize("solver", [nan_vectors, skewed_vectors, raises])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_failing_solver_keeps_the_old_basis(
+    solver: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make("conv groups")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    precondition = torch.compile(step.precondition, fullgraph=True, backend="aot_eager") if compiled else step.precondition
+    _, good, _ = precondition(case.params, batch, step.init(case.params, batch))
+    monkeypatch.setattr(eigenbasis, "eigensolver", solver)
+    natural, state, info = precondition(case.params, batch, good)
+    assert not info.skipped
+    assert info.kept_bases == 2 * 2 + 2  # A and B of two groups, and of the head
+    same_bits(state.bases, good.bases)
+    assert all(torch.isfinite(p).all() for p in natural.values())
+    first, state, info = precondition(case.params, batch, step.init(case.params, batch))
+    same_bits(state.bases, step.init(case.params, batch).bases)
+    assert all(torch.isfinite(p).all() for p in first.values())
+
+
+def test_one_failing_block_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eigenbasis, "eigensolver", raises_on_near_ones)
+    C = torch.stack([low_rank(20, 8), 1 - 1e-3 * (1 - torch.eye(8)), low_rank(20, 8)])
+    basis, kept = refresh(C)
+    assert kept == 2  # the second block, on both sides
+    assert_orthonormal(basis.Q_A)
+    close(basis.Q_A[1], torch.eye(8))
+    D = basis.Q_A[0].T @ C[0] @ basis.Q_A[0]
+    assert (D - torch.diag(D.diagonal())).abs().max() < 1e-12 * D.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_of_one(dtype: torch.dtype) -> None:
+    case = make("conv")
+    params = {name: p.to(dtype) for name, p in case.params.items()}
+    x, y = case.batch(1)
+
+    def loss_fn(params: Any, example: Any) -> Tensor:
+        return case.loss_fn(params, (example[0].to(dtype), example[1]))
+
+    step = ekfac(loss_fn, damping=1e-2)
+    natural, state, info = step.precondition(params, (x, y), step.init(params, (x, y)))
+    assert not info.skipped
+    assert info.kept_bases == 0
+    for basis in state.bases.values():
+        assert_orthonormal(basis.Q_A)
+        assert_orthonormal(basis.Q_B)
+    assert all(torch.isfinite(p).all() for p in natural.values())
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_extreme_gradients_in_float32(scale: float) -> None:
+    """Factors of 1e-30 and 1e30, whose product of eigenvalues leaves the range of float32."""
+    params = {"w": torch.randn(8, 6).float()}
+
+    def loss_fn(params: Any, x: Tensor) -> Tensor:
+        return scale * torch.nn.functional.linear(x * scale, params["w"]).sum()
+
+    batch = torch.randn(10, 6).float()
+    step = ekfac(loss_fn, damping=1e-2, second_moment=kfac)
+    natural, state, info = step.precondition(params, batch, step.init(params, batch))
+    assert info.kept_bases == 0
+    for value in (natural["w"], state.second_moments["w"].value, state.bases["w"].Q_A):
+        assert torch.isfinite(value).all()

@@ -1,0 +1,240 @@
+"""One graph for the whole step: compiled equals eager, and the graphs are few."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ekfac_func import (
+    EKFAC,
+    RULES,
+    SUA,
+    SecondMoment,
+    averaged_intra_batch,
+    ekfac,
+    intra_batch,
+    keep,
+    kfac,
+    per_example_gradients,
+    reset,
+    running_average,
+    transport,
+)
+from ekfac_func.types import Params
+
+from .cases import N, classifier, every_case, make
+from .oracles import close, close_trees
+from .test_step import stack
+
+ESTIMATORS = [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac]
+
+
+def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Any:
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+    counters.clear()
+
+
+@every_case
+def test_compiled_equals_eager(name: str) -> None:
+    """On one batch: the null space of a rank-deficient factor is arbitrary, and shows on the next one."""
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    initial = step.init(case.params, batch)
+    natural, state, info = step.precondition(case.params, batch, initial)
+    found, other, report = compiled(step.precondition)(case.params, batch, initial)
+    close_trees(found, natural, 1e-8)
+    close_trees(report, info, 1e-8)
+    assert other.step == state.step
+    close_trees(other.factors, state.factors, 1e-8)
+
+
+NET = functools.partial(
+    nn.Sequential, nn.Conv2d(2, 3, 3, stride=2), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(12, 3)
+)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+def test_a_run_with_dropout(estimator: SecondMoment, rules: Any, backend: str) -> None:
+    """Full-rank factors, several batches, stale bases, the same seed."""
+    if backend == "inductor" and rules is not RULES and estimator is not intra_batch:
+        pytest.skip("the same graphs but for one factor; minutes of C++")
+    case = classifier(NET(), 2, 6, 6)
+    batches = [case.batch(40) for _ in range(5)]
+    step = ekfac(case.loss_fn, damping=1e-1, second_moment=estimator, basis_every=2, rules=rules, factor_decay=0.5)
+
+    def run(precondition: Any) -> list[Params]:
+        torch.manual_seed(3)
+        params, state, found = case.params, step.init(case.params, batches[0]), []
+        for batch in batches:
+            natural, state, _ = precondition(params, batch, state)
+            found.append(natural)
+            params = {name: p - 0.01 * natural[name] for name, p in params.items()}
+        return found
+
+    close_trees(run(compiled(step.precondition, backend)), run(step.precondition), 1e-7)
+    assert graphs() <= 3
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
+def test_float32_with_damping(estimator: SecondMoment) -> None:
+    """Damping at least 1e-2 of the largest moment."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).float()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(functional_call(net, params, (example[0][None],)), example[1][None])
+
+    batch = torch.randn(64, 6).float(), torch.randint(0, 3, (64,))
+    step = ekfac(loss_fn, damping=1e-2, second_moment=estimator)
+    initial = step.init(params, batch)
+    natural, state, _ = step.precondition(params, batch, initial)
+    assert max(float(moment.value.max()) for moment in state.second_moments.values()) <= 1
+    found, _, _ = compiled(step.precondition)(params, batch, initial)
+    close_trees(found, natural, 1e-4)
+
+
+def regression(n: int) -> Any:
+    return torch.randn(n, 5), torch.randn(n, 3)
+
+
+def regression_step(**options: Any) -> tuple[EKFAC, Params]:
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.mse_loss(functional_call(net, params, (example[0],)), example[1])
+
+    return ekfac(loss_fn, damping=1e-2, **options), params
+
+
+@pytest.mark.parametrize("basis_every", [1, 10])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
+def test_number_of_graphs(estimator: SecondMoment, basis_every: int) -> None:
+    """Three for a constant batch size, two more for another, none for further ones."""
+    step, params = regression_step(second_moment=estimator, basis_every=basis_every)
+    precondition, state = compiled(step.precondition), step.init(params, regression(8))
+    for size, most in ((16, 3), (24, 5), (9, 5), (33, 5)):
+        for _ in range(30):
+            _, state, _ = precondition(params, regression(size), state)
+        assert graphs() <= most
+
+
+@pytest.mark.parametrize("at_refresh", [reset, keep, transport])
+def test_number_of_graphs_at_refresh(at_refresh: Any) -> None:
+    step, params = regression_step(second_moment=running_average(0.9), basis_every=10, at_refresh=at_refresh)
+    precondition, state = compiled(step.precondition), step.init(params, regression(8))
+    for _ in range(30):
+        _, state, _ = precondition(params, regression(16), state)
+    assert graphs() <= 3
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_a_schedule_costs_no_graph(kind: str) -> None:
+    case = make("conv")
+    batch = case.batch(N)
+    state = ekfac(case.loss_fn, damping=1.0, basis_every=10).init(case.params, batch)
+
+    def step(params: Params, batch: Any, state: Any, damping: Any, decay: Any) -> Any:
+        estimator = averaged_intra_batch(decay)
+        return ekfac(case.loss_fn, damping=damping, second_moment=estimator, basis_every=10).precondition(
+            params, batch, state
+        )
+
+    fast = compiled(step)
+    for t in range(30):
+        damping, decay = 1 / (t + 1), 1 - 1 / (t + 2)
+        given = (damping, decay) if kind == "number" else (torch.tensor(damping), torch.tensor(decay))
+        before = state
+        natural, state, info = fast(case.params, batch, state, *given)
+        close(info.damping, torch.tensor(damping))
+    close_trees(natural, step(case.params, batch, before, *given)[0], 1e-7)
+    assert graphs() <= 3
+
+
+@pytest.mark.parametrize("name", ["conv groups", "two forms", "penalty", "positions"])
+def test_the_three_vmaps(name: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    initial = step.init(case.params, batch)
+
+    def damped(damping: Tensor) -> Any:
+        return ekfac(case.loss_fn, damping=damping).precondition(case.params, batch, initial)
+
+    dampings = torch.tensor([1e-1, 1e-2])
+    close_trees(compiled(torch.vmap(damped))(dampings), torch.vmap(damped)(dampings), 1e-8)
+    states = stack(initial, step.precondition(case.params, batch, initial)[1]) if initial.step else stack(initial, initial)
+    over_states = torch.vmap(lambda s: step.precondition(case.params, batch, s)[0])
+    close_trees(compiled(over_states)(states), over_states(states), 1e-8)
+    params = stack(case.params, {n: 1.1 * p for n, p in case.params.items()})
+    over_ensemble = torch.vmap(lambda p, s: step.precondition(p, batch, s)[0])
+    close_trees(compiled(over_ensemble)(params, states), over_ensemble(params, states), 1e-8)
+
+
+def test_every_kind_of_loss_inside_a_compiled_step() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    state = ekfac(case.loss_fn, damping=1.0).init(case.params, batch)
+
+    class Loss(nn.Module):
+        def forward(self, params: Params, example: Any) -> Tensor:
+            return case.loss_fn(params, example)
+
+    def scaled(scale: float, params: Params, example: Any) -> Tensor:
+        return scale * case.loss_fn(params, example)
+
+    expected = ekfac(case.loss_fn, damping=1e-2).precondition(case.params, batch, state)[0]
+    module = Loss()
+    for loss_fn in (module, module.forward, functools.partial(scaled, 1.0), lambda p, e: case.loss_fn(p, e)):
+
+        def step(params: Params, batch: Any, state: Any, loss_fn: Any = loss_fn) -> Any:
+            return ekfac(loss_fn, damping=1e-2).precondition(params, batch, state)[0]
+
+        close_trees(compiled(step)(case.params, batch, state), expected, 1e-8)
+        close_trees(
+            compiled(ekfac(loss_fn, damping=1e-2).precondition)(case.params, batch, state)[0], expected, 1e-8
+        )
+
+
+def test_per_example_gradients_compile() -> None:
+    case = make("conv groups")
+    batch = case.batch(N)
+
+    def norms(params: Params, batch: Any) -> Any:
+        found = per_example_gradients(case.loss_fn, params, batch)
+        return found.norms(), found.dense("0.weight"), found.mean()
+
+    close_trees(compiled(norms)(case.params, batch), norms(case.params, batch))
+
+
+def test_a_skipped_step() -> None:
+    case = make("mlp")
+    x, y = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    fast = compiled(step.precondition)
+    _, state, _ = fast(case.params, (x, y), step.init(case.params, (x, y)))
+    x[1] = torch.nan
+    natural, new, info = fast(case.params, (x, y), state)
+    assert info.skipped
+    assert all(p.abs().max() == 0 for p in natural.values())
+    for old, kept in zip(pytree.tree_leaves(state), pytree.tree_leaves(new), strict=True):
+        assert torch.equal(old, kept)

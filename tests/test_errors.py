@@ -1,0 +1,197 @@
+"""Bad input gets an error that names the argument, its shape and the remedy."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ekfac_func import RULES, SUA, averaged_intra_batch, ekfac, per_example_gradients, running_average
+from ekfac_func.types import Params
+
+from .cases import N, classifier, make
+
+W = {"w": torch.randn(3, 4, dtype=torch.float64)}
+
+
+def loss_fn(params: Params, example: Any) -> Tensor:
+    x = example["x"] if isinstance(example, dict) else example
+    return F.linear(x, params["w"]).cos().sum()
+
+
+@pytest.mark.parametrize("entry", ["init", "precondition", "per_example_gradients"])
+@pytest.mark.parametrize(
+    ("params", "batch", "error", "message"),
+    [
+        (W, {"x": torch.randn(5, 4), "y": torch.randn(4)}, ValueError, r"batch\['y'\].*\(4,\).*4.*5.*same leading size"),
+        (W, torch.randn(0, 4), ValueError, r"\(0, 4\).*empty batch.*at least one"),
+        (W, {}, ValueError, "batch has no tensors.*leading axis"),
+        (W, {"x": torch.randn(5, 4), "k": 3}, TypeError, r"batch\['k'\] is a int.*close over"),
+        (W, {"x": torch.randn(5, 4), "k": torch.tensor(1.0)}, ValueError, r"batch\['k'\].*shape \(\).*leading axis"),
+        ({"w": torch.ones(3, 4, dtype=torch.int64)}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*int64.*floating"),
+        ({"w": torch.ones(3, 4) * 1j}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*complex.*real"),
+        ({"w": torch.ones(3, 4, device="meta")}, torch.randn(5, 4), ValueError, r"'w'.*\(3, 4\).*meta.*materialise"),
+        ({}, torch.randn(5, 4), ValueError, "params is empty"),
+        ({"w": [1.0]}, torch.randn(5, 4), TypeError, r"'w'.*list.*tensors"),
+        ([torch.ones(3, 4)], torch.randn(5, 4), TypeError, "params is a list.*dict"),
+    ],
+)
+def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, message: str) -> None:
+    step = ekfac(loss_fn, damping=1e-2)
+    state = step.init(W, torch.randn(5, 4))
+    calls = {
+        "init": lambda: step.init(params, batch),
+        "precondition": lambda: step.precondition(params, batch, state),
+        "per_example_gradients": lambda: per_example_gradients(loss_fn, params, batch),
+    }
+    with pytest.raises(error, match=message):
+        calls[entry]()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"damping": 0.0}, ValueError, "damping=0.0.*positive"),
+        ({"damping": -1}, ValueError, "damping=-1.*positive"),
+        ({"damping": float("nan")}, ValueError, "damping=nan.*positive"),
+        ({"damping": torch.ones(2)}, ValueError, r"damping has shape \(2,\).*0-d"),
+        ({"damping": "1"}, TypeError, "damping.*str.*number"),
+        ({"basis_every": 0}, ValueError, "basis_every=0.*at least 1"),
+        ({"basis_every": 1.5}, ValueError, "basis_every=1.5.*whole"),
+        ({"second_moment": "kfac"}, TypeError, "second_moment='kfac'.*intra_batch"),
+        ({"second_moment": averaged_intra_batch}, TypeError, "second_moment.*averaged_intra_batch"),
+        ({"at_refresh": "keep"}, TypeError, "at_refresh='keep'.*transport"),
+        ({"factor_decay": 1.5}, ValueError, "factor_decay=1.5"),
+        ({"factor_decay": 1.0}, ValueError, "factor_decay=1.0"),
+        ({"rules": [F.linear]}, TypeError, "rules is a list.*dict"),
+        ({"chunk_size": 0}, ValueError, "chunk_size=0.*at least 1"),
+        ({"randomness": "often"}, ValueError, "randomness='often'.*different"),
+    ],
+)
+def test_settings(options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ekfac(loss_fn, **{"damping": 1e-2, **options})
+
+
+def test_decays() -> None:
+    for estimator in (averaged_intra_batch, running_average):
+        for decay in (-0.1, 1.5):
+            with pytest.raises(ValueError, match=f"decay={decay}"):
+                estimator(decay)
+
+
+def test_loss_fn_must_be_callable() -> None:
+    with pytest.raises(TypeError, match="loss_fn is a int"):
+        ekfac(3, damping=1e-2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda p, x: F.linear(x, p["w"]), ValueError, r"shape \(3,\).*scalar"),
+        (lambda p, x: F.linear(x, p["w"]).sum()[None], ValueError, r"shape \(1,\).*scalar"),
+        (lambda p, x: 3.0, TypeError, "float"),
+        (lambda p, x: F.linear(x, p["w"]).sum().long(), TypeError, "int64"),
+        (lambda p, x: (F.linear(x, p["w"]).sum(), x), TypeError, "tuple"),
+    ],
+)
+def test_the_loss_is_a_scalar(loss: Any, error: Any, message: str) -> None:
+    step = ekfac(loss, damping=1e-2)
+    with pytest.raises(error, match=message):
+        step.init(W, torch.randn(5, 4))
+    with pytest.raises(error, match=message):
+        per_example_gradients(loss, W, torch.randn(5, 4))
+
+
+BATCH_COUPLED: dict[str, Any] = {
+    "train": lambda: nn.BatchNorm2d(3),
+    "no statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False).eval(),
+    "not affine": lambda: nn.BatchNorm2d(3, affine=False),
+    "one axis": lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48), nn.Unflatten(1, (3, 16))),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", BATCH_COUPLED)
+def test_batch_statistics(kind: str, compiled: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), BATCH_COUPLED[kind](), nn.Flatten(), nn.Linear(48, 3))
+    case = classifier(net, 2, 6, 6)
+    net.train(kind != "no statistics")
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    names = [name for name in case.params if name.startswith("1.")]
+    message = f"{names[0]!r}.*eval\\(\\).*GroupNorm" if names else r"no parameters.*eval\(\).*GroupNorm"
+    step = ekfac(case.loss_fn, damping=1e-2)
+    call = torch.compile(step.init, backend="eager") if compiled else step.init
+    with pytest.raises(Exception, match=message):
+        call(case.params, case.batch(N))
+    with pytest.raises(ValueError, match=message):
+        per_example_gradients(case.loss_fn, case.params, case.batch(N))
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_batch_statistics_switched_on_later() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).eval()
+    case = classifier(net, 2, 6, 6)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    net.train()
+    with pytest.raises(ValueError, match=r"'1.weight' and '1.bias'.*eval\(\)"):
+        step.precondition(case.params, batch, state)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_inside_the_loss(reentrant: bool) -> None:
+    def loss(params: Params, x: Tensor) -> Tensor:
+        h = checkpoint(lambda x: F.linear(x, params["w"]).cos(), x, use_reentrant=reentrant)
+        return h.sum()
+
+    step = ekfac(loss, damping=1e-2)
+    with pytest.raises(ValueError, match=r"checkpoint.*remove it.*chunk_size"):
+        step.init(W, torch.randn(5, 4))
+
+
+def test_a_state_of_something_else() -> None:
+    small, wide, conv = make("mlp"), make("deep"), make("conv")
+    step = ekfac(small.loss_fn, damping=1e-2)
+    with pytest.raises(TypeError, match=r"state is a dict.*init"):
+        step.precondition(small.params, small.batch(N), {})  # type: ignore[arg-type]
+    other = ekfac(wide.loss_fn, damping=1e-2).init(wide.params, wide.batch(N))
+    with pytest.raises(ValueError, match=r"\(1, 4, 5, 1\).*'0.weight'.*\(1, 5, 5, 1\).*init"):
+        step.precondition(small.params, small.batch(N), other)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Linear(3, 3))
+    more = classifier(net, 4)
+    larger = ekfac(more.loss_fn, damping=1e-2).init(more.params, more.batch(N))
+    with pytest.raises(ValueError, match=r"state has a layer '3.weight' that params has not"):
+        step.precondition(small.params, small.batch(N), larger)
+    less = step.init(small.params, small.batch(N))
+    with pytest.raises(ValueError, match=r"state has no layer '3.weight'"):
+        ekfac(more.loss_fn, damping=1e-2).precondition(more.params, more.batch(N), less)
+    plain = ekfac(conv.loss_fn, damping=1e-2, rules=RULES).init(conv.params, conv.batch(N))
+    with pytest.raises(ValueError, match=r"\(1, 3, 37, 1\).*'0.weight'.*\(1, 3, 4, 9\)"):
+        ekfac(conv.loss_fn, damping=1e-2, rules={**RULES, **SUA}).precondition(conv.params, conv.batch(N), plain)
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(KeyError, match="'v' is not in params.*'w'"):
+        per_example_gradients(loss_fn, W, torch.randn(5, 4)).dense("v")
+
+
+def test_a_tensor_that_cannot_be_checked_shows_in_info() -> None:
+    batch = torch.randn(5, 4)
+    step = ekfac(loss_fn, damping=torch.tensor(-1.0))
+    _, _, info = step.precondition(W, batch, step.init(W, batch))
+    assert info.damping == -1
+
+
+def test_dropout_modes() -> None:
+    def noisy(params: Params, x: Tensor) -> Tensor:
+        return F.dropout(F.linear(x, params["w"]), 0.5).sum()
+
+    batch = torch.ones(64, 4)
+    assert per_example_gradients(noisy, W, batch).losses.unique().numel() > 1
+    assert per_example_gradients(noisy, W, batch, randomness="same").losses.unique().numel() == 1
+    with pytest.raises(RuntimeError, match="randomness"):
+        per_example_gradients(noisy, W, batch, randomness="error")

@@ -1,0 +1,280 @@
+"""The step as a whole: pure, skipping what is not finite, resumable, under vmap, and without a host round trip."""
+
+import io
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ekfac_func import EKFAC, SecondMoment, State, averaged_intra_batch, ekfac, intra_batch, kfac, running_average
+from ekfac_func.types import Params
+
+from .cases import N, Case, classifier, every_case, make
+from .oracles import close, close_trees, same_bits
+
+ESTIMATORS = pytest.mark.parametrize(
+    "estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac], ids=lambda e: e.name
+)
+
+
+def clone(tree: Any) -> Any:
+    return pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
+
+
+@every_case
+def test_pure_and_repeatable(name: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    arguments = (case.params, batch, state)
+    before = clone(arguments)
+    first, second = step.precondition(*arguments), step.precondition(*arguments)
+    same_bits(arguments, before)
+    same_bits(first, second)
+    assert first[1].step == 2
+
+
+def test_init_reads_shapes_alone() -> None:
+    case = make("conv")
+    x, y = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    state = step.init(case.params, (x * torch.nan, y))
+    same_bits(state, step.init(case.params, (x, y)))
+    assert state.step == 0
+    for name, basis in state.bases.items():
+        close(basis.Q_A, torch.eye(basis.Q_A.shape[-1]).expand_as(basis.Q_A))
+        assert state.second_moments[name].value.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtypes_are_kept(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).to(dtype)
+    params = dict(net.named_parameters())
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(functional_call(net, params, (example[0][None],)), example[1][None])
+
+    batch = torch.randn(N, 2, 4, 4, dtype=dtype), torch.randint(0, 3, (N,))
+    for estimator in (intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac):
+        step = ekfac(loss_fn, damping=1e-2, second_moment=estimator, factor_decay=0.9)
+        state = step.init(params, batch)
+        for _ in range(2):
+            natural, state, info = step.precondition(params, batch, state)
+        for leaf in (*natural.values(), *pytree.tree_leaves(state), info.loss, *info.gradient.values()):
+            assert leaf.dtype == dtype
+            assert not leaf.requires_grad
+
+
+BAD = pytest.mark.parametrize("bad", ["nan example", "infinite example", "nan loss"])
+
+
+def poisoned(case: Case, batch: Any, bad: str) -> tuple[Any, Any]:
+    """A loss and a batch of which one example is not finite."""
+    x, y = clone(batch)
+    if bad == "nan loss":
+        x[2] = 77.0
+
+        def loss_fn(params: Params, example: Any) -> Tensor:
+            loss = case.loss_fn(params, example)
+            return torch.where((example[0] == 77).all(), torch.nan, loss)
+
+        return loss_fn, (x, y)
+    x[2] = torch.nan if bad == "nan example" else torch.inf
+    return case.loss_fn, (x, y)
+
+
+@BAD
+@ESTIMATORS
+@pytest.mark.parametrize("refreshing", [True, False], ids=["refresh", "between"])
+def test_a_batch_that_is_not_finite_is_skipped(bad: str, estimator: SecondMoment, refreshing: bool) -> None:
+    case = make("conv groups")
+    batch = case.batch(N)
+    loss_fn, bad_batch = poisoned(case, batch, bad)
+    step = ekfac(loss_fn, damping=1e-2, second_moment=estimator, basis_every=1 if refreshing else 10)
+    _, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    assert not info.skipped
+    natural, new, info = step.precondition(case.params, bad_batch, state)
+    assert info.skipped
+    assert new.step == state.step + 1
+    same_bits(pytree.tree_leaves(new), pytree.tree_leaves(state))
+    assert all(p.abs().max() == 0 for p in natural.values())
+    natural, _, info = step.precondition(case.params, batch, new)
+    assert not info.skipped
+    assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in natural.values())
+
+
+@ESTIMATORS
+def test_a_first_batch_that_is_not_finite(estimator: SecondMoment) -> None:
+    """Until the next refresh the basis is the identity; without an estimate of the moment the step is zero."""
+    case = make("mlp")
+    batch = case.batch(N)
+    _, bad_batch = poisoned(case, batch, "nan example")
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=3)
+    _, state, _ = step.precondition(case.params, bad_batch, step.init(case.params, batch))
+    natural, state, info = step.precondition(case.params, batch, state)
+    assert not info.skipped
+    for name, basis in state.bases.items():
+        close(basis.Q_A[0], torch.eye(basis.Q_A.shape[-1]))
+        moved = natural[name].abs().max() > 0
+        assert moved != (estimator is kfac)
+    _, state, _ = step.precondition(case.params, batch, state)
+    natural, state, info = step.precondition(case.params, batch, state)
+    assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in natural.values())
+
+
+def run(step: EKFAC, case: Case, state: State, params: Params, batches: list[Any]) -> tuple[Params, State]:
+    for batch in batches:
+        natural, state, _ = step.precondition(params, batch, state)
+        params = {name: p - 0.05 * natural[name] for name, p in params.items()}
+    return params, state
+
+
+@ESTIMATORS
+def test_a_resumed_run_has_the_same_bits(estimator: SecondMoment) -> None:
+    case = classifier(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)), 4)
+    batches = [case.batch(20) for _ in range(6)]
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=4)
+    torch.manual_seed(1)
+    straight = run(step, case, step.init(case.params, batches[0]), case.params, batches)
+    torch.manual_seed(1)
+    params, state = run(step, case, step.init(case.params, batches[0]), case.params, batches[:3])
+    file = io.BytesIO()
+    torch.save({"params": params, "state": state, "random": torch.get_rng_state()}, file)
+    file.seek(0)
+    torch.manual_seed(2)
+    saved = torch.load(file, weights_only=True)
+    assert isinstance(saved["state"], State)
+    torch.set_rng_state(saved["random"])
+    again = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=4)
+    same_bits(run(again, case, saved["state"], saved["params"], batches[3:]), straight)
+
+
+@every_case
+def test_every_state_survives_a_checkpoint(name: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded.step == state.step
+    same_bits(loaded, state)
+
+
+def test_a_loaded_state_needs_no_init(tmp_path: Any) -> None:
+    program = """
+import torch, ekfac_func, sys
+import torch.nn.functional as F
+torch.set_default_dtype(torch.float64)
+loss_fn = lambda params, x: F.linear(x, params["w"], params["b"]).cos().sum()
+step = ekfac_func.ekfac(loss_fn, damping=1e-2, basis_every=2)
+path = sys.argv[2]
+if sys.argv[1] == "save":
+    torch.manual_seed(0)
+    params, batch = {"w": torch.randn(3, 4), "b": torch.randn(3)}, torch.randn(8, 4)
+    _, state, _ = step.precondition(params, batch, step.init(params, batch))
+    torch.save((params, batch, state), path)
+    natural, _, _ = step.precondition(params, batch, state)
+    torch.save(natural, path + ".expected")
+else:
+    natural, state, _ = step.precondition(*torch.load(path, weights_only=True))
+    expected = torch.load(path + ".expected", weights_only=True)
+    assert state.step == 2 and all(torch.equal(natural[k], expected[k]) for k in expected)
+"""
+    for mode in ("save", "load"):
+        subprocess.run([sys.executable, "-c", program, mode, str(tmp_path / "state.pt")], check=True, timeout=120)
+
+
+def at(tree: Any, k: int) -> Any:
+    return pytree.tree_map(lambda t: t[k], tree)
+
+
+def stack(*trees: Any) -> Any:
+    return pytree.tree_map(lambda *t: torch.stack(t), *trees)
+
+
+@every_case
+def test_the_three_vmaps(name: str) -> None:
+    """Over damping, over stacked states, and over an ensemble of stacked params and states."""
+    case = make(name)
+    batch, other = case.batch(N), case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    initial = step.init(case.params, batch)
+
+    def damped(damping: Tensor) -> Any:
+        return ekfac(case.loss_fn, damping=damping).precondition(case.params, batch, initial)
+
+    dampings = torch.tensor([1e-1, 1e-2])
+    natural, state, info = torch.vmap(damped)(dampings)
+    assert state.step == 1
+    for k, damping in enumerate(dampings):
+        close_trees((at(natural, k), at(info, k)), damped(damping)[::2], 1e-8)
+
+    states = [step.precondition(case.params, b, initial)[1] for b in (batch, other)]
+    natural, _, _ = torch.vmap(lambda s: step.precondition(case.params, batch, s))(stack(*states))
+    for k, state in enumerate(states):
+        close_trees(at(natural, k), step.precondition(case.params, batch, state)[0], 1e-8)
+
+    ensemble = [case.params, {n: 1.1 * p for n, p in case.params.items()}]
+    natural, _, _ = torch.vmap(lambda p, s: step.precondition(p, batch, s))(stack(*ensemble), stack(*states))
+    for k in range(2):
+        close_trees(at(natural, k), step.precondition(ensemble[k], batch, states[k])[0], 1e-7)
+
+
+class NoHostRead(TorchDispatchMode):
+    """Every operator through which the host could read a value of the device raises."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_linalg_eigh", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(f"aten.{read}" in str(func) for read in self.READS), f"{func} reads back to the host"
+        return func(*args, **(kwargs or {}))
+
+
+@ESTIMATORS
+def test_a_step_without_a_refresh_does_not_read_back(estimator: SecondMoment) -> None:
+    case = make("conv groups")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=torch.tensor(1e-2), second_moment=estimator, basis_every=2)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    with NoHostRead():
+        step.precondition(case.params, batch, state)
+    with pytest.raises(AssertionError, match="reads back"), NoHostRead():
+        bool(torch.ones(()) > 0)
+
+
+def test_channels_last_and_buffers() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).eval()
+    net[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+    case = classifier(net, 2, 6, 6)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    expected, _, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    last = {name: p.to(memory_format=torch.channels_last) if p.dim() == 4 else p for name, p in case.params.items()}
+    natural, _, _ = step.precondition(last, batch, step.init(last, batch))
+    close_trees(natural, expected, 1e-8)
+
+
+def test_two_hundred_layers() -> None:
+    params = {f"w{k}": torch.eye(4) + 0.01 * torch.randn(4, 4) for k in range(200)}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        for w in params.values():
+            x = F.linear(x, w)
+        return x.square().sum()
+
+    batch = torch.randn(N, 4)
+    step = ekfac(loss_fn, damping=1e-2)
+    natural, state, info = step.precondition(params, batch, step.init(params, batch))
+    assert len(state.bases) == 200
+    assert not info.skipped
