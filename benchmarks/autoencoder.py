@@ -34,7 +34,7 @@ RECONSTRUCTION: dict[str, Grid] = {
     "AdamW": {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "weight_decay": (0.0, 0.01, 0.1)},
 }
 CLASSIFICATION: dict[str, Grid] = {
-    "EKFAC": {"lr": (0.01, 0.03, 0.1), "damping": (0.003, 0.01, 0.03, 0.1)},
+    "EKFAC": {"lr": (0.03, 0.1, 0.3), "damping": (0.1, 0.3, 1.0, 3.0)},
     "SGD": {"lr": (0.01, 0.03, 0.1, 0.3), "momentum": (0.8, 0.9, 0.95)},
     "AdamW": {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 0.01, 0.1)},
 }

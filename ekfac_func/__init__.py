@@ -1,5 +1,6 @@
 """Natural gradients from exact per-example gradients, as pure functions on `torch.func`."""
 
+from .contraction import exact_sums, gradient_sums
 from .per_example import PerExampleGradients, per_example_gradients
 from .precondition import EKFAC, ekfac
 from .rules import RULES, SUA, Call, Rule, Rules, conv, conv_sua, linear
@@ -14,7 +15,6 @@ from .second_moment import (
     running_average,
     transport,
 )
-from .contraction import exact_sums, gradient_sums
 from .types import Basis, Dense, Factored, Factors, Info, Layer, Moment, State, Sums
 
 __all__ = [

@@ -66,7 +66,7 @@ def _(C: Tensor) -> Tensor:
     return torch.empty_like(C, memory_format=torch.contiguous_format)
 
 
-@eigenvectors.register_vmap  # type: ignore[misc]
+@eigenvectors.register_vmap
 def _(info: object, in_dims: tuple[int | None], C: Tensor) -> tuple[Tensor, int]:
     (dim,) = in_dims
     return eigenvectors(C.movedim(dim or 0, 0)), 0

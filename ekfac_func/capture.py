@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 def capture(
     loss_fn: LossFn,
-    params: Params,
+    params: Mapping[str, Tensor],
     batch: Batch,
     rules: Rules,
     randomness: str = "different",
@@ -79,7 +79,7 @@ def capture(
     return captured
 
 
-def plan(loss_fn: LossFn, params: Params, batch: Batch, rules: Rules) -> Plan:
+def plan(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, rules: Rules) -> Plan:
     """What `capture` will tap, from shapes alone."""
     return _plan(loss_fn, {name: p.detach() for name, p in params.items()}, batch, rules)
 
@@ -143,13 +143,14 @@ def _tapped(
         losses, aux = torch.func.vmap(probed, randomness=randomness)(probes, free, examples)
         return losses.sum(), aux
 
-    of_total = torch.func.grad(total, argnums=(0, 1), has_aux=True)
-    of_each = torch.func.vmap(torch.func.grad(probed, argnums=(0, 1), has_aux=True), randomness=randomness)
+    of_total: Callable[..., Any] = torch.func.grad(total, argnums=(0, 1), has_aux=True)
+    of_each: Callable[..., Any] = torch.func.vmap(
+        torch.func.grad(probed, argnums=(0, 1), has_aux=True), randomness=randomness
+    )
     parts = []
     for examples in _chunks(batch, chunk_size):
         n = pytree.tree_leaves(examples)[0].shape[0]
-        copies = pytree.tree_map(lambda t, n=n: t.expand(n, *t.shape), (probes, free))
-        parts.append((of_each if found.second_order else of_total)(*copies, examples))
+        parts.append((of_each if found.second_order else of_total)(*_copies((probes, free), n), examples))
     (outputs, dense), (losses, inputs) = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
 
     terms: dict[str, Term] = {}
@@ -165,6 +166,11 @@ def _tapped(
             G = dense[layer.weight]
             terms[layer.weight] = Dense(G.reshape(G.shape[0], *layer.sizes))
     return Captured(losses, layers, terms), seen
+
+
+def _copies(tree: Any, n: int) -> Any:
+    """Every tensor once an example, `[n, ...]`, in the memory of one."""
+    return pytree.tree_map(lambda t: t.expand(n, *t.shape), tree)
 
 
 def _chunks(batch: Batch, size: int | None) -> list[Batch]:
@@ -198,7 +204,7 @@ def _concatenate(terms: Sequence[Factored]) -> Factored:
 
 def _plan(loss_fn: LossFn, params: Params, batch: Batch, rules: Rules) -> Plan:
     param_specs = {name: _spec(p, p.shape) for name, p in params.items()}
-    example = pytree.tree_map(lambda leaf: _spec(leaf, leaf.shape[1:]), batch)
+    example = (pytree.tree_map(lambda leaf: _spec(leaf, leaf.shape[1:]), batch),)  # Dynamo's constants are containers
     if isinstance(loss_fn, MethodType):  # Dynamo hands over a function and its object, not the two bound together
         return _discover(param_specs, example, rules, loss_fn.__func__, loss_fn.__self__)
     if isinstance(loss_fn, functools.partial):
@@ -206,9 +212,14 @@ def _plan(loss_fn: LossFn, params: Params, batch: Batch, rules: Rules) -> Plan:
     return _discover(param_specs, example, rules, loss_fn)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@torch.compiler.assume_constant_result
 def _discover(
-    param_specs: dict[str, Spec], example: Any, rules: Rules, loss_fn: Callable[..., Tensor], *args: Any, **kwargs: Any
+    param_specs: dict[str, Spec],
+    example: tuple[Any],
+    rules: Rules,
+    loss_fn: Callable[..., Tensor],
+    *args: Any,
+    **kwargs: Any,
 ) -> Plan:
     """Run the loss once on tensors without values; autograd decides which weights have a path beside their calls."""
     calls: list[tuple[str, str | None, tuple[int, int, int, int], Spec]] = []
@@ -241,7 +252,7 @@ def _discover(
 
         try:
             with _Tap(handle):
-                loss = loss_fn(*args, marked, fill(example), **kwargs)
+                loss = loss_fn(*args, marked, *fill(example), **kwargs)
         except RuntimeError as error:
             _refuse_checkpoint(error)
             raise
@@ -275,7 +286,7 @@ def _arrange(
     reached: set[str],
     second_order: bool,
 ) -> Plan:
-    """A weight is a layer if its calls are its only paths and agree on its axes; a bias belongs to one weight or none."""
+    """A weight is a layer if its calls are its only paths and agree on its axes; a bias belongs to one weight."""
     sizes: dict[str, set[tuple[int, int, int, int]]] = {}
     biases: dict[str, set[str]] = {}
     users: dict[str, set[str]] = {}

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Layer, Number, Params, State
+from .types import Batch, Layer, Number, State
 
 
-def check_params(params: Params) -> None:
+def check_params(params: Mapping[str, Tensor]) -> None:
     """params: a non-empty dict of real floating-point tensors that have values."""
     if not isinstance(params, Mapping):
         raise TypeError(f"params is a {type(params).__name__}: pass a dict of tensors, dict(net.named_parameters())")

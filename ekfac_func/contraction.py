@@ -61,7 +61,8 @@ def _sum_blocks(term: Term, basis: Basis) -> tuple[Tensor, Tensor]:
         block_projected, block_square = G.sum(0), G.square().sum(0)
         projected = block_projected if projected is None else projected + block_projected
         square = block_square if square is None else square + block_square
-    assert projected is not None and square is not None
+    assert projected is not None
+    assert square is not None
     return projected, square
 
 
@@ -83,7 +84,7 @@ def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
 Path = tuple[tuple[tuple[int, ...], str], ...]  # of each step the operands, in the order to take them, and its equation
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@torch.compiler.assume_constant_result
 def _path(equation: str, sizes: tuple[int, ...]) -> Path:
     return _cheapest(equation, sizes)
 

@@ -13,6 +13,7 @@
 Capitals I, O are coordinates in the eigenbasis.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ def gradient(term: Term) -> Tensor:
 def square_norms(term: Term) -> Tensor:
     """`||G[n]||^2`, `[n]`, from pairs of positions where that is less work than forming `G[n]`."""
     if isinstance(term, Factored):
-        n, _, s, i, k = term.a.shape
+        s, i, k = term.a.shape[2:]
         o = term.g.shape[3]
         if s * (i * k + o) <= o * i * k:
             pairs_a = torch.einsum("nbsik,nbtik->nbst", term.a, term.a)
@@ -119,7 +120,7 @@ def eigenvalue_product(factors: Factors, basis: Basis, positions: int, like: Ten
     return product.clamp(max=torch.finfo(product.dtype).max)[..., None].expand_as(like)
 
 
-def unpack(layer: Layer, M: Tensor, like: Params) -> Params:
+def unpack(layer: Layer, M: Tensor, like: Mapping[str, Tensor]) -> Params:
     """`[... b o i k]` back to the layer's entries of a tree like params, leading axes kept."""
     if layer.bias is None:
         return {layer.weight: _as(M, like[layer.weight])}

@@ -1,5 +1,6 @@
 """Per-example gradients in their own right."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class PerExampleGradients:
     """Gradients of each example's loss, kept as factors where a rule knows them."""
 
     captured: Captured
-    params: Params
+    params: Mapping[str, Tensor]
 
     @property
     def losses(self) -> Tensor:
@@ -49,7 +50,7 @@ class PerExampleGradients:
 @torch.no_grad()
 def per_example_gradients(
     loss_fn: LossFn,
-    params: Params,
+    params: Mapping[str, Tensor],
     batch: Batch,
     *,
     rules: Rules = RULES,

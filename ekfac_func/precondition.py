@@ -33,8 +33,8 @@ class EKFAC(NamedTuple):
     `precondition(params, batch, state) -> (natural, state, info)` changes nothing of its arguments.
     """
 
-    init: Callable[[Params, Batch], State]
-    precondition: Callable[[Params, Batch, State], tuple[Params, State, Info]]
+    init: Callable[[Mapping[str, Tensor], Batch], State]
+    precondition: Callable[[Mapping[str, Tensor], Batch, State], tuple[Params, State, Info]]
 
 
 def ekfac(
@@ -92,13 +92,13 @@ def ekfac(
         check_count("chunk_size", chunk_size)
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
 
-    def init(params: Params, batch: Batch) -> State:
+    def init(params: Mapping[str, Tensor], batch: Batch) -> State:
         check_params(params)
         check_batch(batch)
         return _initial(plan(loss_fn, params, batch, rules).layers, params)
 
     @torch.no_grad()
-    def precondition(params: Params, batch: Batch, state: State) -> tuple[Params, State, Info]:
+    def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         n = check_batch(batch)
         losses, layers, terms = capture(loss_fn, params, batch, rules, randomness, chunk_size)
@@ -124,7 +124,7 @@ def ekfac(
     return EKFAC(init, precondition)
 
 
-def _initial(layers: tuple[Layer, ...], params: Params) -> State:
+def _initial(layers: tuple[Layer, ...], params: Mapping[str, Tensor]) -> State:
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
@@ -192,7 +192,7 @@ def _choose(finite: Tensor, new: State, old: State) -> State:
     )
 
 
-def _unpack(layers: Mapping[str, Layer], blocks: Mapping[str, Tensor], params: Params) -> Params:
+def _unpack(layers: Mapping[str, Layer], blocks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Params:
     """`[b o i k]` of each layer as a tree like params, in its order."""
     tree: Params = {}
     for name, layer in layers.items():

@@ -39,7 +39,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | 
         return None
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        return Factored(rearrange(x, "n ... i -> n 1 (...) i 1"), rearrange(g, "n ... o -> n 1 (...) o"))
+        return Factored(x.reshape(x.shape[0], 1, -1, x.shape[-1], 1), g.reshape(g.shape[0], 1, -1, g.shape[-1]))
 
     return Call(weight, bias, input, (1, *weight.shape, 1), read)
 
@@ -53,7 +53,7 @@ def conv(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Call:
-    """`F.conv1d`, `F.conv2d`, `F.conv3d`: the inputs are patches over `(c/groups kernel)`, each output pixel a position."""
+    """`F.conv1d`, `F.conv2d`, `F.conv3d`: inputs are patches over `(c/groups kernel)`, an output pixel a position."""
     nd = weight.dim() - 2
 
     def read(x: Tensor, g: Tensor) -> Factored:

@@ -55,7 +55,7 @@ def head(channels: int, pixels: int, *features: nn.Module) -> nn.Module:
 
 def function(loss_fn: LossFn, params: Params, *shape: int, ruled: set[str]) -> Case:
     """A loss written as a pure function of a dict, on examples of a shape."""
-    return Case(loss_fn, params, lambda n=N: torch.randn(n, *shape), frozenset(ruled))
+    return Case(loss_fn, params, lambda n: torch.randn(n, *shape), frozenset(ruled))
 
 
 def randn(*shape: int) -> Tensor:
@@ -97,6 +97,14 @@ class Attention(nn.Module):
         return self.outer(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
+class ChannelsLast(nn.Conv2d):
+    """A convolution whose weight is channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3, 3)
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def scripted_square(w: Tensor) -> Tensor:
     return (w * w).sum()
 
@@ -106,7 +114,9 @@ def _penalised(params: Params, x: Tensor) -> Tensor:
 
 
 def _two_forms(params: Params, x: Tensor) -> Tensor:
-    return (torch.tanh(F.linear(x, params["w"])) * torch.sin(x @ params["w"].T)).sum() + F.linear(x, params["v"]).cos().sum()
+    return (torch.tanh(F.linear(x, params["w"])) * torch.sin(x @ params["w"].T)).sum() + F.linear(
+        x, params["v"]
+    ).cos().sum()
 
 
 def _transposed(params: Params, x: Tensor) -> Tensor:
@@ -227,13 +237,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv reflect": lambda: image(nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"), channels=3, pixels=36),
     "conv circular": lambda: image(nn.Conv2d(4, 3, 3, padding=2, padding_mode="circular"), channels=3, pixels=64),
     "conv replicate": lambda: image(nn.Conv2d(4, 3, 3, padding=1, padding_mode="replicate"), channels=3, pixels=36),
-    "conv channels last": lambda: image(nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last), channels=3, pixels=16),
+    "conv channels last": lambda: image(ChannelsLast(), channels=3, pixels=16),
     "conv1d": lambda: classifier(head(4, 3, nn.Conv1d(2, 4, 3, stride=2, padding=1, groups=2)), 2, 5),
     "conv3d": lambda: classifier(head(2, 8, nn.Conv3d(2, 2, 2, dilation=(1, 2, 1), groups=2)), 2, 3, 4, 3),
     "several groups": lambda: function(_several_groups, {"w": randn(4, 2, 2), "v": randn(3, 4, 1)}, 4, 5, ruled={"v"}),
-    "batch norm eval": lambda: classifier(
-        head(3, 16, nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3).eval()), 4, 6, 6
-    ),
+    "batch norm eval": lambda: classifier(head(3, 16, nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3).eval()), 4, 6, 6),
     "group norm": lambda: image(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), channels=4, pixels=16),
     "layer norm": lambda: classifier(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)), 4),
     "attention": lambda: classifier(Attention(), 3, 4, ruled={"outer.weight", "outer.bias"}),
@@ -250,9 +258,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bias elsewhere": lambda: function(_bias_elsewhere, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w"}),
     "two biases": lambda: function(_two_biases, {"w": randn(4, 4), "b": randn(4), "c": randn(4)}, 4, ruled={"w"}),
     "inner vmap": lambda: function(_inner_vmap, {"w": randn(3, 4), "b": randn(3)}, 5, 4, ruled=set()),
-    "inner grad": lambda: function(
-        _inner_grad, {"w": randn(5, 4), "v": randn(2, 5), "u": randn(3, 4)}, 4, ruled={"u"}
-    ),
+    "inner grad": lambda: function(_inner_grad, {"w": randn(5, 4), "v": randn(2, 5), "u": randn(3, 4)}, 4, ruled={"u"}),
     "metadata": lambda: function(_metadata, {"w": randn(3, 4)}, 4, ruled={"w"}),
     "unused": lambda: function(_unused, {"w": randn(3, 4), "v": randn(2, 2), "c": randn(2)}, 4, ruled={"w"}),
     "script": lambda: function(_scripted_loss(), {"w": randn(3, 4)}, 4, ruled=set()),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ekfac_func import ekfac, kfac
 from ekfac_func import basis as eigenbasis
+from ekfac_func import ekfac, kfac
 from ekfac_func.types import Basis, Factors
 
 from .cases import N, make
@@ -82,7 +82,7 @@ def skewed_vectors(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def raises(C: Tensor) -> tuple[Tensor, Tensor]:
-    raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+    raise RuntimeError("linalg.eigh: the algorithm failed to converge")
 
 
 def raises_on_near_ones(C: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,13 +92,13 @@ def raises_on_near_ones(C: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("solver", [nan_vectors, skewed_vectors, raises])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_failing_solver_keeps_the_old_basis(
-    solver: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_solver_keeps_the_old_basis(solver: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make("conv groups")
     batch = case.batch(N)
     step = ekfac(case.loss_fn, damping=1e-2)
-    precondition = torch.compile(step.precondition, fullgraph=True, backend="aot_eager") if compiled else step.precondition
+    precondition = (
+        torch.compile(step.precondition, fullgraph=True, backend="aot_eager") if compiled else step.precondition
+    )
     _, good, _ = precondition(case.params, batch, step.init(case.params, batch))
     monkeypatch.setattr(eigenbasis, "eigensolver", solver)
     natural, state, info = precondition(case.params, batch, good)

@@ -91,7 +91,8 @@ class Classic:
                 if self.sua:
                     a, G = a[0].flatten(1).T, G.flatten(2)
                 else:
-                    a = F.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)[0].T
+                    padding = (1, 1) if module.padding == (1, 1) else (0, 0)
+                    a = F.unfold(a, module.kernel_size, module.dilation, padding, module.stride)[0].T
                     G = G.flatten(1)[..., None]
             else:
                 G = G[..., None]

@@ -25,7 +25,12 @@ def loss_fn(params: Params, example: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("params", "batch", "error", "message"),
     [
-        (W, {"x": torch.randn(5, 4), "y": torch.randn(4)}, ValueError, r"batch\['y'\].*\(4,\).*4.*5.*same leading size"),
+        (
+            W,
+            {"x": torch.randn(5, 4), "y": torch.randn(4)},
+            ValueError,
+            r"batch\['y'\].*\(4,\).*4.*5.*same leading size",
+        ),
         (W, torch.randn(0, 4), ValueError, r"\(0, 4\).*empty batch.*at least one"),
         (W, {}, ValueError, "batch has no tensors.*leading axis"),
         (W, {"x": torch.randn(5, 4), "k": 3}, TypeError, r"batch\['k'\] is a int.*close over"),
@@ -175,7 +180,7 @@ def test_a_state_of_something_else() -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(KeyError, match="'v' is not in params.*'w'"):
+    with pytest.raises(KeyError, match=r"'v' is not in params.*'w'"):
         per_example_gradients(loss_fn, W, torch.randn(5, 4)).dense("v")
 
 

@@ -25,7 +25,7 @@ from ekfac_func import (
 from ekfac_func.capture import plan
 from ekfac_func.types import Layer, Params
 
-from .cases import N, Case, every_case, make
+from .cases import Case, N, every_case, make
 from .oracles import blocks, close, close_trees, loop
 
 RULE_TABLES = pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])

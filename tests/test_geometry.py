@@ -92,9 +92,9 @@ def test_linear_layers(leading: list[int], inputs: int, outputs: int, bias: bool
 
 TREES = st.recursive(
     st.just("leaf"),
-    lambda t: st.lists(t, min_size=1, max_size=3)
-    | st.tuples(t, t)
-    | st.dictionaries(st.sampled_from("abc"), t, min_size=1),
+    lambda t: (
+        st.lists(t, min_size=1, max_size=3) | st.tuples(t, t) | st.dictionaries(st.sampled_from("abc"), t, min_size=1)
+    ),
     max_leaves=6,
 )
 

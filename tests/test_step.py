@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ekfac_func import EKFAC, SecondMoment, State, averaged_intra_batch, ekfac, intra_batch, kfac, running_average
 from ekfac_func.types import Params
 
-from .cases import N, Case, classifier, every_case, make
+from .cases import Case, N, classifier, every_case, make
 from .oracles import close, close_trees, same_bits
 
 ESTIMATORS = pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_step_without_a_refresh_does_not_read_back(estimator: SecondMoment) ->
 
 def test_channels_last_and_buffers() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).eval()
-    net[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+    net[1].running_mean.normal_()  # type: ignore[operator]
     case = classifier(net, 2, 6, 6)
     batch = case.batch(N)
     step = ekfac(case.loss_fn, damping=1e-2)
@@ -275,6 +275,6 @@ def test_two_hundred_layers() -> None:
 
     batch = torch.randn(N, 4)
     step = ekfac(loss_fn, damping=1e-2)
-    natural, state, info = step.precondition(params, batch, step.init(params, batch))
+    _, state, info = step.precondition(params, batch, step.init(params, batch))
     assert len(state.bases) == 200
     assert not info.skipped
