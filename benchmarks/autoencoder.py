@@ -48,10 +48,12 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=400, help="steps of the chosen settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the long runs; the grid has seed 0")
     parser.add_argument("--quick", action="store_true", help="two settings each, three steps, one seed")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more are slower on a machine in other use")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
     short, long, seeds = (3, 3, [1]) if options.quick else (options.short, options.long, options.seeds)
-    torch.set_flush_denormal(True)
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # products of small gradients and activations; they made a step up to 9 times slower
 
     started = time.perf_counter()
     grids = CLASSIFICATION if options.model != "autoencoder" else RECONSTRUCTION
@@ -109,8 +111,12 @@ def run(data: str, model: str, name: str, setting: dict[str, float], steps: int,
             basis_every=default.basis_every,
             second_moment=intra_batch,
         ),
-        "SGD": lambda: torch_steps(task, given, functools.partial(torch.optim.SGD, **setting)),
-        "AdamW": lambda: torch_steps(task, given, functools.partial(torch.optim.AdamW, **setting)),
+        "SGD": lambda: torch_steps(
+            task, given, lambda p: torch.optim.SGD(p, lr=setting["lr"], momentum=setting["momentum"])
+        ),
+        "AdamW": lambda: torch_steps(
+            task, given, lambda p: torch.optim.AdamW(p, lr=setting["lr"], weight_decay=setting["weight_decay"])
+        ),
     }
     return record(name, start[name](), steps, task, loaded)
 
@@ -134,8 +140,8 @@ def print_grid(
     for setting, curve in rows:
         values = "  ".join(f"{key} {value:<8g}" for key, value in setting.items())
         print(f"  {values} {final_loss(curve):10.4g}{'  chosen' if setting == chosen else ''}")
-    for key, values in grid.items():
-        if chosen[key] in (values[0], values[-1]):
+    for key, allowed in grid.items():
+        if chosen[key] in (allowed[0], allowed[-1]):
             print(f"  the chosen {key} {chosen[key]:g} is at the edge of its grid")
 
 

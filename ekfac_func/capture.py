@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .batching import OPEN, OPEN_LAYERS
 from .rules import Call, Rules
 from .types import Batch, Dense, Factored, Layer, LossFn, Params, Term
 
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
     layers: tuple[Layer, ...]
     calls: tuple[tuple[str, Spec], ...]  # weight, output of one example
     second_order: bool  # the loss calls torch.autograd.grad, which vmap would hide from the gradient around it
+    open: bool  # no loss of `batching.OPEN` stands inside a transform of the user's own
 
 
 def capture(
@@ -107,6 +109,9 @@ def _tapped(
     fixed = {name: p for name, p in params.items() if name in held}
     free = {name: p for name, p in params.items() if name not in held}
     probes = [torch.zeros(s.shape, dtype=s.dtype, device=s.device) for _, s in found.calls]
+    compiling = torch.compiler.is_compiling()
+    losses_of = OPEN if compiling and found.open else {}
+    layers_of = OPEN_LAYERS if compiling else {}
     calls: list[Call] = []
     seen: list[Any] = []
 
@@ -120,8 +125,8 @@ def _tapped(
             call = _read(rules, func, args, kwargs)
             name = None if call is None else _name(call.weight, fixed)
             if call is None or name is None:
-                return func(*args, **kwargs)
-            k, output = len(calls), func(*args, **kwargs)
+                return losses_of.get(func, func)(*args, **kwargs)
+            k, output = len(calls), layers_of.get(func, func)(*args, **kwargs)
             if k == len(probes) or (name, tuple(output.shape)) != (found.calls[k][0], found.calls[k][1].shape):
                 raise StalePlan(
                     f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "
@@ -225,6 +230,7 @@ def _discover(
     calls: list[tuple[str, str | None, tuple[int, int, int, int], Spec]] = []
     inputs: list[tuple[Tensor, int]] = []
     mutations: list[RuntimeError] = []
+    nested: list[Any] = []
     reached: set[str] = set()
 
     def observed(params: Params) -> Tensor:
@@ -235,6 +241,8 @@ def _discover(
             _refuse_batch_statistics(func, args, kwargs, marked)
             if func is torch.autograd.grad and _differentiates(depth, *args, **kwargs):
                 raise _SecondOrder
+            if func in OPEN and _depth() != depth:
+                nested.append(func)
             call = _read(rules, func, args, kwargs)
             weight = None if call is None else _name(call.weight, marked)
             # inside a transform of the user's own the output of a call is not all that the loss sees of it
@@ -276,16 +284,15 @@ def _discover(
         with FakeTensorMode(allow_non_fake_inputs=True):
             torch.func.grad(observed)(fill(dict(param_specs)))
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
-        return _arrange(param_specs, [], reached, second_order=True)
-    return _arrange(param_specs, calls, reached, second_order=False)
+        return Plan(*_arrange(param_specs, [], reached), second_order=True, open=False)
+    return Plan(*_arrange(param_specs, calls, reached), second_order=False, open=not nested)
 
 
 def _arrange(
     param_specs: dict[str, Spec],
     calls: Sequence[tuple[str, str | None, tuple[int, int, int, int], Spec]],
     reached: set[str],
-    second_order: bool,
-) -> Plan:
+) -> tuple[tuple[Layer, ...], tuple[tuple[str, Spec], ...]]:
     """A weight is a layer if its calls are its only paths and agree on its axes; a bias belongs to one weight."""
     sizes: dict[str, set[tuple[int, int, int, int]]] = {}
     biases: dict[str, set[str]] = {}
@@ -309,8 +316,7 @@ def _arrange(
             layers.append(Layer(name, owned.get(name), (b, o, i + (name in owned), k)))
         elif name not in owned.values():
             layers.append(Layer(name, None, _dense_sizes(spec.shape)))
-    tapped_calls = tuple((weight, output) for weight, _, _, output in calls if weight in tapped)
-    return Plan(tuple(layers), tapped_calls, second_order)
+    return tuple(layers), tuple((weight, output) for weight, _, _, output in calls if weight in tapped)
 
 
 def _dense_sizes(shape: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -117,23 +117,28 @@ def _patches(
     dilation: int | tuple[int, ...],
 ) -> Tensor:
     """`[n m c ...]` to a view `[n m c *output *kernel]` of what each output pixel sees."""
-    nd = len(kernel)
-    strides, dilations = _each(stride, nd), _each(dilation, nd)
-    reach = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
-    if padding == "same":  # an even reach pads both sides alike, an odd one pads the end once more
-        sides = [(r // 2, r - r // 2) for r in reach]
-    else:
-        sides = [(p, p) for p in _each(0 if padding == "valid" else padding, nd)]
-    if any(map(any, sides)):
-        x = F.pad(x, [p for side in reversed(sides) for p in side])
-    for axis in range(nd):
-        x = x.unfold(3 + axis, reach[axis] + 1, strides[axis])[..., :: dilations[axis]]
+    x = padded(x, kernel, padding, dilation)
+    for axis, (k, s, d) in enumerate(zip(kernel, each(stride, kernel), each(dilation, kernel), strict=True)):
+        x = x.unfold(3 + axis, d * (k - 1) + 1, s)[..., ::d]
     return x
 
 
-def _each(value: Any, nd: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * nd if len(values) == 1 else values
+def padded(
+    x: Tensor, kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: int | tuple[int, ...]
+) -> Tensor:
+    """The input of a convolution with its zero padding written out."""
+    if padding == "same":  # an odd reach pads the end once more
+        reach = [d * (k - 1) for k, d in zip(kernel, each(dilation, kernel), strict=True)]
+        sides = [(r // 2, r - r // 2) for r in reach]
+    else:
+        sides = [(p, p) for p in each(0 if padding == "valid" else padding, kernel)]
+    return F.pad(x, [p for side in reversed(sides) for p in side]) if any(map(any, sides)) else x
+
+
+def each(value: Any, kernel: tuple[int, ...]) -> list[int]:
+    """A setting of a convolution, one number a spatial axis."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * len(kernel) if len(values) == 1 else values
 
 
 RULES: Rules = {F.linear: linear, F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}

@@ -23,10 +23,9 @@ class Case:
     params: Params
     batch: Callable[[int], Any]
     ruled: frozenset[str]
-    compiles: bool = True
 
 
-def classifier(net: nn.Module, *shape: int, ruled: set[str] | None = None, classes: int = 3, **options: Any) -> Case:
+def classifier(net: nn.Module, *shape: int, ruled: set[str] | None = None, classes: int = 3) -> Case:
     """Cross-entropy of a module on examples of a shape; by default every weight of a Linear or Conv has a rule."""
     net = net.double()
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -46,7 +45,7 @@ def classifier(net: nn.Module, *shape: int, ruled: set[str] | None = None, class
     def batch(n: int = N) -> Any:
         return torch.randn(n, *shape), torch.randint(0, classes, (n,))
 
-    return Case(loss_fn, params, batch, frozenset(ruled), **options)
+    return Case(loss_fn, params, batch, frozenset(ruled))
 
 
 def head(channels: int, pixels: int, *features: nn.Module) -> nn.Module:
@@ -172,6 +171,33 @@ def _vector_weight(params: Params, x: Tensor) -> Tensor:
     return F.linear(x, params["v"]).cos().sum() * params["s"]
 
 
+def _tokens(params: Params, example: Any) -> Tensor:
+    """Class-index losses in each of their forms: a token each, ignored ones, weights, one distribution, a map."""
+    x, y = example
+    logits = F.linear(x, params["w"], params["b"])
+    return (
+        F.cross_entropy(logits, y)
+        + F.cross_entropy(logits, y, ignore_index=1, reduction="sum")
+        + 2 * F.cross_entropy(logits, y, reduction="none").square().sum()
+        + F.cross_entropy(logits, y, torch.tensor([0.1, 0.2, 0.7]), label_smoothing=0.1)
+        + F.nll_loss(logits[0].tanh(), y[0])
+        + F.cross_entropy(logits.T.reshape(1, 3, 2, 2), y.reshape(1, 2, 2))
+        + F.cross_entropy(logits, logits.detach().softmax(-1))
+        + torch.func.vmap(lambda z, k: F.cross_entropy(z, k))(logits, y).sum()
+    )
+
+
+def _nested_loss(params: Params, example: Any) -> Tensor:
+    x, y = example
+    logits = F.linear(x, params["w"], params["b"])
+    return torch.func.grad(lambda z: F.cross_entropy(z, y))(logits).square().sum() + F.cross_entropy(logits, y)
+
+
+def tokens(loss_fn: LossFn) -> Case:
+    params = {"w": randn(3, 4), "b": randn(3)}
+    return Case(loss_fn, params, lambda n: (randn(n, 4, 4), torch.randint(0, 3, (n, 4))), frozenset(params))
+
+
 def _attended(params: Params, x: Tensor) -> Tensor:
     keys = F.linear(x, params["w"])
     return (F.linear(torch.eye(3, dtype=x.dtype), params["u"]) @ keys.T).logsumexp(-1).sum()
@@ -263,6 +289,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "unused": lambda: function(_unused, {"w": randn(3, 4), "v": randn(2, 2), "c": randn(2)}, 4, ruled={"w"}),
     "script": lambda: function(_scripted_loss(), {"w": randn(3, 4)}, 4, ruled=set()),
     "vector weight": lambda: function(_vector_weight, {"v": randn(4), "s": randn()}, 3, 4, ruled=set()),
+    "token losses": lambda: tokens(_tokens),
+    "nested loss": lambda: tokens(_nested_loss),
     "constant input": lambda: function(_attended, {"w": randn(2, 4), "u": randn(2, 3)}, 5, 4, ruled={"w", "u"}),
 }
 

@@ -140,6 +140,18 @@ def test_number_of_graphs(estimator: SecondMoment, basis_every: int) -> None:
         assert graphs() <= most
 
 
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+def test_number_of_graphs_of_a_classifier(rules: Any) -> None:
+    """Convolutions and class-index losses, whose rules under vmap would fix the batch size."""
+    case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
+    step = ekfac(case.loss_fn, damping=1e-2, basis_every=10, rules=rules)
+    precondition, state = compiled(step.precondition), step.init(case.params, case.batch(8))
+    for size, most in ((16, 3), (24, 5), (9, 5), (33, 5), (12, 5)):
+        for _ in range(30):
+            _, state, _ = precondition(case.params, case.batch(size), state)
+        assert graphs() <= most
+
+
 @pytest.mark.parametrize("at_refresh", [reset, keep, transport])
 def test_number_of_graphs_at_refresh(at_refresh: Any) -> None:
     step, params = regression_step(second_moment=running_average(0.9), basis_every=10, at_refresh=at_refresh)

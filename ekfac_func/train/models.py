@@ -1,5 +1,6 @@
 """Small networks and their losses, for square images of one channel."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,11 +27,13 @@ def make(model: str, images: Tensor, seed: int) -> Task:
         torch.manual_seed(seed)
         match model:
             case "mlp":
-                return Task(mlp(side), classification_losses, True)
+                task = Task(mlp(side), classification_losses, True)
             case "cnn":
-                return Task(cnn(side), classification_losses, True)
+                task = Task(cnn(side), classification_losses, True)
             case _:
-                return Task(autoencoder(side, images.mean(0).flatten()), reconstruction_losses, False)
+                task = Task(autoencoder(side, images.mean(0).flatten()), reconstruction_losses, False)
+    task.net.to(images.device)
+    return task
 
 
 def mlp(side: int) -> nn.Module:
@@ -66,7 +69,7 @@ def autoencoder(side: int, mean: Tensor) -> nn.Module:
     """
     encoder = (side**2, 1000, 500, 250, 30) if side > 8 else (side**2, 125, 63, 31, 10)
     widths = (*encoder, *reversed(encoder[:-1]))
-    linears = [nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+    linears = [nn.Linear(i, o) for i, o in itertools.pairwise(widths)]
     for linear in linears:
         nn.init.kaiming_normal_(linear.weight)
         nn.init.zeros_(linear.bias)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from ..precondition import ekfac
 from ..second_moment import SecondMoment
@@ -90,7 +90,7 @@ def torch_steps(
     for images, labels in given:
         optimizer.zero_grad()
         loss = task.losses(net(images), images, labels).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         yield loss.detach(), dict(net.named_parameters())
 
