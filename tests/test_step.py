@@ -13,7 +13,17 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ekfac_func import EKFAC, SecondMoment, State, averaged_intra_batch, ekfac, intra_batch, kfac, running_average
+from ekfac_func import (
+    EKFAC,
+    SecondMoment,
+    State,
+    averaged_intra_batch,
+    ekfac,
+    intra_batch,
+    kfac,
+    per_example_gradients,
+    running_average,
+)
 from ekfac_func.types import Params
 
 from .cases import Case, N, classifier, every_case, make
@@ -251,6 +261,31 @@ def test_a_step_without_a_refresh_does_not_read_back(estimator: SecondMoment) ->
         step.precondition(case.params, batch, state)
     with pytest.raises(AssertionError, match="reads back"), NoHostRead():
         bool(torch.ones(()) > 0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac])
+def test_one_position_forms_no_gradient_of_an_example(estimator: SecondMoment) -> None:
+    n, o, i = 32, 48, 40
+    params, batch = {"w": torch.randn(o, i)}, torch.randn(n, i)
+    step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-2, second_moment=estimator)
+    initial = step.init(params, batch)
+    with LargestTensor() as largest:
+        step.precondition(params, batch, initial)
+        per_example_gradients(lambda p, x: F.linear(x, p["w"]).cos().sum(), params, batch).norms()
+    assert 0 < largest.elements <= max(o * i, o * o, n * o, n * i)
 
 
 def test_channels_last_and_buffers() -> None:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +39,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--threads", type=count, default=1, help="of torch on a CPU (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step (default: not on a CPU)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the step (default: not on a CPU); compiling counts in the seconds",
     )
     parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of the plot (default runs)")
     parser.set_defaults(run=lambda options: train(options, parser.error))
@@ -78,16 +80,15 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return DEFAULTS[options.data, options.model]._replace(**given)
 
 
-def train(options: argparse.Namespace, error: Callable[[str], Any]) -> None:
+def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     """Compare the optimizers as the options say; `error` reports an option that cannot be right and leaves."""
     try:
         from . import compare, data, models, report
     except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.partition(".")[0] not in EXTRA:
+        package = (missing.name or "").partition(".")[0]
+        if package not in EXTRA:
             raise
-        raise SystemExit(
-            f'train needs {missing.name}, which is not installed: pip install "ekfac_func[train]"'
-        ) from None
+        raise SystemExit(f'train needs {package}, which is not installed: pip install "ekfac_func[train]"') from None
 
     settings = settings_of(options)
     if options.decay is not None and options.second_moment not in AVERAGES:
@@ -103,13 +104,13 @@ def train(options: argparse.Namespace, error: Callable[[str], Any]) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         error(f"argument --out: {reason}: give a directory that can be written")
-    torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)  # products of small gradients and activations, many times slower on a CPU
     loaded = data.load(options.data, options.seed).to(device)
     examples = len(loaded.train[0])
     if settings.batch_size > examples:
         error(f"argument --batch-size: {settings.batch_size} is more than the {examples} training examples: give less")
 
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # products of small gradients and activations, many times slower on a CPU
     task = models.make(options.model, loaded.train[0], options.seed)
     compiled = device.type != "cpu" if options.compile is None else options.compile
     decay = DECAY if options.decay is None else options.decay

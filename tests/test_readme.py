@@ -1,0 +1,56 @@
+"""The README's code runs as it stands, block after block."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ekfac_func import RULES, ekfac, per_example_gradients
+
+from .oracles import close, loop
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the README's Python blocks define."""
+    torch.set_default_dtype(torch.float32)
+    defined: dict[str, Any] = {}
+    here = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("readme"))
+    try:
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+            exec(compile(block, "README.md", "exec"), defined)
+    finally:
+        os.chdir(here)
+    return defined
+
+
+def test_every_block_runs(names: dict[str, Any]) -> None:
+    assert names["naturals"]["0.weight"].shape == (3, 32, 64)
+    assert not names["info"].skipped
+    assert names["natural"].keys() == names["params"].keys()
+
+
+def test_the_rule(names: dict[str, Any]) -> None:
+    def loss_fn(params: Any, x: Any) -> Any:
+        return torch.addmm(params["b"], x, params["w"]).cos().sum()
+
+    params, batch = {"w": torch.randn(4, 3), "b": torch.randn(3)}, torch.randn(6, 5, 4)
+    found = per_example_gradients(loss_fn, params, batch, rules=names["rules"])
+    assert hasattr(found.captured.terms["w"], "a")
+    expected = loop(loss_fn, params, batch)[1]
+    for name in params:
+        close(found.dense(name), expected[name])
+    assert names["rules"].keys() > RULES.keys()
+
+
+def test_the_estimator(names: dict[str, Any]) -> None:
+    params, batch = {"w": torch.randn(4, 3)}, torch.randn(6, 3)
+    step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, second_moment=names["centred"])
+    _, state, _ = step.precondition(params, batch, step.init(params, batch))
+    assert (state.second_moments["w"].value >= 0).all()
