@@ -136,7 +136,7 @@ def _tapped(
             return output + probes[k]
 
         with _Tap(handle):
-            loss = loss_fn({**fixed, **free}, example)
+            loss = loss_fn({name: fixed[name] if name in fixed else free[name] for name in params}, example)
         if len(calls) != len(probes):
             raise StalePlan(
                 f"the loss called {len(calls)} layers where discovery saw {len(probes)}: let the loss call the same "

@@ -56,7 +56,7 @@ def _sum_blocks(term: Term, basis: Basis) -> tuple[Tensor, Tensor]:
     b, k = tensors[-1].shape[1], tensors[-1].shape[-1]
     count = max(1, -(-n * b * o * i * k * tensors[0].element_size() // MAX_BYTES))
     projected = square = None
-    for block in zip(*(t.tensor_split(count) for t in tensors), strict=True):
+    for block in zip(*(_split(t, count) for t in tensors), strict=True):
         G = into_basis(block[0], basis) if len(block) == 1 else _contract(block[0], block[1], basis)
         block_projected, block_square = G.sum(0), G.square().sum(0)
         projected = block_projected if projected is None else projected + block_projected
@@ -64,6 +64,15 @@ def _sum_blocks(term: Term, basis: Basis) -> tuple[Tensor, Tensor]:
     assert projected is not None
     assert square is not None
     return projected, square
+
+
+def _split(t: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Blocks of examples; in a graph filled up with zero ones, since blocks of the traced batch's size would fix it."""
+    if count == 1 or not torch.compiler.is_compiling():
+        return t.tensor_split(count)
+    n = t.shape[0]
+    size = n // count + 2  # two more than needed, for a size of 0 or 1 would be a graph of its own
+    return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
 
 
 def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:

@@ -67,6 +67,7 @@ def ekfac(
     rules: which torch calls are layers, e.g. `{**RULES, **SUA}`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
     chunk_size: examples differentiated at a time, against the memory of activations; None takes the batch at once.
+        Under `torch.compile` every batch size then costs graphs of its own.
 
     A batch whose loss, gradient or statistic is not finite is skipped: every tensor of the state stays as it was,
     the step number advances, `natural` is zero and `info.skipped` is true.
@@ -174,8 +175,8 @@ def _learned(new: State, old: State) -> list[Tensor]:
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
     """`[]` bool. The largest absolute value is NaN or infinite where an entry is, in one pass over each tensor."""
-    largest = [torch.linalg.vector_norm(t, torch.inf).double() for t in tensors if t.numel()]
-    return torch.isfinite(torch.stack(largest)).all()
+    finite = [torch.isfinite(torch.linalg.vector_norm(t, torch.inf)) for t in tensors if t.numel()]
+    return torch.stack(finite).all()
 
 
 def _choose(finite: Tensor, new: State, old: State) -> State:

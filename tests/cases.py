@@ -163,6 +163,13 @@ def _names(params: Params, x: Tensor) -> Tensor:
     return F.linear(F.linear(x, params["a"]).cos(), params["b"]).sum()
 
 
+def _in_turn(params: Params, x: Tensor) -> Tensor:
+    """The parameters in their own order, of which the second has no rule."""
+    for name, w in params.items():
+        x = torch.tanh(x @ w) if name == "second" else F.linear(x, w)
+    return x.sum()
+
+
 def _keywords(params: Params, x: Tensor) -> Tensor:
     return F.linear(weight=params["w"], input=x, bias=params["b"]).cos().sum()
 
@@ -274,6 +281,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "tree": tree_case,
     "frozen": frozen,
     "same tensor twice": same_tensor,
+    "in turn": lambda: function(
+        _in_turn, {"first": randn(4, 4), "second": randn(4, 4), "third": randn(4, 4)}, 4, ruled={"first", "third"}
+    ),
     "keywords": lambda: function(_keywords, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
     "penalty": lambda: function(_penalised, {"w": randn(3, 4), "b": randn(3)}, 4, ruled=set()),
     "two forms": lambda: function(_two_forms, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),

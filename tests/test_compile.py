@@ -152,6 +152,20 @@ def test_number_of_graphs_of_a_classifier(rules: Any) -> None:
         assert graphs() <= most
 
 
+def test_number_of_graphs_with_blocks_of_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven batch sizes, each in four blocks."""
+    case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
+    monkeypatch.setattr("ekfac_func.contraction.MAX_BYTES", 256 * 3 * 19 * 8 // 4)
+    step = ekfac(case.loss_fn, damping=1e-2, basis_every=10)
+    precondition, state = compiled(step.precondition), step.init(case.params, case.batch(8))
+    for size in (16, 24, 9, 33, 12, 64, 7):
+        for _ in range(12):
+            before, batch = state, case.batch(size)
+            natural, state, _ = precondition(case.params, batch, before)
+        close_trees(natural, step.precondition(case.params, batch, before)[0], 1e-8)
+    assert graphs() <= 5
+
+
 @pytest.mark.parametrize("at_refresh", [reset, keep, transport])
 def test_number_of_graphs_at_refresh(at_refresh: Any) -> None:
     step, params = regression_step(second_moment=running_average(0.9), basis_every=10, at_refresh=at_refresh)

@@ -24,8 +24,8 @@ class Settings(NamedTuple):
     adamw_lr: float
 
 
-# The lowest training loss after 100 steps of benchmarks/autoencoder.py, or the next best where a neighbour in the grid or
-# the long run was unstable; AdamW keeps the weight decay of torch.
+# The lowest training loss after 100 steps of benchmarks/autoencoder.py, or the next best where a neighbour in the grid
+# or the long run was unstable; AdamW keeps the weight decay of torch.
 DEFAULTS = {
     ("digits", "mlp"): Settings(300, 128, 0.1, 0.9, 0.3, 5, 0.3, 0.8, 0.01),
     ("digits", "cnn"): Settings(300, 128, 0.1, 0.9, 1.0, 5, 0.1, 0.9, 0.01),
