@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
     calls: tuple[tuple[str, Spec], ...]  # weight, output of one example
     second_order: bool  # the loss calls torch.autograd.grad, which vmap would hide from the gradient around it
     open: bool  # no loss of `batching.OPEN` stands inside a transform of the user's own
+    looped: bool = False  # vmap has no rule for a function of the loss, such as a recurrent net
 
 
 def capture(
@@ -76,7 +78,13 @@ def capture(
             return captured
     # the first call with these shapes, or the loss took another way through the program than last time
     found = _plan(loss_fn, params, batch, rules)
-    captured, seen = _tapped(found, loss_fn, params, batch, rules, randomness, chunk_size)
+    try:
+        captured, seen = _tapped(found, loss_fn, params, batch, rules, randomness, chunk_size)
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):
+            raise
+        found = found._replace(looped=True)
+        captured, seen = _tapped(found, loss_fn, params, batch, rules, randomness, chunk_size)
     plans[key] = found, seen
     return captured
 
@@ -149,13 +157,16 @@ def _tapped(
         return losses.sum(), aux
 
     of_total: Callable[..., Any] = torch.func.grad(total, argnums=(0, 1), has_aux=True)
-    of_each: Callable[..., Any] = torch.func.vmap(
-        torch.func.grad(probed, argnums=(0, 1), has_aux=True), randomness=randomness
-    )
+    of_one: Callable[..., Any] = torch.func.grad(probed, argnums=(0, 1), has_aux=True)
+    of_each: Callable[..., Any] = torch.func.vmap(of_one, randomness=randomness)
     parts = []
-    for examples in _chunks(batch, chunk_size):
+    for examples in _chunks(batch, 1 if found.looped else chunk_size):
         n = pytree.tree_leaves(examples)[0].shape[0]
-        parts.append((of_each if found.second_order else of_total)(*_copies((probes, free), n), examples))
+        if found.looped:
+            part = of_one(probes, free, pytree.tree_map(lambda leaf: leaf[0], examples))
+            parts.append(pytree.tree_map(lambda t: t[None], part))
+        else:
+            parts.append((of_each if found.second_order else of_total)(*_copies((probes, free), n), examples))
     (outputs, dense), (losses, inputs) = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
 
     terms: dict[str, Term] = {}
@@ -379,8 +390,9 @@ def _differentiates(depth: int, outputs: Any, *_: Any, **__: Any) -> bool:
 
 
 def _depth() -> int:
+    """How many transforms are under way: functorch's, and levels of forward-mode differentiation."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return 0 if interpreter is None else interpreter.level()
+    return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level
 
 
 _memos: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Plan, list[Any]]]] = weakref.WeakKeyDictionary()

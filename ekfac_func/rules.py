@@ -39,7 +39,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | 
         return None
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        return Factored(x.reshape(x.shape[0], 1, -1, x.shape[-1], 1), g.reshape(g.shape[0], 1, -1, g.shape[-1]))
+        a, g = (t[:, None].flatten(1, -2)[:, None] for t in (x, g))
+        return Factored(a[..., None], g)
 
     return Call(weight, bias, input, (1, *weight.shape, 1), read)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from ekfac_func.types import LossFn, Params
@@ -170,6 +171,25 @@ def _in_turn(params: Params, x: Tensor) -> Tensor:
     return x.sum()
 
 
+def _forward_mode(params: Params, x: Tensor) -> Tensor:
+    """Forward-mode differentiation, for which vmap has no rule, through a layer."""
+    with forward_ad.dual_level():
+        y = F.linear(forward_ad.make_dual(x, torch.ones_like(x)), params["w"]).tanh()
+        slope = forward_ad.unpack_dual(y).tangent.square().sum()
+    return slope + F.linear(x, params["v"]).cos().sum()
+
+
+class Recurrent(nn.Module):
+    """A recurrent net, for which vmap has no rule, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.outer = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.recurrent(x)[0][:, -1])
+
+
 def _keywords(params: Params, x: Tensor) -> Tensor:
     return F.linear(weight=params["w"], input=x, bias=params["b"]).cos().sum()
 
@@ -284,6 +304,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "in turn": lambda: function(
         _in_turn, {"first": randn(4, 4), "second": randn(4, 4), "third": randn(4, 4)}, 4, ruled={"first", "third"}
     ),
+    "recurrent": lambda: classifier(Recurrent(), 3, 4),
+    "forward mode": lambda: function(_forward_mode, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
+    "no outputs": lambda: function(_in_turn, {"first": randn(3, 4), "last": randn(0, 3)}, 4, ruled={"first", "last"}),
     "keywords": lambda: function(_keywords, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
     "penalty": lambda: function(_penalised, {"w": randn(3, 4), "b": randn(3)}, 4, ruled=set()),
     "two forms": lambda: function(_two_forms, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
@@ -310,4 +333,6 @@ def make(name: str) -> Case:
     return CASES[name]()
 
 
+LOOPED = {"recurrent", "forward mode"}  # vmap has no rule for them, so neither has a compiled step
 every_case = pytest.mark.parametrize("name", CASES)
+every_batched_case = pytest.mark.parametrize("name", [name for name in CASES if name not in LOOPED])

@@ -29,7 +29,7 @@ from ekfac_func import (
 )
 from ekfac_func.types import Params
 
-from .cases import N, classifier, every_case, make
+from .cases import N, classifier, every_batched_case, make
 from .oracles import close, close_trees
 from .test_step import stack
 
@@ -52,7 +52,7 @@ def _fresh() -> None:
 
 # Dynamo traces a graph with 0-d float64 tensors twice to see whether they are Python floats
 @torch._dynamo.config.patch(specialize_float=True)
-@every_case
+@every_batched_case
 def test_compiled_equals_eager(name: str) -> None:
     """On one batch: the null space of a rank-deficient factor is arbitrary, and shows on the next one."""
     case = make(name)

@@ -26,7 +26,7 @@ from ekfac_func import (
 )
 from ekfac_func.types import Params
 
-from .cases import Case, N, classifier, every_case, make
+from .cases import Case, N, classifier, every_batched_case, every_case, make
 from .oracles import close, close_trees, same_bits
 
 ESTIMATORS = pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def stack(*trees: Any) -> Any:
     return pytree.tree_map(lambda *t: torch.stack(t), *trees)
 
 
-@every_case
+@every_batched_case
 def test_the_three_vmaps(name: str) -> None:
     """Over damping, over stacked states, and over an ensemble of stacked params and states."""
     case = make(name)

@@ -31,8 +31,8 @@ DEFAULTS = {
     ("digits", "cnn"): Settings(300, 128, 0.1, 0.9, 1.0, 5, 0.1, 0.9, 0.01),
     ("digits", "autoencoder"): Settings(300, 128, 0.1, 0.9, 3.0, 5, 0.01, 0.9, 0.01),
     ("mnist", "mlp"): Settings(300, 128, 0.03, 0.9, 0.1, 10, 0.3, 0.8, 0.01),
-    ("mnist", "cnn"): Settings(300, 128, 0.1, 0.9, 1.0, 10, 0.1, 0.9, 0.01),
-    ("mnist", "autoencoder"): Settings(200, 500, 0.1, 0.9, 10.0, 20, 3e-3, 0.9, 1e-3),
+    ("mnist", "cnn"): Settings(300, 128, 0.1, 0.9, 1.0, 10, 0.3, 0.8, 0.01),
+    ("mnist", "autoencoder"): Settings(200, 500, 0.03, 0.9, 3.0, 20, 3e-3, 0.9, 1e-3),
 }
 
 
