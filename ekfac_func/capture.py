@@ -392,7 +392,7 @@ def _differentiates(depth: int, outputs: Any, *_: Any, **__: Any) -> bool:
 def _depth() -> int:
     """How many transforms are under way: functorch's, and levels of forward-mode differentiation."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level
+    return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
 
 
 _memos: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Plan, list[Any]]]] = weakref.WeakKeyDictionary()

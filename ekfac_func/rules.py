@@ -58,13 +58,11 @@ def conv(
     nd = weight.dim() - 2
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        x, g = _batched(x, nd), _batched(g, nd)
+        patches = _patches(_batched(x, nd), weight.shape[2:], stride, padding, dilation)
         a = rearrange(
-            _patches(x, weight.shape[2:], stride, padding, dilation),
-            f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) (c {_KERNEL[nd]}) 1",
-            b=groups,
+            patches, f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) (c {_KERNEL[nd]}) 1", b=groups
         )
-        return Factored(a, rearrange(g, "n m (b o) ... -> n b (m ...) o", b=groups))
+        return Factored(a, _pixels(_batched(g, nd), groups))
 
     c_out, c = weight.shape[:2]
     return Call(weight, bias, input, (groups, c_out // groups, c * weight[0, 0].numel(), 1), read)
@@ -86,23 +84,23 @@ def conv_sua(
     The bias is a block of its own.
     """
     nd = weight.dim() - 2
+    dense = conv(input, weight, None, stride, padding, dilation, groups)
+    c, offsets = weight.shape[1], weight[0, 0].numel()
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        x, g = _batched(x, nd), _batched(g, nd)
-        a = rearrange(
-            _patches(x, weight.shape[2:], stride, padding, dilation),
-            f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) c ({_KERNEL[nd]})",
-            b=groups,
-        )
-        pixels = rearrange(x, "n m (b c) ... -> n b (m ...) c", b=groups)
-        return Factored(a, rearrange(g, "n m (b o) ... -> n b (m ...) o", b=groups), pixels)
+        a, g, _ = dense.read(x, g)
+        return Factored(a.unflatten(3, (c, offsets)).squeeze(5), g, _pixels(_batched(x, nd), groups))
 
-    c_out, c = weight.shape[:2]
-    return Call(weight, None, input, (groups, c_out // groups, c, weight[0, 0].numel()), read)
+    return Call(weight, None, input, (*dense.sizes[:2], c, offsets), read)
 
 
 _OUT = ("", "x", "x y", "x y z")
 _KERNEL = ("", "u", "u v", "u v w")
+
+
+def _pixels(x: Tensor, groups: int) -> Tensor:
+    """`[n m (b c) ...]` to `[n b p c]`."""
+    return rearrange(x, "n m (b c) ... -> n b (m ...) c", b=groups)
 
 
 def _batched(x: Tensor, nd: int) -> Tensor:
