@@ -1,9 +1,11 @@
 """Natural gradients from exact per-example gradients, as pure functions on `torch.func`."""
 
+from .basis import DIAGONAL, FULL, Blocks, Choices, blocks
 from .contraction import exact_sums, gradient_sums
+from .kronecker import WeightSharing, expand, reduce
 from .per_example import PerExampleGradients, per_example_gradients
 from .precondition import EKFAC, ekfac
-from .rules import RULES, SUA, Call, Rule, Rules, conv, conv_sua, linear
+from .rules import RULES, SUA, Call, Rule, Rules
 from .second_moment import (
     SecondMoment,
     averaged_intra_batch,
@@ -15,38 +17,45 @@ from .second_moment import (
     running_average,
     transport,
 )
-from .types import Basis, Dense, Factored, Factors, Info, Layer, Moment, State, Sums
+from .types import Basis, Dense, Factored, Factors, Info, Layer, Moment, OneHot, State, Sums, Terms
 
 __all__ = [
+    "DIAGONAL",
     "EKFAC",
+    "FULL",
     "RULES",
     "SUA",
     "Basis",
+    "Blocks",
     "Call",
+    "Choices",
     "Dense",
     "Factored",
     "Factors",
     "Info",
     "Layer",
     "Moment",
+    "OneHot",
     "PerExampleGradients",
     "Rule",
     "Rules",
     "SecondMoment",
     "State",
     "Sums",
+    "Terms",
+    "WeightSharing",
     "averaged_intra_batch",
-    "conv",
-    "conv_sua",
+    "blocks",
     "ekfac",
     "exact_sums",
+    "expand",
     "gradient_sums",
     "intra_batch",
     "keep",
     "kfac",
-    "linear",
     "moving_average",
     "per_example_gradients",
+    "reduce",
     "reset",
     "running_average",
     "transport",

@@ -4,23 +4,78 @@
 scaled by its largest entry, solved in float64, and the result tested; a factor that fails keeps its old basis.
 """
 
+import fnmatch
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .types import Basis, Factors
+from .checks import check_count
+from .types import Basis, Factors, Layer
 
 eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail on any machine
 
 ORTHONORMAL = 1e-6  # largest entry of |Q^T Q - I| of a good basis, in float64
 
 
-def identity(b: int, o: int, i: int, like: Tensor) -> Basis:
+class Blocks(NamedTuple):
+    """The largest diagonal blocks in which the factors of a layer are kept: None is the whole side, 1 its diagonal.
+
+    A side of 32,000 in blocks of 1,000 has factors and bases of 32 million entries in place of 1,024 million. The
+    second moment is exact whatever the basis.
+    """
+
+    inputs: int | None = None
+    outputs: int | None = None
+
+
+FULL = Blocks()
+DIAGONAL = Blocks(1, 1)
+"""No basis: the parameters' own coordinates."""
+
+Choices = Mapping[str, Blocks]  # by a pattern of the weight's name, as of a file's; the first that fits
+
+
+def blocks(max_dim: int) -> Blocks:
+    """Both sides in blocks of at most max_dim."""
+    check_count("max_dim", max_dim)
+    return Blocks(max_dim, max_dim)
+
+
+def choose(layer: Layer, choices: Choices) -> Blocks:
+    """The blocks of one layer; the rows of a lookup table are diagonal in any case."""
+    fits = (value for pattern, value in choices.items() if fnmatch.fnmatchcase(layer.weight, pattern))
+    chosen = next(fits, FULL)
+    return chosen._replace(outputs=1) if layer.table else chosen
+
+
+def side(dim: int, largest: int | None) -> tuple[int, ...]:
+    """The shape of one side of a factor, of each b: whole `(d, d)` or in blocks `(m, d, d)`."""
+    if largest is None or dim <= largest:
+        return (dim, dim)
+    m = -(-dim // largest)
+    d = -(-dim // m)
+    return (m, d, d)
+
+
+def identity(sizes: tuple[int, int, int, int], chosen: Blocks, like: Tensor) -> Basis:
     """The basis before the first refresh: the parameters' own coordinates."""
+    b, o, i, _ = sizes
 
-    def eye(dim: int) -> Tensor:
-        return torch.eye(dim, dtype=like.dtype, device=like.device).repeat(b, 1, 1)
+    def eye(dim: int, largest: int | None) -> Tensor:
+        shape = side(dim, largest)
+        one = torch.eye(shape[-1], dtype=like.dtype, device=like.device)
+        return one.repeat(b, *shape[:-2], 1, 1)
 
-    return Basis(eye(i), eye(o))
+    return Basis(eye(i, chosen.inputs), eye(o, chosen.outputs))
+
+
+def moment_shape(layer: Layer, chosen: Blocks) -> tuple[int, int, int, int]:
+    """`b O I k`."""
+    b, o, i, k = layer.sizes
+    return (b, math.prod(side(o, chosen.outputs)[:-1]), math.prod(side(i, chosen.inputs)[:-1]), k)
 
 
 def refresh(factors: Factors, old: Basis) -> tuple[Basis, Tensor]:

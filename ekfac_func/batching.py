@@ -1,4 +1,4 @@
-"""Torch functions that keep the batch size of a traced graph open.
+"""Torch functions as `torch.func.vmap` should run them: exact, and with the batch size of a traced graph left open.
 
 The rules of `torch.func.vmap` for convolutions and class-index losses fix the batch size while `torch.compile` traces,
 and every size would cost its own graphs. These are the same functions with a rule that leaves it a symbol. They have no
@@ -39,7 +39,7 @@ def conv(
 
 def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.cross_entropy`; class indices without weights or smoothing keep the batch size open."""
-    plain = not args and kwargs.keys() <= {"ignore_index", "reduction"} and not target.is_floating_point()
+    plain = len(args) == 0 and kwargs.keys() <= {"ignore_index", "reduction"} and not target.is_floating_point()
     if not plain:
         return F.cross_entropy(input, target, *args, **kwargs)
     return nll_loss(F.log_softmax(input, dim=min(input.dim() - 1, 1)), target, **kwargs)
@@ -47,7 +47,7 @@ def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> T
 
 def nll_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.nll_loss`; without weights it keeps the batch size open."""
-    if args or not kwargs.keys() <= {"ignore_index", "reduction"}:
+    if len(args) > 0 or not kwargs.keys() <= {"ignore_index", "reduction"}:
         return F.nll_loss(input, target, *args, **kwargs)
     ignore_index, reduction = kwargs.get("ignore_index", -100), kwargs.get("reduction", "mean")
     losses = _nll(input, target, ignore_index)
@@ -56,6 +56,15 @@ def nll_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor
     return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
 
 
+def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.embedding`, of which `vmap` forgets under a batched weight that padding has no gradient."""
+    rows = F.embedding(input, weight, None, *args, **kwargs)
+    if padding_idx is None:
+        return rows
+    return torch.where((input == padding_idx % len(weight))[..., None], rows.detach(), rows)
+
+
+EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.embedding: embedding}
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {F.cross_entropy: cross_entropy, F.nll_loss: nll_loss}
 OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
 

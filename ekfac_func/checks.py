@@ -1,13 +1,13 @@
 """Bad input gets an error that names the argument, its shape and the remedy, before anything is computed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Layer, Number, State
+from .types import Batch, Number, State
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:
@@ -62,24 +62,21 @@ def check_batch(batch: Batch) -> int:
     return n
 
 
-def check_state(state: State, layers: Iterable[Layer]) -> None:
-    """state: made by `init` for these params, loss_fn and rules."""
+def check_state(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """state: made by `init` for these params, loss_fn, rules and bases; shapes: of the second moments they need."""
     if not isinstance(state, State):
         raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
-    layers = list(layers)
-    for layer in layers:
-        b, o, i, k = layer.sizes
-        if layer.weight not in state.second_moments:
-            raise ValueError(f"state has no layer {layer.weight!r}, params has: make it with init(params, batch)")
-        found = tuple(state.second_moments[layer.weight].value.shape)
-        if found != (b, o, i, k):
+    for name, shape in shapes.items():
+        if name not in state.second_moments:
+            raise ValueError(f"state has no layer {name!r}, params has: make it with init(params, batch)")
+        found = tuple(state.second_moments[name].value.shape)
+        if found != shape:
             raise ValueError(
-                f"state has a second moment of shape {found} for the layer {layer.weight!r}, params and rules need "
-                f"{(b, o, i, k)} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
+                f"state has a second moment of shape {found} for the layer {name!r}, params, rules and bases need "
+                f"{shape} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
             )
-    names = [layer.weight for layer in layers]
     for name in state.second_moments:
-        if name not in names:
+        if name not in shapes:
             raise ValueError(f"state has a layer {name!r} that params has not: make it with init(params, batch)")
 
 

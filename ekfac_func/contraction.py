@@ -17,43 +17,71 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from .kronecker import gradient, into_basis, out_of_basis, project
-from .types import Basis, Dense, Factored, Sums, Term
+from .kronecker import (
+    add_rows,
+    coalesce,
+    gradient,
+    into_basis,
+    look_up,
+    out_of_basis,
+    project,
+    project_inputs,
+    project_outputs,
+)
+from .types import Basis, Dense, Factored, OneHot, Sums, Terms
 
 NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
 MAX_BYTES = 64 * 2**20  # of the per-example gradients that exist at a time
 
 
-def exact_sums(term: Term, basis: Basis) -> Sums:
+def exact_sums(terms: Terms, basis: Basis) -> Sums:
     """Sums over the examples of G, of G in the basis, and of its square, `[b o i k]` each."""
-    if isinstance(term, Factored) and term.g.shape[2] == 1:
-        a, g = project(term, basis)[:2]
-        projected = torch.einsum("nbso,nbsik->boik", g, a)
-        square = torch.einsum("nbso,nbsik->boik", g.square(), a.square())
-        return Sums(gradient(term), projected, square)
-    projected, square = _sum_blocks(term, basis)
-    return Sums(_gradient(term, projected, basis), projected, square)
+    match terms:
+        case (OneHot() as table,):
+            return Sums(gradient(terms), *_table_sums(table, basis))
+        case (Factored() as factored, OneHot() as table):
+            return Sums(gradient(terms), *_tied_sums(factored, table, basis))
+        case (Factored(a, g),) if g.shape[2] == 1:
+            a, g = project_inputs(a, basis), project_outputs(g, basis)
+            projected = torch.einsum("nbso,nbsik->boik", g, a)
+            square = torch.einsum("nbso,nbsik->boik", g.square(), a.square())
+            return Sums(gradient(terms), projected, square)
+        case (Factored(a, g),):
+            projected, square = _sum_blocks((g, a), basis)
+            o, s, i = g.shape[3], g.shape[2], a.shape[3]
+            if NOMINAL_N * s <= o + i:  # fewer samples than dimensions
+                return Sums(gradient(terms), projected, square)
+            return Sums(out_of_basis(projected, basis, (a.shape[1], o, i, a.shape[4])), projected, square)
+        case (Dense(G),):
+            return Sums(gradient(terms), *_sum_blocks((G,), basis))
+    raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
-def gradient_sums(term: Term, basis: Basis) -> Sums:
+def gradient_sums(terms: Terms, basis: Basis) -> Sums:
     """Sums over the examples of G and of G in the basis, `[b o i k]` each; no moment."""
-    total = gradient(term)
+    total = gradient(terms)
     return Sums(total, into_basis(total, basis), None)
 
 
-def _gradient(term: Term, projected: Tensor, basis: Basis) -> Tensor:
-    """The gradient from the terms, or out of the basis where the samples outnumber the dimensions."""
-    if isinstance(term, Dense):
-        return gradient(term)
-    o, i, s = *projected.shape[1:3], term.g.shape[2]
-    return gradient(term) if NOMINAL_N * s <= o + i else out_of_basis(projected, basis)
+def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
+    index, size, g, _ = project(coalesce(table), basis)
+    return add_rows(index, g, size), add_rows(index, g.square(), size)
 
 
-def _sum_blocks(term: Term, basis: Basis) -> tuple[Tensor, Tensor]:
-    tensors = (term.G,) if isinstance(term, Dense) else (term.g, term.a)
+def _tied_sums(factored: Factored, table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
+    """A table that is a linear layer too: `sum (F + T)^2`, of which T and the product have a row an id."""
+    a, g = project_inputs(factored.a, basis), factored.g
+    index, size, h, _ = project(coalesce(table), basis)
+    projected, square = _sum_blocks((factored.g, factored.a), basis)
+    cross = 2 * look_up(Factored(a, g), index) * h
+    return projected + add_rows(index, h, size), square + add_rows(index, h.square() + cross, size)
+
+
+def _sum_blocks(tensors: tuple[Tensor, ...], basis: Basis) -> tuple[Tensor, Tensor]:
+    """Sums of G in the basis and of its square, of (g, a) or of (G,), some examples at a time."""
     n = NOMINAL_N if torch.compiler.is_compiling() else tensors[0].shape[0]
-    o, i = basis.Q_B.shape[-1], basis.Q_A.shape[-1]
     b, k = tensors[-1].shape[1], tensors[-1].shape[-1]
+    o, i = (tensors[0].shape[3], tensors[1].shape[3]) if len(tensors) == 2 else tensors[0].shape[2:4]
     count = max(1, -(-n * b * o * i * k * tensors[0].element_size() // MAX_BYTES))
     projected = square = None
     for block in zip(*(_split(t, count) for t in tensors), strict=True):
@@ -77,12 +105,17 @@ def _split(t: Tensor, count: int) -> tuple[Tensor, ...]:
 
 def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
     """`Q_B^T G[n] Q_A`, `[n b O I k]`, pair by pair in the cheapest order."""
+    full_A, full_B = (Q.dim() == 3 and Q.shape[-1] > 1 for Q in basis)
+    a = a if full_A else project_inputs(a, basis)  # blocks cost little
+    g = g if full_B else project_outputs(g, basis)
     operands, letters = [g, a], ["nbso", "nbsik"]
-    result = "nb{}{}k".format("o" if g.shape[-1] == 1 else "O", "i" if a.shape[-2] == 1 else "I")
-    for Q, side in ((basis.Q_B, "boO"), (basis.Q_A, "biI")):
-        if Q.shape[-1] > 1:
-            operands.append(Q)
-            letters.append(side)
+    if full_B:
+        operands.append(basis.Q_B)
+        letters.append("boO")
+    if full_A:
+        operands.append(basis.Q_A)
+        letters.append("biI")
+    result = f"nb{'O' if full_B else 'o'}{'I' if full_A else 'i'}k"
     _, b, s, i, k = a.shape
     sizes = (NOMINAL_N, b, s, g.shape[-1], i, k)
     for pair, equation in _path(",".join(letters) + "->" + result, sizes):

@@ -1,85 +1,221 @@
 """The algebra of one layer: what each kind of term answers, one letter per axis, the same letter everywhere.
 
-| letter | meaning | linear | conv nd | conv nd, SUA | no rule: vector | no rule: matrix |
-|---|---|---|---|---|---|---|
-| n | example | . | . | . | . | . |
-| b | independent block | 1 | groups | groups | elements | 1 |
-| s, t | position that the weight is shared over | leading dims | output pixels | output pixels | 1 | 1 |
-| i | input, + 1 for a bias | in | c/groups * kernel | c/groups | 1 | all axes but the first |
-| o | output | out | c_out/groups | c_out/groups | 1 | the first axis |
-| k | kernel offset left unrotated | 1 | 1 | kernel | 1 | 1 |
-| p | pixel that the factor A is averaged over | - | - | input pixels | - | - |
+| letter | meaning | linear | conv nd | conv nd, SUA | norm scale, shift | embedding | no rule: vector | matrix |
+|---|---|---|---|---|---|---|---|---|
+| n | example | . | . | . | . | . | . | . |
+| b | independent block | 1 | groups | groups | features | 1 | elements | 1 |
+| s, t | position that the weight is shared over | leading dims | output pixels | output pixels | same | ids | 1 | 1 |
+| i | input, + 1 for a bias | in | c/groups * kernel | c/groups | 1 | features | 1 | all axes but the first |
+| o | output | out | c_out/groups | c_out/groups | 1 | vocabulary | 1 | the first axis |
+| k | kernel offset left unrotated | 1 | 1 | kernel | 1 | 1 | 1 | 1 |
+| p | pixel that the factor A is averaged over | - | - | input pixels | - | - | - | - |
+| m, d | diagonal block of a side and its entries | | | | | | | |
 
-Capitals I, O are coordinates in the eigenbasis.
+Capitals I, O, D are coordinates in the eigenbasis. An embedding has its gradients on i and its ids on o: the letters
+follow the weight's axes.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .types import Basis, Dense, Factored, Factors, Layer, Number, Params, Term
+from .types import Basis, Dense, Factored, Factors, Layer, Number, OneHot, Params, Term, Terms
 
 
 class FactorSums(NamedTuple):
-    """Kronecker factors as sums over examples and positions, with what each is divided by."""
+    """Kronecker factors of one term as sums over examples and positions, with what they are divided by."""
 
-    A: Tensor  # [b i i]
-    B: Tensor  # [b o o]
-    count_A: int | Tensor  # inputs summed in A
-    count_B: int | Tensor  # output gradients summed in B, or the trace of B [b 1 1] of dense gradients
+    A: Tensor  # [b i i], or its diagonal blocks [b m d d]
+    B: Tensor  # [b o o], or its diagonal blocks [b m d d]
+    count_A: Number  # inputs summed in A
+    count_B: Number  # output gradients summed in B, or of dense gradients the trace of B
+    positions: Number  # uses of the weight an example: what the product of the factors lacks to be `E[G^2]`
 
 
-def factor_sums(term: Term) -> FactorSums:
-    """`A = sum a a^T` and `B = sum g g^T`; of dense gradients `sum G^T G` and `sum G G^T`.
+WeightSharing = Callable[[Factored], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def expand(term: Factored) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Samples of the factors: each position of an example is one. K-FAC for convolutions, Grosse & Martens 2016."""
+    return term.a, term.g, term.x
+
+
+def reduce(term: Factored) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Samples of the factors: an example is one, its inputs averaged over the positions and its gradients summed.
+
+    K-FAC-reduce of Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636.
+    """
+    return term.a.mean(2, keepdim=True), term.g.sum(2, keepdim=True), None
+
+
+def factor_sums(terms: Terms, basis: Basis, sharing: WeightSharing = expand) -> tuple[FactorSums, ...]:
+    """`A = sum a a^T` and `B = sum g g^T` of each term; of dense gradients `sum G^T G` and `sum G G^T`.
 
     Martens & Grosse 2015, https://arxiv.org/abs/1503.05671. For dense gradients (as Shampoo, Gupta et al. 2018,
     https://arxiv.org/abs/1802.09568, but per example) B has unit trace, so that the product of eigenvalues has the
-    scale of `E[G^2]`, which the product of both factors has squared.
+    scale of `E[G^2]`, which the product of both factors has squared. The basis says which blocks of a side are kept.
     """
+    return tuple(_factor_sums(term, basis, sharing) for term in terms)
+
+
+def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums:
     match term:
-        case Factored(a, g, x):
-            if x is None:
-                A, count = torch.einsum("nbsik,nbsjk->bij", a, a), a.shape[0] * a.shape[2]
-            else:
-                A, count = torch.einsum("nbpi,nbpj->bij", x, x), x.shape[0] * x.shape[2]
-            return FactorSums(A, torch.einsum("nbso,nbsq->boq", g, g), count, g.shape[0] * g.shape[2])
+        case Factored():
+            a, g, x = sharing(term)
+            A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2)
+            B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1)
+            count = g.shape[0] * g.shape[2]
+            return FactorSums(A, B, count if x is None else x.shape[0] * x.shape[2], count, g.shape[2])
+        case OneHot(index, size, g, counted):
+            count = counted.sum()
+            ids = g.new_zeros(size).index_add(0, index.flatten(), counted.flatten().to(g))
+            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1)
+            return FactorSums(A, ids.reshape(basis.Q_B.shape), count, count, count / g.shape[0])
         case Dense(G):
-            B = torch.einsum("nboik,nbqik->boq", G, G)
-            trace = B.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-            return FactorSums(torch.einsum("nboik,nbojk->bij", G, G), B, G.shape[0], trace)
+            A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
+            B = _gram(G, "nbmdik,nbmeik->bmde", basis.Q_B, -3)
+            return FactorSums(A, B, G.shape[0], _trace(B), 1)
 
 
-def average_factors(factors: Factors, sums: FactorSums, decay: Number) -> Factors:
+def _gram(x: Tensor, equation: str, Q: Tensor, axis: int) -> Tensor:
+    """The second moment of samples along an axis, in the blocks of a side of the basis."""
+    x = _blocks(x, Q, axis)
+    C = torch.einsum(equation, x, x)
+    return C.squeeze(1) if Q.dim() == 3 else C
+
+
+def _blocks(x: Tensor, Q: Tensor, axis: int) -> Tensor:
+    """An axis, counted from the right, as `m d` for the blocks of a side of the basis, filled up with zeros."""
+    axis += x.dim()
+    if Q.dim() == 3:
+        return x.unsqueeze(axis)
+    m, d = Q.shape[1:3]
+    missing = m * d - x.shape[axis]
+    if missing:
+        x = F.pad(x, [0, 0] * (x.dim() - 1 - axis) + [0, missing])
+    return x.reshape(*x.shape[:axis], m, d, *x.shape[axis + 1 :])
+
+
+class Means(NamedTuple):
+    """Kronecker factors of one batch."""
+
+    A: Tensor  # [b i i], or its diagonal blocks [b m d d]
+    B: Tensor  # [b o o], or its diagonal blocks [b m d d]
+    positions: Number  # as in `FactorSums`
+
+
+def mean_factors(sums: Sequence[FactorSums]) -> Means:
+    """The one division of the sums.
+
+    Of a table that is a linear layer too, one side has inputs and gradients as samples, in units of their own: each
+    term's factors then count by its share of `E||G||^2`.
+    """
+    means = [Means(_ratio(s.A, s.count_A), _ratio(s.B, s.count_B), s.positions) for s in sums]
+    if len(means) == 1:
+        return means[0]
+    traces = [(_trace(mean.A), _trace(mean.B)) for mean in means]
+    shares = [mean.positions * tr_A * tr_B for mean, (tr_A, tr_B) in zip(means, traces, strict=True)]
+    parts_A, parts_B = [], []
+    for mean, (tr_A, tr_B), share in zip(means, traces, shares, strict=True):
+        parts_A.append(_ratio(mean.A, tr_A) * _along(share, mean.A))
+        parts_B.append(_ratio(mean.B, tr_B) * _along(share, mean.B))
+    return Means(_ratio(torch.stack(parts_A).sum(0), torch.stack(shares).sum(0)), torch.stack(parts_B).sum(0), 1)
+
+
+def _ratio(C: Tensor, by: Number) -> Tensor:
+    """A quotient, zero where there was nothing; of each block b where there are several numbers."""
+    if not isinstance(by, Tensor):
+        return C / by
+    return C / _along(torch.where(by > 0, by, 1), C)
+
+
+def _along(numbers: Tensor, C: Tensor) -> Tensor:
+    """Numbers `[b]` or `[]` shaped to multiply C."""
+    return numbers.reshape(-1, *(1,) * (C.dim() - 1))
+
+
+def _trace(C: Tensor) -> Tensor:
+    """Of each block, `[b]`."""
+    return C.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1)
+
+
+def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     """One step of the bias-corrected moving average of the factors; factors of nothing (zero gradients) are zero."""
     past = decay * factors.weight
     total = past + (1 - decay)
     share = past / torch.where(total > 0, total, 1)
-    trace = sums.count_B
-    B = sums.B / (torch.where(trace > 0, trace, 1) if isinstance(trace, Tensor) else trace)
-    return Factors(
-        share * factors.A + (1 - share) * (sums.A / sums.count_A), share * factors.B + (1 - share) * B, total
-    )
+    return Factors(share * factors.A + (1 - share) * mean.A, share * factors.B + (1 - share) * mean.B, total)
 
 
-def positions(term: Term) -> int:
-    """How often one example uses the weight: what the product of the factors lacks to be `E[G^2]`."""
-    return term.g.shape[2] if isinstance(term, Factored) else 1
-
-
-def dense(term: Term) -> Tensor:
+def dense(terms: Terms) -> Tensor:
     """Per-example gradients `[n b o i k]`."""
-    return torch.einsum("nbso,nbsik->nboik", term.g, term.a) if isinstance(term, Factored) else term.G
+    return functools.reduce(torch.add, map(_dense, terms))
 
 
-def gradient(term: Term) -> Tensor:
+def _dense(term: Term) -> Tensor:
+    match term:
+        case Factored(a, g):
+            return torch.einsum("nbso,nbsik->nboik", g, a)
+        case OneHot(index, size, g):
+            table = g.new_zeros(g.shape[0], size, g.shape[2])
+            return table.scatter_add(1, index[..., None].expand(g.shape), g)[:, None, :, :, None]
+        case Dense(G):
+            return G
+
+
+def gradient(terms: Terms) -> Tensor:
     """Sum over the examples of the gradients, `[b o i k]`."""
-    return torch.einsum("nbso,nbsik->boik", term.g, term.a) if isinstance(term, Factored) else term.G.sum(0)
+    return functools.reduce(torch.add, map(_gradient, terms))
 
 
-def square_norms(term: Term) -> Tensor:
+def _gradient(term: Term) -> Tensor:
+    match term:
+        case Factored(a, g):
+            return torch.einsum("nbso,nbsik->boik", g, a)
+        case OneHot(index, size, g):
+            return add_rows(index, g, size)
+        case Dense(G):
+            return G.sum(0)
+
+
+def add_rows(index: Tensor, values: Tensor, size: int) -> Tensor:
+    """Values `[n s i]` added up into the rows `[n s]` of a table, `[1 o i 1]`."""
+    table = values.new_zeros(size, values.shape[2]).index_add(0, index.flatten(), values.flatten(0, 1))
+    return table[None, :, :, None]
+
+
+def coalesce(term: OneHot) -> OneHot:
+    """Each id once an example, with the sum of its gradients, as must be before anything is squared."""
+    index, order = term.index.sort(dim=1)
+    g = term.g.gather(1, order[..., None].expand(term.g.shape))
+    first = torch.zeros_like(index[:, :1])
+    segment = torch.cat([first, (index[:, 1:] != index[:, :-1]).long().cumsum(1)], dim=1)
+    sums = torch.zeros_like(g).scatter_add(1, segment[..., None].expand(g.shape), g)
+    return term._replace(index=torch.zeros_like(index).scatter(1, segment, index), g=sums)
+
+
+def look_up(term: Factored, index: Tensor) -> Tensor:
+    """The rows `[n s i]` at ids `[n s]` of the gradients `[n o i]` of a layer with b = k = 1."""
+    g = term.g[:, 0].gather(2, index[:, None].expand(-1, term.g.shape[2], -1))  # [n t s]
+    return torch.einsum("nts,nti->nsi", g, term.a[:, 0, :, :, 0])
+
+
+def square_norms(terms: Terms) -> Tensor:
     """`||G[n]||^2`, `[n]`, from pairs of positions where that is less work than forming `G[n]`."""
+    total = functools.reduce(torch.add, map(_square_norms, terms))
+    match terms:
+        case (Factored() as factored, OneHot(index, _, g)):
+            return total + 2 * (look_up(factored, index) * g).sum((1, 2))
+    return total
+
+
+def _square_norms(term: Term) -> Tensor:
+    if isinstance(term, OneHot):
+        return coalesce(term).g.square().sum((1, 2))
     if isinstance(term, Factored):
         s, i, k = term.a.shape[2:]
         o = term.g.shape[3]
@@ -87,45 +223,69 @@ def square_norms(term: Term) -> Tensor:
             pairs_a = torch.einsum("nbsik,nbtik->nbst", term.a, term.a)
             pairs_g = torch.einsum("nbso,nbto->nbst", term.g, term.g)
             return torch.einsum("nbst,nbst->n", pairs_a, pairs_g)
-    return dense(term).square().sum((1, 2, 3, 4))
+    return _dense(term).square().sum((1, 2, 3, 4))
+
+
+def _turn(x: Tensor, Q: Tensor, equation: str, axis: int) -> Tensor:
+    """An axis, counted from the right, times a side of the basis. Blocks of one dimension have nothing to rotate."""
+    if Q.shape[-1] == 1:
+        return x
+    y = torch.einsum(equation, _blocks(x, Q, axis), Q.unsqueeze(1) if Q.dim() == 3 else Q)
+    return y.flatten(axis - 1, axis)
 
 
 def into_basis(M: Tensor, basis: Basis) -> Tensor:
-    """`Q_B^T M Q_A`: `[... b o i k]` to `[... b O I k]`. A side of one dimension has nothing to rotate."""
-    M = M if basis.Q_A.shape[1] == 1 else torch.einsum("...boik,biI->...boIk", M, basis.Q_A)
-    return M if basis.Q_B.shape[1] == 1 else torch.einsum("...boIk,boO->...bOIk", M, basis.Q_B)
+    """`Q_B^T M Q_A`: `[... b o i k]` to `[... b O I k]`."""
+    M = _turn(M, basis.Q_A, "...bomdk,bmdD->...bomDk", -2)
+    return _turn(M, basis.Q_B, "...bmdik,bmdD->...bmDik", -3)
 
 
-def out_of_basis(M: Tensor, basis: Basis) -> Tensor:
+def out_of_basis(M: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> Tensor:
     """`Q_B M Q_A^T`: `[b O I k]` to `[b o i k]`."""
-    return into_basis(M, Basis(basis.Q_A.mT, basis.Q_B.mT))
+    return into_basis(M, Basis(basis.Q_A.mT, basis.Q_B.mT))[:, : sizes[1], : sizes[2]]
 
 
-def project(term: Factored, basis: Basis) -> Factored:
-    """Inputs and output gradients in the basis: `a [n b s I k]`, `g [n b s O]`."""
-    a, g = term.a, term.g
-    a = a if basis.Q_A.shape[1] == 1 else torch.einsum("nbsik,biI->nbsIk", a, basis.Q_A)
-    g = g if basis.Q_B.shape[1] == 1 else torch.einsum("nbso,boO->nbsO", g, basis.Q_B)
-    return Factored(a, g)
+def project_inputs(a: Tensor, basis: Basis) -> Tensor:
+    """Inputs in the basis: `[n b s i k]` to `[n b s I k]`."""
+    return _turn(a, basis.Q_A, "nbsmdk,bmdD->nbsmDk", -2)
 
 
-def eigenvalue_product(factors: Factors, basis: Basis, positions: int, like: Tensor) -> Tensor:
+def project_outputs(g: Tensor, basis: Basis) -> Tensor:
+    """Output gradients in the basis: `[n b s o]` to `[n b s O]`."""
+    return _turn(g, basis.Q_B, "nbsmd,bmdD->nbsmD", -1)
+
+
+def project(term: Factored | OneHot, basis: Basis) -> Factored | OneHot:
+    """A term in the basis; the ids of a table stay what they are."""
+    if isinstance(term, OneHot):
+        return term._replace(g=_turn(term.g[:, None], basis.Q_A, "nbsmd,bmdD->nbsmD", -1)[:, 0])
+    return Factored(project_inputs(term.a, basis), project_outputs(term.g, basis))
+
+
+def eigenvalue_product(factors: Factors, basis: Basis, positions: Number, like: Tensor) -> Tensor:
     """`lambda_B x lambda_A x positions`, the K-FAC estimate of `E[G^2]`, at each offset: shaped as like, `[b O I k]`.
 
     The eigenvalues are read as `diag(Q^T A Q)`: of a basis that could not be refreshed, its own best ones.
     """
-    lambda_A = torch.einsum("bij,biI,bjI->bI", factors.A, basis.Q_A, basis.Q_A).clamp(min=0)
-    lambda_B = torch.einsum("boq,boO,bqO->bO", factors.B, basis.Q_B, basis.Q_B).clamp(min=0)
+    lambda_A, lambda_B = (
+        torch.einsum("...de,...dD,...eD->...D", C, Q, Q).flatten(1).clamp(min=0)
+        for C, Q in ((factors.A, basis.Q_A), (factors.B, basis.Q_B))
+    )
     product = torch.einsum("bO,bI->bOI", positions * lambda_B, lambda_A)
     return product.clamp(max=torch.finfo(product.dtype).max)[..., None].expand_as(like)
 
 
 def unpack(layer: Layer, M: Tensor, like: Mapping[str, Tensor]) -> Params:
     """`[... b o i k]` back to the layer's entries of a tree like params, leading axes kept."""
-    if layer.bias is None:
-        return {layer.weight: _as(M, like[layer.weight])}
-    return {layer.weight: _as(M[..., :-1, :], like[layer.weight]), layer.bias: _as(M[..., -1:, :], like[layer.bias])}
-
-
-def _as(M: Tensor, p: Tensor) -> Tensor:
-    return M.reshape((*M.shape[:-4], *p.shape)).to(p.dtype)
+    weight = like[layer.weight]
+    bias = None if layer.bias is None else M[..., -1, 0]
+    M = M if bias is None else M[..., :-1, :]
+    lead = M.dim() - 4
+    M = M.reshape((*M.shape[:lead], *(layer.split[axis] for axis in layer.order)))
+    inverse = sorted(range(len(layer.order)), key=layer.order.__getitem__)
+    M = M.permute((*range(lead), *(lead + axis for axis in inverse)))
+    tree = {layer.weight: M.reshape((*M.shape[:lead], *weight.shape)).to(weight.dtype)}
+    if layer.bias is not None and bias is not None:
+        like_bias = like[layer.bias]
+        tree[layer.bias] = bias.reshape((*M.shape[:lead], *like_bias.shape)).to(like_bias.dtype)
+    return tree

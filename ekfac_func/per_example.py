@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .capture import Captured, capture
 from .checks import check_batch, check_count, check_params, check_randomness
+from .discovery import Options
 from .kronecker import dense, gradient, square_norms, unpack
 from .rules import RULES, Rules
 from .types import Batch, LossFn, Params
@@ -24,6 +26,11 @@ class PerExampleGradients:
     def losses(self) -> Tensor:
         """`[n]`."""
         return self.captured.losses
+
+    @property
+    def aux(self) -> Any:
+        """What the loss returned beside, with `has_aux`."""
+        return self.captured.aux
 
     def dense(self, name: str) -> Tensor:
         """`[n, *param.shape]` of one parameter. KeyError if params has no such name."""
@@ -54,12 +61,14 @@ def per_example_gradients(
     batch: Batch,
     *,
     rules: Rules = RULES,
+    has_aux: bool = False,
+    batched: bool = False,
     randomness: str = "different",
     chunk_size: int | None = None,
 ) -> PerExampleGradients:
     """Exact gradients of `loss_fn(params, example)` for every example of the batch.
 
-    loss_fn, params, batch, rules, randomness and chunk_size as in `ekfac`. Exact for every parameter that
+    loss_fn, params, batch and the options as in `ekfac`. Exact for every parameter that
     `torch.autograd.grad` in a loop over the examples can differentiate.
     """
     check_randomness(randomness)
@@ -67,4 +76,5 @@ def per_example_gradients(
         check_count("chunk_size", chunk_size)
     check_params(params)
     check_batch(batch)
-    return PerExampleGradients(capture(loss_fn, params, batch, rules, randomness, chunk_size), params)
+    options = Options(rules, randomness, chunk_size, has_aux, batched)
+    return PerExampleGradients(capture(loss_fn, params, batch, options), params)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import basis as eigenbasis
-from .capture import capture, plan
+from .basis import Choices, choose, moment_shape
+from .capture import capture, own
 from .checks import (
     check_batch,
     check_count,
@@ -20,10 +21,20 @@ from .checks import (
     check_randomness,
     check_state,
 )
-from .kronecker import average_factors, eigenvalue_product, factor_sums, out_of_basis, positions, unpack
+from .discovery import Options, plan
+from .kronecker import (
+    WeightSharing,
+    average_factors,
+    eigenvalue_product,
+    expand,
+    factor_sums,
+    mean_factors,
+    out_of_basis,
+    unpack,
+)
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, refresh
-from .types import Basis, Batch, Factors, Info, Layer, LossFn, Moment, Number, Params, State, Sums, Term
+from .types import Basis, Batch, Factors, Info, Layer, LossFn, Moment, Number, Params, State, Sums, Terms
 
 
 class EKFAC(NamedTuple):
@@ -45,7 +56,11 @@ def ekfac(
     basis_every: int = 1,
     at_refresh: AtRefresh | None = None,
     factor_decay: Number = 0.0,
+    weight_sharing: WeightSharing = expand,
+    bases: Choices | None = None,
     rules: Rules = RULES,
+    has_aux: bool = False,
+    batched: bool = False,
     randomness: str = "different",
     chunk_size: int | None = None,
 ) -> EKFAC:
@@ -64,7 +79,17 @@ def ekfac(
         estimator's own.
     factor_decay: weight of the past in a bias-corrected moving average of the factors over the refreshes; 0 takes
         them from the batch of the refresh alone.
+    weight_sharing: what a sample of the factors is where an example uses a weight at several positions: `expand`, each
+        position, or `reduce`, the example. The moment is exact in both.
+    bases: by a pattern of the weight's name, as of a file's, how much of each factor is kept: `FULL`, the default,
+        `DIAGONAL`, `blocks(max_dim)`, or `Blocks(inputs, outputs)` for each side; the first that fits.
     rules: which torch calls are layers, e.g. `{**RULES, **SUA}`.
+    has_aux: `loss_fn` returns a pair (loss, aux); the tree of tensors aux, with an axis n in front, is in `info.aux`.
+    batched: `loss_fn` takes the batch as it is and returns the losses `[n]`; aux is returned as it is. It is for models
+        that couple their examples, BatchNorm in training mode: the gradient of an example is then that of the batch's
+        loss through the example's own activations, as in hook-based K-FAC. For independent examples it is the same as
+        without, and does without `vmap`. An axis of a layer's input that holds several positions of each example must
+        have those of an example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
     chunk_size: examples differentiated at a time, against the memory of activations; None takes the batch at once.
         Under `torch.compile` every batch size then costs graphs of its own.
@@ -91,63 +116,84 @@ def ekfac(
     check_randomness(randomness)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    if batched and chunk_size is not None:
+        raise ValueError(
+            f"chunk_size={chunk_size!r} with batched=True: the chunks of a coupled batch are other batches"
+        )
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
+    options = Options(rules, randomness, chunk_size, has_aux, batched)
+    choices = {} if bases is None else bases
 
     def init(params: Mapping[str, Tensor], batch: Batch) -> State:
         check_params(params)
         check_batch(batch)
-        return _initial(plan(loss_fn, params, batch, rules).layers, params)
+        return _initial(plan(loss_fn, own(params), batch, options).layers, choices, params)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         n = check_batch(batch)
-        losses, layers, terms = capture(loss_fn, params, batch, rules, randomness, chunk_size)
-        check_state(state, layers.values())
+        losses, layers, terms, aux = capture(loss_fn, params, batch, options)
+        check_state(state, {name: moment_shape(layer, choose(layer, choices)) for name, layer in layers.items()})
 
         carried, kept = state, torch.zeros((), dtype=torch.int64, device=losses.device)
         if state.step % basis_every == 0:
-            carried, kept = _refresh(state, terms, factor_decay, second_moment, carry)
+            carried, kept = _refresh(state, terms, factor_decay, weight_sharing, second_moment, carry)
         bases = carried.bases
         means = {name: _mean(second_moment.sums(term, bases[name]), n) for name, term in terms.items()}
         updated = {name: second_moment.update(carried.second_moments[name], means[name], n) for name in layers}
-        rescaled = {name: _rescale(means[name].projected, updated[name], bases[name], damping) for name in layers}
+        rescaled = {
+            name: _rescale(means[name].projected, updated[name], bases[name], damping, layer.sizes)
+            for name, layer in layers.items()
+        }
 
         loss, new = losses.mean(), State(state.step + 1, carried.factors, bases, updated)
         finite = _all_finite([loss, *rescaled.values(), *_learned(new, state)])
         natural = {name: torch.where(finite, M, 0) for name, M in rescaled.items()}
         gradient = {name: mean.gradient for name, mean in means.items()}
         info = Info(
-            loss, _unpack(layers, gradient, params), ~finite, torch.where(finite, kept, 0), damping + loss.new_zeros(())
+            loss,
+            _unpack(layers, gradient, params),
+            ~finite,
+            torch.where(finite, kept, 0),
+            damping + loss.new_zeros(()),
+            aux,
         )
         return _unpack(layers, natural, params), _choose(finite, new, state), info
 
     return EKFAC(init, precondition)
 
 
-def _initial(layers: tuple[Layer, ...], params: Mapping[str, Tensor]) -> State:
+def _initial(layers: tuple[Layer, ...], choices: Choices, params: Mapping[str, Tensor]) -> State:
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
-        b, o, i, k = layer.sizes
         p = params[layer.weight]
         zero = torch.zeros((), dtype=p.dtype, device=p.device)
-        bases[layer.weight] = eigenbasis.identity(b, o, i, p)
-        factors[layer.weight] = Factors(zero.repeat(b, i, i), zero.repeat(b, o, o), zero)
-        second_moments[layer.weight] = Moment(zero.repeat(b, o, i, k), zero.clone())
+        chosen = choose(layer, choices)
+        basis = eigenbasis.identity(layer.sizes, chosen, p)
+        bases[layer.weight] = basis
+        factors[layer.weight] = Factors(torch.zeros_like(basis.Q_A), torch.zeros_like(basis.Q_B), zero)
+        second_moments[layer.weight] = Moment(zero.repeat(*moment_shape(layer, chosen)), zero.clone())
     return State(0, factors, bases, second_moments)
 
 
 def _refresh(
-    state: State, terms: Mapping[str, Term], factor_decay: Number, estimator: SecondMoment, carry: AtRefresh
+    state: State,
+    terms: Mapping[str, Terms],
+    factor_decay: Number,
+    weight_sharing: WeightSharing,
+    estimator: SecondMoment,
+    carry: AtRefresh,
 ) -> tuple[State, Tensor]:
     """The state with factors of this batch, their bases and the moments in them; how many bases could not be had."""
     factors, bases, second_moments, kept = {}, {}, {}, []
-    for name, term in terms.items():
+    for name, of_layer in terms.items():
         old, moment = state.bases[name], state.second_moments[name]
-        factors[name] = average_factors(state.factors[name], factor_sums(term), factor_decay)
+        mean = mean_factors(factor_sums(of_layer, old, weight_sharing))
+        factors[name] = average_factors(state.factors[name], mean, factor_decay)
         bases[name], failed = eigenbasis.refresh(factors[name], old)
-        product = functools.partial(eigenvalue_product, factors[name], bases[name], positions(term), moment.value)
+        product = functools.partial(eigenvalue_product, factors[name], bases[name], mean.positions, moment.value)
         second_moments[name] = refresh(estimator, carry, moment, old, bases[name], product)
         kept.append(failed)
     return State(state.step, factors, bases, second_moments), torch.stack(kept).sum()
@@ -158,10 +204,12 @@ def _mean(sums: Sums, n: int) -> Sums:
     return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)
 
 
-def _rescale(projected: Tensor, moment: Moment, basis: Basis, damping: Number) -> Tensor:
+def _rescale(
+    projected: Tensor, moment: Moment, basis: Basis, damping: Number, sizes: tuple[int, int, int, int]
+) -> Tensor:
     """`Q_B [ projected / (m2 + damping) ] Q_A^T`; zero while there is no estimate of m2."""
     m2 = torch.where(moment.weight > 0, moment.value, torch.inf)
-    return out_of_basis(projected / (m2 + damping), basis)
+    return out_of_basis(projected / (m2 + damping), basis, sizes)
 
 
 def _learned(new: State, old: State) -> list[Tensor]:

@@ -4,32 +4,36 @@ A rule reads a call of a torch function and says where its weight's gradient com
 recognises is differentiated as it is: rules are speed and a better basis, never correctness.
 """
 
-from collections.abc import Callable, Mapping
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .types import Factored
+from .types import Factored, OneHot
 
 
 class Call(NamedTuple):
-    """One call of a layer, as its rule reads it (letters as in `kronecker.py`).
+    """One reading of a call (letters as in `kronecker.py`).
 
-    `weight.reshape(sizes)` is `[b o i k]`. `read(input, output_gradient)` takes both with a leading axis n and
-    returns the terms of the weight's per-example gradients. A bias must add to the output along `(b o)`; a rule that
-    leaves it out (None) makes it a block of its own.
+    `letters` names each axis of `weight.reshape(split)`, or of the weight itself, as b, o, i or k. `read(input,
+    output_gradient)` takes both with a leading axis n and returns the term of the weight's per-example gradients. A
+    bias must add to the output along `(b o)`; a rule that leaves it out (None) makes it a block of its own.
     """
 
     weight: Tensor
-    bias: Tensor | None
-    input: Tensor
-    sizes: tuple[int, int, int, int]
-    read: Callable[[Tensor, Tensor], Factored]
+    letters: str
+    input: Any  # a tensor or a tree of them
+    read: Callable[[Any, Tensor], Factored | OneHot]
+    bias: Tensor | None = None
+    split: tuple[int, ...] | None = None
+    table: bool = False  # read returns OneHot
 
 
-Rule = Callable[..., Call | None]
+Rule = Callable[..., Call | Sequence[Call] | None]  # several readings where either operand may be the weight
 Rules = Mapping[Callable[..., Any], Rule]
 
 
@@ -37,12 +41,73 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | 
     """`F.linear` with any leading dimensions: each is a position s. A vector weight has no rule."""
     if weight.dim() != 2:
         return None
+    s = _LETTERS[: input.dim() - 1]
+    return _product(f"{s}y", f"{s}z", input, weight, "zy", bias)
 
-    def read(x: Tensor, g: Tensor) -> Factored:
-        a, g = (t[:, None].flatten(1, -2)[:, None] for t in (x, g))
-        return Factored(a[..., None], g)
 
-    return Call(weight, bias, input, (1, *weight.shape, 1), read)
+def matmul(*operands: Tensor, **named: Any) -> list[Call]:
+    """`torch.matmul`, `@`, `mm`, `bmm` with a parameter of two or more axes on either side; batch axes are blocks."""
+    tensors = [t for t in (*operands, *named.values()) if isinstance(t, Tensor)]
+    if len(tensors) != 2:
+        return []
+    x, y = tensors
+    dims = max(x.dim(), y.dim()) - 2
+    lead, row, column = _LETTERS[: max(dims, 0)], "y" * (x.dim() > 1), "z" * (y.dim() > 1)
+    x_letters, y_letters = (lead[dims - t.dim() + 2 :] for t in (x, y))
+    x_letters, y_letters, output = f"{x_letters}{row}x", f"{y_letters}x{column}", f"{lead}{row}{column}"
+    calls = []
+    if y.dim() > 1:
+        calls.append(_product(x_letters, output, x, y, y_letters))
+    if x.dim() > 1:
+        calls.append(_product(y_letters, output, y, x, x_letters))
+    return [call for call in calls if call is not None]
+
+
+def addmm(bias: Tensor, *operands: Tensor, beta: float = 1, alpha: float = 1, **named: Any) -> list[Call]:
+    """`torch.addmm` and `torch.baddbmm`; a vector added to `input @ weight` is its bias."""
+    calls = matmul(*operands, **named)
+    if alpha != 1:
+        return []
+    return [
+        call._replace(bias=bias) if call.letters == "io" and beta == 1 and bias.shape == call.weight.shape[1:] else call
+        for call in calls
+    ]
+
+
+def einsum(equation: Any, *operands: Any) -> list[Call]:
+    """`torch.einsum` of two operands, of which either may be the weight.
+
+    Axes that only the weight shares with the output are o, but its first axis is b where it has three or more (an
+    expert dimension); axes that all three share are b; axes that are summed against the input are i.
+    """
+    if not isinstance(equation, str) or "->" not in equation:
+        return []
+    operands = tuple(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
+    inputs, output = equation.replace(" ", "").split("->")
+    parts = inputs.split(",")
+    if len(operands) != 2 or len(parts) != 2:
+        return []
+    spare = "".join(letter for letter in _LETTERS if letter not in equation)
+    dots = [t.dim() - len(part) + 3 if "..." in part else 0 for part, t in zip(parts, operands, strict=True)]
+    lead = spare[: max(dots)]
+    parts = [part.replace("...", lead[len(lead) - count :]) for part, count in zip(parts, dots, strict=True)]
+    output = output.replace("...", lead)
+    calls = [
+        _product(parts[k], output, operands[k], operands[1 - k], parts[1 - k])
+        for k in (0, 1)
+        if operands[1 - k].dim() > 1
+    ]
+    return [call for call in calls if call is not None]
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    """`F.bilinear`: the input is the outer product of both."""
+
+    def read(inputs: tuple[Tensor, Tensor], g: Tensor) -> Factored:
+        x, y, g = (t[:, None].flatten(1, -2)[:, None] for t in (*inputs, g))
+        return Factored(torch.einsum("nbsi,nbsj->nbsij", x, y).flatten(3)[..., None], g)
+
+    return Call(weight, "oii", (input1, input2), read, bias)
 
 
 def conv(
@@ -58,14 +123,11 @@ def conv(
     nd = weight.dim() - 2
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        patches = _patches(_batched(x, nd), weight.shape[2:], stride, padding, dilation)
-        a = rearrange(
-            patches, f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) (c {_KERNEL[nd]}) 1", b=groups
-        )
-        return Factored(a, _pixels(_batched(g, nd), groups))
+        patches = _patches(padded(_batched(x, nd), weight.shape[2:], padding, dilation), weight, stride, dilation)
+        return Factored(_samples(patches, groups, nd), _pixels(_batched(g, nd), groups))
 
-    c_out, c = weight.shape[:2]
-    return Call(weight, bias, input, (groups, c_out // groups, c * weight[0, 0].numel(), 1), read)
+    c_out = weight.shape[0]
+    return Call(weight, "boi" + "i" * nd, input, read, bias, (groups, c_out // groups, *weight.shape[1:]))
 
 
 def conv_sua(
@@ -88,14 +150,188 @@ def conv_sua(
     c, offsets = weight.shape[1], weight[0, 0].numel()
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        a, g, _ = dense.read(x, g)
-        return Factored(a.unflatten(3, (c, offsets)).squeeze(5), g, _pixels(_batched(x, nd), groups))
+        term = dense.read(x, g)
+        assert isinstance(term, Factored)
+        return Factored(
+            term.a.unflatten(3, (c, offsets)).squeeze(5), term.g, _pixels(_batched(x, nd), groups).to(term.a)
+        )
 
-    return Call(weight, None, input, (*dense.sizes[:2], c, offsets), read)
+    return dense._replace(letters="boi" + "k" * nd, read=read)
 
 
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> Call:
+    """`F.conv_transpose1d`, `2d`, `3d`: a convolution of the input, spread out by the stride, with a turned kernel.
+
+    Inputs are patches of that over `(c/groups kernel)`, an output pixel is a position, so that the bias joins them.
+    """
+    nd = weight.dim() - 2
+    kernel = weight.shape[2:]
+    strides, pads, extra, reach = (each(v, kernel) for v in (stride, padding, output_padding, dilation))
+
+    def read(x: Tensor, g: Tensor) -> Factored:
+        x = _batched(x, nd)
+        for axis, (k, s, p, e, d) in enumerate(zip(kernel, strides, pads, extra, reach, strict=True)):
+            inner, side = [0, 0] * (nd - 1 - axis), d * (k - 1) - p
+            x = F.pad(x.unsqueeze(4 + axis), [*inner, 0, s - 1]).flatten(3 + axis, 4 + axis)  # s - 1 zeros after each
+            x = F.pad(x, [*inner, side, side + e - (s - 1)])
+        patches = _patches(x, weight, 1, dilation).flip([-1 - axis for axis in range(nd)])
+        return Factored(_samples(patches, groups, nd), _pixels(_batched(g, nd), groups))
+
+    split = (groups, weight.shape[0] // groups, *weight.shape[1:])
+    return Call(weight, "bio" + "i" * nd, input, read, bias, split)
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call | None:
+    """`F.embedding`: ids in place of one-hot inputs."""
+    if max_norm is not None or scale_grad_by_freq:
+        return None
+    padding = None if padding_idx is None else padding_idx % len(weight)
+
+    def read(index: Tensor, g: Tensor) -> OneHot:
+        index, g = index[:, None].flatten(1), g[:, None].flatten(1, -2)
+        counted = torch.ones_like(index, dtype=torch.bool) if padding is None else index != padding
+        return OneHot(index, len(weight), torch.where(counted[..., None], g, 0), counted)
+
+    return Call(weight, "oi", input, read, table=True)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Call | None:
+    """`F.layer_norm`: the scale and shift of a feature are a block of two."""
+    return _scale(lambda: F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, len(normalized_shape))
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Call | None:
+    """`F.rms_norm`: a block for the scale of each feature."""
+    return _scale(lambda: F.rms_norm(input, normalized_shape, None, eps), weight, None, len(normalized_shape))
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Call | None:
+    """`F.group_norm`: the scale and shift of a channel are a block of two, pixels are positions."""
+    return _scale(lambda: F.group_norm(input, num_groups, None, None, eps), weight, bias)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Call | None:
+    """`F.instance_norm`, as `group_norm`."""
+    running = (None, None) if use_input_stats else (running_mean, running_var)
+    return _scale(lambda: F.instance_norm(input, *running, None, None, use_input_stats, 0.0, eps), weight, bias)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Call | None:
+    """`F.batch_norm`, as `group_norm`; with the statistics of the batch in a batched capture alone."""
+    running = (None, None) if training else (running_mean, running_var)
+    return _scale(lambda: F.batch_norm(input, *running, None, None, training, 0.0, eps), weight, bias)
+
+
+_LETTERS = string.ascii_letters
 _OUT = ("", "x", "x y", "x y z")
 _KERNEL = ("", "u", "u v", "u v w")
+
+
+def _product(
+    x_letters: str, output: str, input: Tensor, weight: Tensor, w_letters: str, bias: Tensor | None = None
+) -> Call | None:
+    """An einsum of an input and a weight, one letter an axis of each, read as a layer."""
+    sizes: dict[str, int] = {}
+    for letters, t in ((x_letters, input), (w_letters, weight)):
+        for letter, size in zip(letters, t.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                return None  # broadcast from size 1
+    if any(len(set(letters)) < len(letters) for letters in (x_letters, w_letters, output)):
+        return None  # a diagonal
+    if any(letter not in x_letters + output for letter in w_letters):
+        return None  # summed before it meets the input
+    kinds = "".join("i" if c not in output else "b" if c in x_letters else "o" for c in w_letters)
+    if len(kinds) > 2 and kinds[0] == "o" and "o" in kinds[1:]:  # experts that all see the same input
+        kinds = "b" + kinds[1:]
+    b, o, i = ("".join(c for c, kind in zip(w_letters, kinds, strict=True) if kind == want) for want in "boi")
+    s = "".join(letter for letter in output if letter not in w_letters)
+    n = next(letter for letter in _LETTERS if letter not in x_letters + output + w_letters)
+
+    def read(x: Tensor, g: Tensor) -> Factored:
+        seen = "".join(c for c in b if c in x_letters)
+        a = torch.einsum(f"{n}{x_letters}->{n}{seen}{s}{i}", x)
+        if kinds[0] == "b" and w_letters[0] not in x_letters:
+            a = a.unsqueeze(1).expand(-1, sizes[w_letters[0]], *a.shape[1:])
+        g = torch.einsum(f"{n}{output}->{n}{b}{s}{o}", g)
+        return Factored(_grouped(a, (len(b), len(s), len(i)))[..., None], _grouped(g, (len(b), len(s), len(o))))
+
+    return Call(weight, kinds, input, read, bias)
+
+
+def _grouped(t: Tensor, counts: Sequence[int]) -> Tensor:
+    """`[n ...]` with each run of axes as one, of size 1 where the run is empty."""
+    axes = iter(t.shape[1:])
+    shape = [_size(axes, count) for count in counts]
+    return t.reshape(t.shape[0], *shape)
+
+
+def _size(axes: Iterator[int], count: int) -> int:
+    size = 1
+    for _ in range(count):
+        size = size * next(axes)
+    return size
+
+
+def _scale(
+    normalised: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None, last: int | None = None
+) -> Call | None:
+    """A scale, and a shift, of each feature: of the last axes or of the channels, axis 1."""
+    if weight is None:
+        return None
+
+    def read(x: Tensor, g: Tensor) -> Factored:
+        if last is None:
+            x, g = (t.movedim(2, 1).flatten(2) for t in (x, g))  # [n m c ...]
+        else:
+            x, g = (t.flatten(-last).unsqueeze(1).flatten(1, -2).mT for t in (x, g))
+        return Factored(x[..., None, None], g[..., None])
+
+    return Call(weight, "b" * weight.dim(), normalised(), read, bias)
 
 
 def _pixels(x: Tensor, groups: int) -> Tensor:
@@ -103,20 +339,19 @@ def _pixels(x: Tensor, groups: int) -> Tensor:
     return rearrange(x, "n m (b c) ... -> n b (m ...) c", b=groups)
 
 
+def _samples(patches: Tensor, groups: int, nd: int) -> Tensor:
+    """Patches `[n m (b c) *output *kernel]` to `[n b s (c kernel) 1]`."""
+    return rearrange(patches, f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) (c {_KERNEL[nd]}) 1", b=groups)
+
+
 def _batched(x: Tensor, nd: int) -> Tensor:
     """`[n (m) c ...]` with the convolution's own batch axis m written out."""
     return x.unsqueeze(1) if x.dim() == nd + 2 else x
 
 
-def _patches(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: int | tuple[int, ...],
-    padding: str | int | tuple[int, ...],
-    dilation: int | tuple[int, ...],
-) -> Tensor:
+def _patches(x: Tensor, weight: Tensor, stride: int | tuple[int, ...], dilation: int | tuple[int, ...]) -> Tensor:
     """`[n m c ...]` to a view `[n m c *output *kernel]` of what each output pixel sees."""
-    x = padded(x, kernel, padding, dilation)
+    kernel = weight.shape[2:]
     for axis, (k, s, d) in enumerate(zip(kernel, each(stride, kernel), each(dilation, kernel), strict=True)):
         x = x.unfold(3 + axis, d * (k - 1) + 1, s)[..., ::d]
     return x
@@ -140,5 +375,24 @@ def each(value: Any, kernel: tuple[int, ...]) -> list[int]:
     return values * len(kernel) if len(values) == 1 else values
 
 
-RULES: Rules = {F.linear: linear, F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
+RULES: Rules = {
+    F.linear: linear,
+    F.bilinear: bilinear,
+    F.conv1d: conv,
+    F.conv2d: conv,
+    F.conv3d: conv,
+    F.conv_transpose1d: conv_transpose,
+    F.conv_transpose2d: conv_transpose,
+    F.conv_transpose3d: conv_transpose,
+    F.embedding: embedding,
+    F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
+    torch.einsum: einsum,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), matmul),
+    **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), matmul),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), addmm),
+}
 SUA: Rules = {F.conv1d: conv_sua, F.conv2d: conv_sua, F.conv3d: conv_sua}

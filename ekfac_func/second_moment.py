@@ -11,7 +11,7 @@ from torch import Tensor
 from .checks import check_decay
 from .contraction import exact_sums, gradient_sums
 from .kronecker import into_basis
-from .types import Basis, Moment, Number, Sums, Term
+from .types import Basis, Moment, Number, Sums, Terms
 
 AtRefresh = Callable[[Moment, Basis, Basis, Callable[[], Tensor]], Moment]
 """(moment, old basis, new basis, product of the eigenvalues) -> moment"""
@@ -20,12 +20,12 @@ AtRefresh = Callable[[Moment, Basis, Basis, Callable[[], Tensor]], Moment]
 class SecondMoment(NamedTuple):
     """An estimator of the second moment of the gradient's coordinates in the eigenbasis.
 
-    `sums(term, basis)` is what it needs of a batch; `update(moment, mean, n)` takes that as means over the n
+    `sums(terms, basis)` is what it needs of a batch; `update(moment, mean, n)` takes that as means over the n
     examples. Before the first observation it `starts_from_eigenvalues` of the factors or from nothing.
     """
 
     name: str
-    sums: Callable[[Term, Basis], Sums]
+    sums: Callable[[Terms, Basis], Sums]
     update: Callable[[Moment, Sums, int], Moment]
     at_refresh: AtRefresh
     starts_from_eigenvalues: bool = False
@@ -43,8 +43,7 @@ def keep(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) 
 
 def transport(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
     """Carry the moment on by the squared rotation `(Q_old^T Q_new)^2` of both sides, which keeps its sum."""
-    R_A = torch.einsum("biI,biJ->bIJ", old.Q_A, new.Q_A).square()
-    R_B = torch.einsum("boO,boP->bOP", old.Q_B, new.Q_B).square()
+    R_A, R_B = ((Q_old.mT @ Q_new).square() for Q_old, Q_new in zip(old, new, strict=True))
     return Moment(into_basis(moment.value, Basis(R_A, R_B)), moment.weight)
 
 

@@ -22,28 +22,49 @@ class Factored(NamedTuple):
     x: Tensor | None = None  # [n b p i] samples of the factor A where they are not a's own (SUA)
 
 
+class OneHot(NamedTuple):
+    """Per-example gradients `G[n] = sum_s onehot(index[n, s]) g[n, s]^T` of a table: ids in place of one-hot vectors.
+
+    The letters follow the table's axes, so that the ids lie on o and the gradients on i. b and k are 1.
+    """
+
+    index: Tensor  # [n s] ids
+    size: int  # o, the rows of the table
+    g: Tensor  # [n s i] gradients of what was looked up; zero where the id is padding
+    counted: Tensor  # [n s] 1, or 0 where the id is padding
+
+
 class Dense(NamedTuple):
     """Per-example gradients as they are."""
 
     G: Tensor  # [n b o i k]
 
 
-Term = Factored | Dense
+Term = Factored | OneHot | Dense
+Terms = tuple[Term, ...]  # a layer's gradients are their sum: one of a kind, Dense alone
 
 
 class Layer(NamedTuple):
-    """One block of the curvature: a weight, the bias that is its last input column, and its sizes."""
+    """One block of the curvature: a weight, the bias that is its last input column, and where their entries lie.
+
+    `weight.reshape(split).permute(order).reshape(sizes)` is `[b o i k]`, before the bias joins i.
+    """
 
     weight: str
     bias: str | None
     sizes: tuple[int, int, int, int]  # b, o, i, k; i counts the bias
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    table: bool = False  # o counts the rows of a lookup table: its factor is diagonal
+    rule: str | None = None  # the torch functions that a rule read; None where the gradients are taken as they are
+    hidden_by: str | None = None  # the torch functions that kept the weight from a rule
 
 
 class Factors(NamedTuple):
     """Kronecker factors of one layer, and the weight of what their moving average has seen: 0 nothing, 1 all."""
 
-    A: Tensor  # [b i i] of the inputs
-    B: Tensor  # [b o o] of the output gradients
+    A: Tensor  # [b i i] of the inputs, or its diagonal blocks [b m d d]
+    B: Tensor  # [b o o] of the output gradients, or its diagonal blocks [b m d d]
     weight: Tensor  # []
 
 
@@ -55,10 +76,14 @@ class Moment(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """Kronecker-factored eigenbasis (KFE) of one layer: orthonormal columns."""
+    """Kronecker-factored eigenbasis (KFE) of one layer: orthonormal columns.
 
-    Q_A: Tensor  # [b i I]
-    Q_B: Tensor  # [b o O]
+    A side is full, `[b i I]`, or block-diagonal, `[b m d D]` of m blocks: the last one is filled up with zeros where d
+    does not divide the side, so that I and O are m d. Blocks of d = 1 leave the side as it is.
+    """
+
+    Q_A: Tensor  # [b i I] or [b m d D]
+    Q_B: Tensor  # [b o O] or [b m d D]
 
 
 class Sums(NamedTuple):
@@ -87,6 +112,7 @@ class Info(NamedTuple):
     skipped: Tensor  # [] bool: a loss, gradient or statistic was not finite, nothing was learned
     kept_bases: Tensor  # [] number of eigenbases that could not be refreshed, the old ones serve on
     damping: Tensor  # [] as used
+    aux: Any = ()  # what the loss returned beside, with has_aux
 
 
 _CHILDREN = ("factors", "bases", "second_moments")

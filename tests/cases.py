@@ -15,6 +15,12 @@ from ekfac_func.types import LossFn, Params
 
 N = 6  # examples of a batch
 
+RULED = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d),
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -27,16 +33,16 @@ class Case:
 
 
 def classifier(net: nn.Module, *shape: int, ruled: set[str] | None = None, classes: int = 3) -> Case:
-    """Cross-entropy of a module on examples of a shape; by default every weight of a Linear or Conv has a rule."""
+    """Cross-entropy of a module on examples of a shape; by default those of the modules `RULED` have a rule."""
     net = net.double()
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
     if ruled is None:
         ruled = {
             f"{name}.{kind}".lstrip(".")
             for name, module in net.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            for kind in ("weight", "bias")
-            if getattr(module, kind) is not None
+            if isinstance(module, RULED)
+            for kind, _ in module.named_parameters(recurse=False)
+            if f"{name}.{kind}".lstrip(".") in params  # once, where it has two names
         }
 
     def loss_fn(params: Params, example: Any) -> Tensor:
@@ -87,14 +93,32 @@ class ReusedConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Fused attention hides its projections from the rules."""
+    """Fused attention: of x to itself, or to other keys and values, in one of its many forms."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: str = "self", **options: Any) -> None:
         super().__init__()
-        self.attention, self.outer = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+        self.attention, self.outer = nn.MultiheadAttention(4, 2, batch_first=True, **options), nn.Linear(4, 3)
+        self.form = form
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.attention(x, x, x, need_weights=False)[0].mean(1))
+        memory, mask = torch.cat([x, x.cos()], 1), torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        padding = torch.zeros(1, x.shape[1]).bool().index_fill(1, torch.tensor([0]), True)
+        attend = self.attention
+        y = {
+            "self": lambda: attend(x, x, x, need_weights=False)[0],
+            "weights": lambda: (
+                attend(x, x, x)[0] + attend(x, x, x, average_attn_weights=False)[1].sum((1, 3))[..., None]
+            ),
+            "cross": lambda: attend(x, memory, memory, need_weights=False)[0],
+            "all differ": lambda: attend(x, memory, memory.sin())[0],
+            "other sizes": lambda: attend(x, memory[..., :3], memory[..., :2])[0],
+            "masked": lambda: attend(x, x, x, attn_mask=mask, need_weights=False)[0],
+            "causal": lambda: attend(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0],
+            "padded": lambda: attend(x, x, x, key_padding_mask=padding, attn_mask=mask.T, need_weights=False)[0],
+            "per head": lambda: attend(x, x, x, attn_mask=torch.stack([mask, mask.T]), need_weights=False)[0],
+            "unbatched": lambda: attend(x[0], x[0], x[0])[0][None],
+        }[self.form]()
+        return self.outer(y.mean(1))
 
 
 class ChannelsLast(nn.Conv2d):
@@ -103,6 +127,55 @@ class ChannelsLast(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(4, 3, 3)
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well, with a bias of its own, and in between a layer."""
+
+    def __init__(self, bias: bool = False, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(7, 4, padding_idx), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=bias)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embedding(ids)))).mean(1)
+
+
+class Bag(nn.Module):
+    """A bag of ids, with weights or in bags of several sizes."""
+
+    def __init__(self, form: str, **options: Any) -> None:
+        super().__init__()
+        self.bag, self.outer, self.form = nn.EmbeddingBag(7, 4, **options), nn.Linear(4, 7), form
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.form == "weights":
+            return self.outer(self.bag(ids, per_sample_weights=(ids.double() + 1).sqrt()).tanh())
+        if self.form == "offsets":
+            return self.outer(self.bag(ids[0], torch.tensor([0, 1, 1, 3]))[None].tanh().mean(1))
+        return self.outer(self.bag(ids).tanh())
+
+
+class Ids(nn.Module):
+    """Ids and, at each position, the id of the position."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words, self.places, self.outer = nn.Embedding(7, 4, **options), nn.Embedding(5, 4), nn.Linear(4, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.outer((self.words(ids) * self.places(torch.arange(ids.shape[1]))).tanh().sum(1))
+
+
+def of_ids(net: nn.Module, ruled: set[str] | None = None) -> Case:
+    """A classifier of five ids out of seven."""
+    case = classifier(net, 5, ruled=ruled)
+
+    def batch(n: int = N) -> Any:
+        return torch.randint(0, 7, (n, 5)), torch.randint(0, 7, (n,))
+
+    return Case(case.loss_fn, case.params, batch, case.ruled)
 
 
 def scripted_square(w: Tensor) -> Tensor:
@@ -114,7 +187,7 @@ def _penalised(params: Params, x: Tensor) -> Tensor:
 
 
 def _two_forms(params: Params, x: Tensor) -> Tensor:
-    return (torch.tanh(F.linear(x, params["w"])) * torch.sin(x @ params["w"].T)).sum() + F.linear(
+    return (torch.tanh(F.linear(x, params["w"])) * torch.sin(x @ (params["w"] + 1).T)).sum() + F.linear(
         x, params["v"]
     ).cos().sum()
 
@@ -146,6 +219,73 @@ def _inner_grad(params: Params, x: Tensor) -> Tensor:
     return torch.func.grad(potential)(x).square().sum() + F.linear(x, params["u"]).cos().sum()
 
 
+def _products(params: Params, x: Tensor) -> Tensor:
+    """A product with a matrix by each of its names, in either order."""
+    a, b, c, d, e, f, g, h = params.values()
+    x = torch.tanh(torch.matmul(x, a) @ b).mm(c)
+    x = torch.bmm(torch.mm(x, d)[None], e[None])[0].matmul(f)
+    y = torch.matmul(g, x.T.cos()) + h @ x[0].sin()[:, None]
+    return (y.tanh() @ torch.ones(3)).cos().sum() + (h @ x[1]).sin().sum()
+
+
+def _views(params: Params, x: Tensor) -> Tensor:
+    """Matrices turned, reshaped, and copied."""
+    a, b, c, d, e, f, g, h, j = params.values()
+    y = F.linear(x, a.T) + F.linear(x, b.t()) + F.linear(x, c.mT) + F.linear(x, d.transpose(0, 1))
+    y = y + x @ e.permute(1, 0).transpose(1, 0) + x @ f.unsqueeze(0)[0].contiguous() + F.linear(x, g.T.contiguous())
+    heads = torch.einsum("sd,dhk->hsk", x, h.view(4, 2, 3)).transpose(0, 1).reshape(3, 6)
+    return (y + heads).cos().sum() + F.linear(x[:, :3], j.reshape(8, 3)).sin().sum()
+
+
+def _slices(params: Params, x: Tensor) -> Tensor:
+    """Pieces of a packed matrix with pieces of its bias, experts one by one, a table in two."""
+    q, _, v = params["packed"].chunk(3)
+    p, r = params["bias"][:4], params["bias"].narrow(0, 4, 8)
+    y = F.linear(x, q, p).tanh() @ F.linear(x, params["packed"][4:], r).cos().view(3, 2, 4).sum(1).T
+    y = y.sum() + F.linear(x.sin(), v).sin().sum()
+    for expert, row in zip((0, 2, 1, 2), (0, 1, 2, 2), strict=True):
+        y = y + F.linear(x[row], params["experts"][expert]).cos().sum() + (x @ params["experts"][expert].T).sin().sum()
+    ids = x[0, :3].detach().sign().long() + 1
+    return y + (F.embedding(ids, params["rows"][1:4]) * F.embedding(ids, params["rows"][:3])).cos().sum()
+
+
+def _not_views(params: Params, x: Tensor) -> Tensor:
+    """What looks like a view of a matrix and has other entries, or in no order."""
+    a, b, c, d, e, f = params.values()
+    y = x @ a[:, ::2].repeat(1, 2) + x @ b[torch.tensor([1, 0, 3, 2])] + x @ c.T.reshape(4, 6) + x @ d.clone().mul(2)
+    return (y + x @ e[:1].expand(4, 6)).cos().sum() + F.linear(x, f.T).detach().sum() + (x @ f).relu().sum() * f.sum()
+
+
+def _experts(params: Params, x: Tensor) -> Tensor:
+    """Stacked matrices: each with rows of its own, or all with the same."""
+    a, b, c, d = params.values()
+    y = torch.bmm(x[:, None].expand(3, 2, 4).cos(), a).sum() + torch.einsum("si,eoi->eso", x, b).tanh().square().sum()
+    return y + torch.baddbmm(d, x[None].expand(3, 3, 4), c).sin().square().sum()
+
+
+def _both_ways(params: Params, x: Tensor) -> Tensor:
+    """A tied autoencoder: one matrix there and back."""
+    return ((torch.tanh(F.linear(x, params["w"], params["b"])) @ params["w"]) - x).square().sum()
+
+
+def _einsum(params: Params, x: Tensor) -> Tensor:
+    a, b, c, d, e, f = params.values()
+    heads = torch.einsum("...d,dhk->...hk", x, a)
+    y = torch.einsum("hkz,shk->sz", b, heads.tanh()).sum() + torch.einsum("sd, dk -> ks", [x, c]).cos().sum()
+    y = y + torch.einsum("sd,sd->s", x.sin(), d).cos().sum() + torch.einsum("sd,td->st", x, e).sin().sum()
+    return y + torch.einsum("sd,sd,sd", x, x, f).sum()
+
+
+def _bilinear(params: Params, x: Tensor) -> Tensor:
+    return F.bilinear(x.sin(), x[:, :2], params["w"], params["b"]).tanh().square().sum()
+
+
+def _addmm(params: Params, x: Tensor) -> Tensor:
+    w, b, c = params.values()
+    y = torch.addmm(b, x, w).tanh() + torch.addmm(c, x, w, beta=0.5)
+    return (y + b.addmm(x.cos(), w)).cos().sum()
+
+
 def _metadata(params: Params, x: Tensor) -> Tensor:
     scale = params["w"].shape[0] * params["w"].detach().abs().mean()
     return F.linear(x, params["w"]).cos().sum() * scale
@@ -167,7 +307,7 @@ def _names(params: Params, x: Tensor) -> Tensor:
 def _in_turn(params: Params, x: Tensor) -> Tensor:
     """The parameters in their own order, of which the second has no rule."""
     for name, w in params.items():
-        x = torch.tanh(x @ w) if name == "second" else F.linear(x, w)
+        x = torch.tanh(x @ w.exp()) if name == "second" else F.linear(x, w)
     return x.sum()
 
 
@@ -270,6 +410,14 @@ def image(*features: nn.Module, channels: int, pixels: int) -> Case:
     return classifier(head(channels, pixels, *features), 4, 6, 6)
 
 
+EXTRA = {f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")} | {
+    "outer.weight",
+    "outer.bias",
+}
+SEPARATE = {f"attention.{name}_proj_weight" for name in "qkv"} | EXTRA - {
+    "attention.in_proj_weight",
+    "attention.in_proj_bias",  # of three weights at once
+}
 CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: classifier(nn.Linear(4, 3), 4),
     "mlp": lambda: classifier(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), 4),
@@ -297,7 +445,83 @@ CASES: dict[str, Callable[[], Case]] = {
     "batch norm eval": lambda: classifier(head(3, 16, nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3).eval()), 4, 6, 6),
     "group norm": lambda: image(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), channels=4, pixels=16),
     "layer norm": lambda: classifier(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)), 4),
-    "attention": lambda: classifier(Attention(), 3, 4, ruled={"outer.weight", "outer.bias"}),
+    "attention self": lambda: classifier(Attention("self"), 3, 4),
+    "attention weights": lambda: classifier(Attention("weights"), 3, 4),
+    "attention cross": lambda: classifier(Attention("cross"), 3, 4),
+    "attention all differ": lambda: classifier(Attention("all differ"), 3, 4),
+    "attention other sizes": lambda: classifier(Attention("other sizes", kdim=3, vdim=2), 3, 4, ruled=SEPARATE),
+    "attention masked": lambda: classifier(Attention("masked"), 3, 4),
+    "attention causal": lambda: classifier(Attention("causal"), 3, 4),
+    "attention padded": lambda: classifier(Attention("padded"), 3, 4),
+    "attention per head": lambda: classifier(Attention("per head"), 3, 4),
+    "attention unbatched": lambda: classifier(Attention("unbatched"), 3, 4),
+    "attention no bias": lambda: classifier(Attention("cross", bias=False), 3, 4),
+    "attention extra keys": lambda: classifier(
+        Attention("masked", add_bias_kv=True, add_zero_attn=True), 3, 4, ruled=EXTRA
+    ),
+    "layer norm in places": lambda: classifier(head(10, 4, nn.LayerNorm((5, 4))), 2, 5, 4),
+    "layer norm no bias": lambda: classifier(head(2, 20, nn.LayerNorm(4, bias=False), nn.Flatten(2)), 2, 5, 4),
+    "rms norm": lambda: classifier(head(2, 20, nn.RMSNorm(4), nn.Flatten(2)), 2, 5, 4),
+    "instance norm": lambda: image(
+        nn.Conv2d(4, 3, 3, bias=False), nn.InstanceNorm2d(3, affine=True), channels=3, pixels=16
+    ),
+    "instance norm eval": lambda: image(
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(), channels=4, pixels=36
+    ),
+    "batch norm of features": lambda: classifier(nn.Sequential(nn.BatchNorm1d(4).eval(), nn.Linear(4, 3)), 4),
+    "transposed conv": lambda: image(nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1), channels=3, pixels=121),
+    "transposed conv groups": lambda: image(
+        nn.ConvTranspose2d(4, 6, (2, 3), stride=(3, 2), output_padding=(2, 1), groups=2), channels=6, pixels=266
+    ),
+    "transposed conv dilated": lambda: image(
+        nn.ConvTranspose2d(4, 2, 2, dilation=(2, 1), padding=(1, 2), bias=False), channels=2, pixels=18
+    ),
+    "transposed conv1d": lambda: classifier(head(2, 12, nn.ConvTranspose1d(2, 2, 3, 2, output_padding=1)), 2, 5),
+    "transposed conv3d": lambda: classifier(head(2, 60, nn.ConvTranspose3d(2, 2, 2, groups=2)), 2, 2, 3, 4),
+    "ids": lambda: of_ids(Ids()),
+    "ids padded": lambda: of_ids(Ids(padding_idx=-2)),
+    "ids scaled": lambda: of_ids(Ids(scale_grad_by_freq=True), ruled={"places.weight", "outer.weight", "outer.bias"}),
+    "tied": lambda: of_ids(Tied()),
+    "tied padded": lambda: of_ids(Tied(bias=True, padding_idx=3)),
+    "bag": lambda: of_ids(Bag("mean")),
+    "bag sum": lambda: of_ids(Bag("sum", mode="sum", padding_idx=2)),
+    "bag padded": lambda: of_ids(Bag("mean", padding_idx=-3)),
+    "bag weights": lambda: of_ids(Bag("weights", mode="sum")),
+    "bag offsets": lambda: of_ids(Bag("offsets")),
+    "products": lambda: function(_products, {name: randn(4, 4) for name in "abcdefgh"}, 3, 4, ruled=set("abcdefgh")),
+    "views": lambda: function(_views, {name: randn(4, 6) for name in "abcdefghj"}, 3, 4, ruled=set("abcdefghj")),
+    "slices": lambda: function(
+        _slices,
+        {"packed": randn(12, 4), "bias": randn(12), "experts": randn(3, 4, 4), "rows": randn(5, 4)},
+        3,
+        4,
+        ruled={"packed", "bias", "experts", "rows"},
+    ),
+    "not views": lambda: function(_not_views, {name: randn(4, 6) for name in "abcdef"}, 3, 4, ruled=set()),
+    "experts": lambda: function(
+        _experts,
+        {"a": randn(3, 4, 2), "b": randn(3, 5, 4), "c": randn(3, 4, 2), "d": randn(3, 1, 2)},
+        3,
+        4,
+        ruled={"a", "b", "c"},
+    ),
+    "both ways": lambda: function(_both_ways, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
+    "einsum": lambda: function(
+        _einsum,
+        {
+            "a": randn(4, 2, 3),
+            "b": randn(2, 3, 5),
+            "c": randn(4, 3),
+            "d": randn(3, 4),
+            "e": randn(3, 4),
+            "f": randn(3, 4),
+        },
+        3,
+        4,
+        ruled=set("abcde"),
+    ),
+    "bilinear": lambda: function(_bilinear, {"w": randn(3, 4, 2), "b": randn(3)}, 5, 4, ruled={"w", "b"}),
+    "addmm": lambda: function(_addmm, {"w": randn(4, 4), "b": randn(4), "c": randn(3, 4)}, 3, 4, ruled={"w", "b"}),
     "tree": tree_case,
     "frozen": frozen,
     "same tensor twice": same_tensor,
@@ -310,7 +534,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "keywords": lambda: function(_keywords, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
     "penalty": lambda: function(_penalised, {"w": randn(3, 4), "b": randn(3)}, 4, ruled=set()),
     "two forms": lambda: function(_two_forms, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
-    "transposed": lambda: function(_transposed, {"w": randn(4, 3), "b": randn(3), "scale": randn()}, 4, ruled=set()),
+    "transposed": lambda: function(_transposed, {"w": randn(4, 3), "b": randn(3), "scale": randn()}, 4, ruled={"w"}),
     "shared bias": lambda: function(
         _shared_bias, {"v": randn(4, 4), "w": randn(4, 4), "b": randn(4)}, 4, ruled={"v", "w"}
     ),

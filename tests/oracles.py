@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ekfac_func.types import LossFn, Params
+from ekfac_func.types import Layer, LossFn, Params
 
 TOLERANCE = 1e-10  # relative, in float64
 
@@ -54,10 +54,19 @@ def loop(loss_fn: LossFn, params: Params, batch: Any) -> tuple[Tensor, Params]:
     return torch.stack(losses), dict(zip(params, stacked, strict=True))
 
 
-def blocks(gradients: Params, weight: str, bias: str | None, sizes: tuple[int, int, int, int]) -> Tensor:
+def blocks(gradients: Params, layer: Layer) -> Tensor:
     """Loop gradients of a layer as `[n b o i k]`."""
-    b, o, i, k = sizes
-    G = gradients[weight]
-    if bias is None:
-        return G.reshape(len(G), b, o, i, k)
-    return torch.cat([G.reshape(len(G), b, o, i - 1, k), gradients[bias].reshape(len(G), b, o, 1, k)], dim=3)
+    b, o, i, k = layer.sizes
+    G = gradients[layer.weight]
+    n = len(G)
+    G = G.reshape(n, *layer.split).permute(0, *(1 + axis for axis in layer.order))
+    if layer.bias is None:
+        return G.reshape(n, b, o, i, k)
+    return torch.cat([G.reshape(n, b, o, i - 1, k), gradients[layer.bias].reshape(n, b, o, 1, k)], dim=3)
+
+
+def side(Q: Tensor, size: int) -> Tensor:
+    """A side of a basis in full, `[b size I]`, whether it is kept in blocks or not."""
+    if Q.dim() == 3:
+        return Q
+    return torch.stack([torch.block_diag(*blocks) for blocks in Q])[:, :size]

@@ -52,7 +52,7 @@ def assert_orthonormal(Q: Tensor) -> None:
 def refresh(C: Tensor) -> tuple[Basis, int]:
     C = C[None] if C.dim() == 2 else C
     b, dim, _ = C.shape
-    old = eigenbasis.identity(b, dim, dim, C)
+    old = eigenbasis.identity((b, dim, dim, 1), eigenbasis.FULL, C)
     basis, kept = eigenbasis.refresh(Factors(C, C, torch.ones(())), old)
     return basis, int(kept)
 

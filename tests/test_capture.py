@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from ekfac_func import RULES, SUA, per_example_gradients
 from ekfac_func.capture import capture
-from ekfac_func.types import Factored, Params
+from ekfac_func.discovery import Options
+from ekfac_func.types import Dense, Params
 
 from .cases import CASES, N, classifier, every_case, make
 from .oracles import close, loop
@@ -36,12 +37,13 @@ def test_equal_to_the_loop(name: str, rules: Any) -> None:
 @every_case
 def test_rules_read_what_they_should(name: str) -> None:
     case = make(name)
-    captured = capture(case.loss_fn, case.params, case.batch(N), RULES)
+    captured = capture(case.loss_fn, case.params, case.batch(N), Options(RULES))
     read = set()
-    for weight, term in captured.terms.items():
-        if isinstance(term, Factored):
-            bias = captured.layers[weight].bias
-            read |= {weight} if bias is None else {weight, bias}
+    for weight, layer in captured.layers.items():
+        assert (layer.rule is None) == isinstance(captured.terms[weight][0], Dense)
+        assert (layer.rule is None) == (layer.hidden_by is not None)
+        if layer.rule is not None:
+            read |= {weight} if layer.bias is None else {weight, layer.bias}
     assert read == case.ruled
 
 
@@ -53,7 +55,7 @@ def test_the_table_has_factored_and_dense_rows() -> None:
 def test_norms_form_no_dense_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     case = classifier(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), 64)
     found = per_example_gradients(case.loss_fn, case.params, case.batch(N))
-    monkeypatch.setattr("ekfac_func.kronecker.dense", None)
+    monkeypatch.setattr("ekfac_func.kronecker._dense", None)
     assert found.norms().shape == (N,)
 
 

@@ -22,26 +22,34 @@ from ekfac_func import (
     running_average,
     transport,
 )
-from ekfac_func.capture import plan
+from ekfac_func.capture import capture
+from ekfac_func.discovery import Options, plan
+from ekfac_func.kronecker import factor_sums, mean_factors
 from ekfac_func.types import Layer, Params
 
 from .cases import Case, N, every_case, make
-from .oracles import blocks, close, close_trees, loop
+from .oracles import blocks, close, close_trees, loop, side
 
 RULE_TABLES = pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])
 
 
 def dense_blocks(case: Case, batch: Any, layer: Layer) -> Tensor:
-    return blocks(loop(case.loss_fn, case.params, batch)[1], layer.weight, layer.bias, layer.sizes)
+    return blocks(loop(case.loss_fn, case.params, batch)[1], layer)
 
 
-def rotated(G: Tensor, state: State, name: str) -> Tensor:
-    basis = state.bases[name]
-    return torch.einsum("boO,nboik,biI->nbOIk", basis.Q_B, G, basis.Q_A)
+def sides(state: State, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Q_A `[b i I]` and Q_B `[b o O]` in full."""
+    _, o, i, _ = layer.sizes
+    return side(state.bases[layer.weight].Q_A, i), side(state.bases[layer.weight].Q_B, o)
+
+
+def rotated(G: Tensor, state: State, layer: Layer) -> Tensor:
+    Q_A, Q_B = sides(state, layer)
+    return torch.einsum("boO,nboik,biI->nbOIk", Q_B, G, Q_A)
 
 
 def layers(case: Case, batch: Any, rules: Any) -> tuple[Layer, ...]:
-    return plan(case.loss_fn, case.params, batch, rules).layers
+    return plan(case.loss_fn, case.params, batch, Options(rules)).layers
 
 
 @every_case
@@ -54,12 +62,12 @@ def test_intra_batch_is_the_exact_moment(name: str, rules: Any) -> None:
     assert list(natural) == list(case.params)
     close(info.loss, loop(case.loss_fn, case.params, batch)[0].mean())
     for layer in layers(case, batch, rules):
-        G = rotated(dense_blocks(case, batch, layer), state, layer.weight)
+        G = rotated(dense_blocks(case, batch, layer), state, layer)
         moment = G.square().mean(0)
         close(state.second_moments[layer.weight].value, moment)
-        basis = state.bases[layer.weight]
-        rescaled = torch.einsum("boO,bOIk,biI->boik", basis.Q_B, G.mean(0) / (moment + 1e-2), basis.Q_A)
-        expected = blocks({k: v[None] for k, v in natural.items()}, layer.weight, layer.bias, layer.sizes)[0]
+        Q_A, Q_B = sides(state, layer)
+        rescaled = torch.einsum("boO,bOIk,biI->boik", Q_B, G.mean(0) / (moment + 1e-2), Q_A)
+        expected = blocks({k: v[None] for k, v in natural.items()}, layer)[0]
         close(expected, rescaled)
 
 
@@ -92,27 +100,25 @@ def test_averages_over_batches_and_stale_bases(name: str, rules: Any) -> None:
             _, state, _ = step.precondition(case.params, batch, state)
             for layer in all_layers:
                 w = layer.weight
-                G = rotated(dense_blocks(case, batch, layer), state, w)
+                G = rotated(dense_blocks(case, batch, layer), state, layer)
                 if estimator.name == "averaged_intra_batch":
                     expected[w] = 0.7 * expected.get(w, 0) + 0.3 * G.square().mean(0)
                     close(state.second_moments[w].value, expected[w] / (1 - 0.7 ** (t + 1)))
                 else:
-                    start = expected.get(w, product(state, w, captured_positions(case, batch, layer, rules)))
+                    start = expected.get(w, product(state, w, captured_positions(case, batch, layer, state, rules)))
                     new = len(G) * G.mean(0).square()
                     expected[w] = 0.7 * start + 0.3 * new if estimator.name == "running_average" else start
                     close(state.second_moments[w].value, expected[w])
 
 
-def captured_positions(case: Case, batch: Any, layer: Layer, rules: Any) -> int:
-    from ekfac_func.capture import capture
-    from ekfac_func.kronecker import positions
-
-    return positions(capture(case.loss_fn, case.params, batch, rules).terms[layer.weight])
+def captured_positions(case: Case, batch: Any, layer: Layer, state: State, rules: Any) -> Any:
+    terms = capture(case.loss_fn, case.params, batch, Options(rules)).terms[layer.weight]
+    return mean_factors(factor_sums(terms, state.bases[layer.weight])).positions
 
 
-def product(state: State, name: str, positions: int) -> Tensor:
+def product(state: State, name: str, positions: Any) -> Tensor:
     factors, moment = state.factors[name], state.second_moments[name].value
-    a, b = torch.linalg.eigvalsh(factors.A), torch.linalg.eigvalsh(factors.B)
+    a, b = torch.linalg.eigvalsh(factors.A).flatten(1), torch.linalg.eigvalsh(factors.B).flatten(1)
     return (positions * b[:, :, None, None] * a[:, None, :, None]).expand_as(moment)
 
 
@@ -128,11 +134,11 @@ def test_ekfac_is_at_least_as_near_to_the_fisher_as_kfac(name: str) -> None:
         moments[estimator.name] = state
     for layer in layers(case, batch, RULES):
         G = dense_blocks(case, batch, layer)
-        basis = state.bases[layer.weight]
+        Q_A, Q_B = sides(state, layer)
         for b in range(layer.sizes[0]):
             g = G[:, b].flatten(1)
             fisher = g.T @ g / len(g)
-            Q = torch.kron(basis.Q_B[b], basis.Q_A[b])
+            Q = torch.kron(Q_B[b], Q_A[b])
             error = {
                 name: (fisher - Q @ torch.diag(s.second_moments[layer.weight].value[b].flatten()) @ Q.T).norm()
                 for name, s in moments.items()
@@ -163,7 +169,7 @@ def test_what_a_refresh_does_to_the_average(estimator: SecondMoment, at_refresh:
     _, new, _ = step.precondition(case.params, batches[2], state)
     for layer in layers(case, batches[0], RULES):
         w = layer.weight
-        G = rotated(dense_blocks(case, batches[2], layer), new, w)
+        G = rotated(dense_blocks(case, batches[2], layer), new, layer)
         seen = G.square().mean(0) if estimator.name == "averaged_intra_batch" else len(G) * G.mean(0).square()
         old, weight = state.second_moments[w]
         if at_refresh is reset:
@@ -232,7 +238,7 @@ def test_an_estimator_of_ones_own() -> None:
     step = ekfac(case.loss_fn, damping=1e-2, second_moment=centred)
     _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
     for layer in layers(case, batch, RULES):
-        G = rotated(dense_blocks(case, batch, layer), state, layer.weight)
+        G = rotated(dense_blocks(case, batch, layer), state, layer)
         close(state.second_moments[layer.weight].value, G.var(0, unbiased=False))
 
 

@@ -1,0 +1,544 @@
+"""Which parameters are layers, and which calls are to be tapped: found by one run on tensors without values.
+
+A pure function of the loss, the parameters and the shapes of an example.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import resolve_name
+from torch.utils import _pytree as pytree
+
+from . import expansions, views
+from .batching import OPEN
+from .rules import Call, Rules
+from .tap import Tap, depth, readings, refuse_batch_statistics
+from .types import Batch, Layer, LossFn, Params
+from .views import View
+
+
+class Spec(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Options(NamedTuple):
+    """How a loss is captured, as documented in `ekfac`."""
+
+    rules: Rules
+    randomness: str = "different"
+    chunk_size: int | None = None
+    has_aux: bool = False
+    batched: bool = False
+
+
+class Along(NamedTuple):
+    """Where a tensor of a batched loss has its examples: `axis` has `count` entries of each, one after another."""
+
+    axis: int
+    count: int
+
+
+class Window(NamedTuple):
+    """Which entries along an axis of a layer a call uses: from `start` on, of `size` in all."""
+
+    start: int
+    length: int
+    size: int
+
+
+class Tapped(NamedTuple):
+    """A call of a layer. Constants only."""
+
+    at: int  # how many calls of functions that have a rule came before
+    reading: int  # which of its rule's readings
+    weight: str
+    output: Spec  # of one example; in a batched loss of a batch, whose axis of examples is open
+    along: tuple[Along, ...] | None  # in a batched loss: of the output, and of each tensor of the input
+    windows: tuple[Window, Window, Window]  # of b, o, i
+    turned: bool  # o and i are the layer's i and o
+    biased: bool  # the call adds the layer's bias
+
+
+class Plan(NamedTuple):
+    """What a capture taps. Constants only."""
+
+    layers: tuple[Layer, ...]
+    calls: tuple[Tapped, ...]  # in the order of the loss
+    second_order: bool  # the loss calls torch.autograd.grad, which vmap would hide from the gradient around it
+    open: bool  # no loss of `batching.OPEN` stands inside a transform of the user's own
+    looped: bool = False  # vmap has no rule for a function of the loss, such as a recurrent net
+
+
+def plan(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Plan:
+    """What `capture` will tap, from shapes alone."""
+    param_specs = {name: spec(p, p.shape) for name, p in params.items()}
+    example = (pytree.tree_map(lambda leaf: spec(leaf, leaf.shape[1:]), batch),)  # Dynamo's constants are containers
+    how = (options.rules, options.has_aux, options.batched)
+    if isinstance(loss_fn, MethodType):  # Dynamo hands over a function and its object, not the two bound together
+        return _discover(param_specs, example, how, loss_fn.__func__, loss_fn.__self__)
+    if isinstance(loss_fn, functools.partial):
+        return _discover(param_specs, example, how, loss_fn.func, *loss_fn.args, **loss_fn.keywords)
+    return _discover(param_specs, example, how, loss_fn)
+
+
+def spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
+    return Spec(tuple(shape), tensor.dtype, tensor.device)
+
+
+class _SecondOrder(Exception):
+    """The loss calls `torch.autograd.grad`."""
+
+
+class _Groups(NamedTuple):
+    """The axes of a parameter that a call has on b, o, i and k: size and stride of each, in their order."""
+
+    b: tuple[tuple[int, int], ...]
+    o: tuple[tuple[int, int], ...]
+    i: tuple[tuple[int, int], ...]
+    k: tuple[tuple[int, int], ...]
+
+    def turned(self) -> _Groups:
+        return _Groups(self.b, self.i, self.o, self.k)
+
+
+class _Use(NamedTuple):
+    """A call of a layer, as one run of discovery sees it."""
+
+    at: int
+    reading: int
+    weight: str
+    bias: str | None
+    func: str
+    table: bool
+    groups: _Groups
+    windows: tuple[Window, Window, Window]
+    output: Spec
+    inputs: tuple[Spec, ...]
+
+
+class _Run(NamedTuple):
+    """What one run of the loss saw."""
+
+    uses: list[_Use]
+    reached: set[str]  # parameters with a path to the loss beside their uses
+    hidden_by: dict[str, dict[str, None]]  # the functions without a rule that took a parameter
+    nested: bool
+
+
+@torch.compiler.assume_constant_result
+def _discover(
+    param_specs: dict[str, Spec],
+    example: tuple[Any],
+    how: tuple[Rules, bool, bool],
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Plan:
+    rules, has_aux, batched = how
+
+    def run(n: int | None, skip: frozenset[int] = frozenset()) -> _Run:
+        return _run(lambda p, e: loss_fn(*args, p, e, **kwargs), param_specs, example[0], rules, has_aux, n, skip)
+
+    try:
+        if not batched:
+            found = run(None)
+            return Plan(*_arrange(param_specs, found, [None] * len(found.uses)), False, not found.nested)
+        few, more = run(_FEW), run(_MORE)
+        if [use.at for use in few.uses] != [use.at for use in more.uses]:
+            raise ValueError("loss_fn calls other layers for another batch size: with batched=True it may not")
+        places = [_places(use, other) for use, other in zip(few.uses, more.uses, strict=True)]
+        apart = frozenset(use.at for use, place in zip(few.uses, places, strict=True) if place is None)
+        if apart:
+            few = run(_FEW, apart)
+            places = [place for place in places if place is not None]
+        return Plan(*_arrange(param_specs, few, places), False, False)
+    except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
+        if batched:
+            raise ValueError(
+                "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: write the loss of one "
+                "example, or use torch.func.grad inside it"
+            ) from None
+        none = _Run([], set(param_specs), {name: {"torch.autograd.grad": None} for name in param_specs}, True)
+        return Plan(*_arrange(param_specs, none, []), second_order=True, open=False)
+
+
+_FEW, _MORE = 3, 5  # batch sizes that show where the examples lie
+
+
+def _places(use: _Use, other: _Use) -> tuple[Along, ...] | None:
+    """Where the tensors of a call have their examples; None where its output has none, or not as its inputs have."""
+    places = []
+    for one, two in zip((use.output, *use.inputs), (other.output, *other.inputs), strict=True):
+        axes = [axis for axis, (x, y) in enumerate(zip(one.shape, two.shape, strict=True)) if x != y]
+        if not axes and places:
+            places.append(Along(-1, 0))  # an input that all examples share
+            continue
+        if len(axes) != 1 or one.shape[axes[0]] * _MORE != two.shape[axes[0]] * _FEW or one.shape[axes[0]] % _FEW:
+            return None
+        places.append(Along(axes[0], one.shape[axes[0]] // _FEW))
+    return tuple(places)
+
+
+def _run(
+    loss_fn: Callable[[Params, Any], Any],
+    param_specs: Mapping[str, Spec],
+    example: Any,
+    rules: Rules,
+    has_aux: bool,
+    n: int | None,
+    skip: frozenset[int],
+) -> _Run:
+    """Run the loss on tensors without values; autograd decides which weights have a path beside their calls."""
+    uses: list[_Use] = []
+    inputs: list[tuple[str, Tensor, int]] = []
+    mutations: list[RuntimeError] = []
+    nested: list[Any] = []
+    reached: set[str] = set()
+    hidden_by: dict[str, dict[str, None]] = {}
+
+    def fill(tree: Any, lead: tuple[int, ...] = ()) -> Any:
+        return pytree.tree_map(
+            lambda s: torch.empty((*lead, *s.shape), dtype=s.dtype, device=s.device), tree, is_leaf=_is_spec
+        )
+
+    def observed(params: Params) -> Tensor:
+        marked = {name: _Mark.apply(p, name, reached) for name, p in params.items()}
+        known = {id(p): (p, views.whole(name, p.shape)) for name, p in marked.items()}  # held, so that no id is reused
+        level = depth()
+        counted: list[Any] = []
+
+        def view_of(tensor: Any) -> View | None:
+            return known[id(tensor)][1] if id(tensor) in known else None
+
+        def follow(func: Any, args: Any, made: Any) -> bool:
+            view = view_of(args[0]) if args else None
+            if view is None:
+                return True
+            parts = [made] if isinstance(made, Tensor) else list(made)
+            followed = views.follow(func, args, view, made)
+            known.update({id(t): (t, part) for t, part in zip(parts, followed, strict=True) if part is not None})
+            return None not in followed
+
+        def handle(func: Any, args: Any, kwargs: Any) -> Any:
+            if n is None:
+                refuse_batch_statistics(func, args, kwargs, marked)
+            if func is torch.autograd.grad and _differentiates(level, *args, **kwargs):
+                raise _SecondOrder
+            if func in OPEN and depth() != level:
+                nested.append(func)
+            expansion = expansions.of(func, n is not None)
+            if expansion is not None:
+                output = expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)
+                if output is not NotImplemented:
+                    return output
+            if func in views.VIEWS:
+                output = func(*args, **kwargs)
+                if not follow(func, args, output):
+                    note(func, args[:1])
+                return output
+            if func not in rules:
+                note(func, (args, kwargs))
+                return _unless_mutating(func, args, kwargs, mutations)
+            at = len(counted)
+            counted.append(func)
+            # inside a transform of the user's own the output of a call is not all that the loss sees of it
+            if at in skip or depth() != level:
+                note(func, (args, kwargs))
+                return _unless_mutating(func, args, kwargs, mutations)
+            for reading, call in enumerate(readings(rules, func, args, kwargs)):
+                view = view_of(call.weight)
+                laid = None if view is None else _lay_out(call, view)
+                if view is None or laid is None:
+                    continue
+                bias = None if call.bias is None else view_of(call.bias)
+                biased = bias is not None and _fits(bias, *laid)
+                args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
+                output = func(*args, **kwargs)
+                leaves = pytree.tree_leaves(call.input)
+                uses.append(
+                    _Use(
+                        at,
+                        reading,
+                        view.name,
+                        bias.name if biased and bias is not None else None,
+                        _called(func),
+                        call.table,
+                        *laid,
+                        spec(output, output.shape),
+                        tuple(spec(x, x.shape) for x in leaves),
+                    )
+                )
+                inputs.extend((view.name, x, x._version) for x in leaves)
+                return output
+            note(func, (args, kwargs))
+            return _unless_mutating(func, args, kwargs, mutations)
+
+        def note(func: Any, tree: Any) -> None:
+            for leaf in pytree.tree_leaves(tree):
+                view = view_of(leaf) if isinstance(leaf, Tensor) else None
+                if view is not None and not _reads_shape(func):
+                    hidden_by.setdefault(view.name, {})[_called(func)] = None
+
+        filled = fill(example, () if n is None else (n,))
+        versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(filled)]
+        try:
+            with Tap(handle):
+                loss = loss_fn(marked, filled)
+        except RuntimeError as error:
+            _refuse_checkpoint(error)
+            raise
+        if mutations:
+            raise mutations[0]
+        loss = check_loss(loss, has_aux, n)[0]
+        for name, x, version in inputs:
+            if x._version != version:
+                raise RuntimeError(
+                    f"the input of the layer {name!r}, of shape {tuple(x.shape)}, was changed in place after the "
+                    "call: its gradient needs the value that it had, write x = x + y in place of x += y"
+                )
+        for leaf, version in versions:
+            if leaf._version != version:
+                raise RuntimeError(
+                    f"loss_fn changes a tensor of its example, of shape {tuple(leaf.shape)}, in place: the batch is "
+                    "not its own to change, write x = x + y in place of x += y"
+                )
+        return loss if n is None else loss.sum()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.func.grad(observed)(fill(dict(param_specs)))
+    return _Run(uses, reached, hidden_by, bool(nested))
+
+
+def _lay_out(call: Call, view: View) -> tuple[_Groups, tuple[Window, Window, Window]] | None:
+    """The parameter's axes that a call has on each letter, and what it uses of them; None where that is no layer."""
+    if call.split is not None:
+        reshaped = views.reshape(view, call.split)
+        if reshaped is None:
+            return None
+        view = reshaped
+    shown = views.axes(view)
+    if shown is None:
+        return None
+    strides = views.contiguous(view.split)
+    groups: dict[str, list[tuple[int, int]]] = {letter: [] for letter in "boik"}
+    windows: dict[str, Window] = {}
+    for letter in "boik":
+        letters = [
+            (-1 if seen.position is None else seen.position, axis)
+            for axis, seen in enumerate(shown)
+            if (call.letters[seen.position] if seen.position is not None else "b") == letter and view.split[axis] != 1
+        ]
+        axes = [axis for _, axis in sorted(letters)]
+        partial = [axis for axis in axes if shown[axis].length < view.split[axis]]
+        if partial and (len(axes) > 1 or letter == "k"):
+            return None
+        size = math.prod(view.split[axis] for axis in axes)
+        start, length = (shown[axes[0]].start, shown[axes[0]].length) if partial else (0, size)
+        windows[letter] = Window(start, length, size)
+        groups[letter] = _merged([(view.split[axis], strides[axis]) for axis in axes])
+    if call.table and (groups["b"] or groups["k"] or len(groups["o"]) > 1):
+        return None
+    return _Groups(*(tuple(groups[letter]) for letter in "boik")), (windows["b"], windows["o"], windows["i"])
+
+
+def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for size, stride in axes:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def _fits(bias: View, groups: _Groups, windows: tuple[Window, Window, Window]) -> bool:
+    """Whether a bias holds an entry for each of `(b o)`, and the call uses those of it that it uses of the weight."""
+    shown = views.axes(bias)
+    if shown is None:
+        return False
+    of_bias = [(axis.start, axis.length, size) for axis, size in zip(shown, bias.split, strict=True) if size != 1]
+    of_weight = [(w.start, w.length, w.size) for w in windows[:2] if w.size != 1]
+    if all(start == 0 and length == size for start, length, size in of_bias + of_weight):
+        return math.prod(bias.split) == windows[0].size * windows[1].size
+    return of_bias == of_weight
+
+
+def _arrange(
+    param_specs: Mapping[str, Spec], found: _Run, places: Sequence[tuple[Along, ...] | None]
+) -> tuple[tuple[Layer, ...], tuple[Tapped, ...]]:
+    """A weight is a layer if its calls are its only paths and agree on its axes; a bias belongs to one weight."""
+    uses: dict[str, list[_Use]] = {}
+    users: dict[str, set[str]] = {}
+    for use in found.uses:
+        uses.setdefault(use.weight, []).append(use)
+        if use.bias is not None:
+            users.setdefault(use.bias, set()).add(use.weight)
+    groups = {weight: _agreed(of_it) for weight, of_it in uses.items() if weight not in found.reached | users.keys()}
+    tapped = {weight: layout for weight, layout in groups.items() if layout is not None}
+    owned = {}
+    for weight, layout in tapped.items():
+        biases = {use.bias for use in uses[weight]} - {None}
+        turned = any(use.groups != layout and use.bias is not None for use in uses[weight])
+        bias = next(iter(biases), None)
+        if bias is None or len(biases) > 1 or turned or users[bias] != {weight}:
+            continue
+        if bias not in found.reached | uses.keys():
+            owned[weight] = bias
+    layers = []
+    for name, param in param_specs.items():
+        if name in tapped:
+            funcs = " + ".join(dict.fromkeys(use.func for use in uses[name]))
+            table = any(use.table for use in uses[name])
+            layers.append(_layer(name, owned.get(name), tapped[name], table, funcs))
+        elif name not in owned.values():
+            hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else "no call"]
+            layers.append(_dense_layer(name, param.shape, " + ".join(hidden)))
+    calls = [
+        Tapped(
+            use.at,
+            use.reading,
+            use.weight,
+            use.output,
+            place,
+            use.windows,
+            use.groups != tapped[use.weight],
+            use.bias is not None and use.weight in owned,
+        )
+        for use, place in zip(found.uses, places, strict=True)
+        if use.weight in tapped
+    ]
+    return tuple(layers), tuple(calls)
+
+
+def _agreed(uses: Sequence[_Use]) -> _Groups | None:
+    """The axes on which all calls of a weight agree, in the orientation of the first, or of a lookup."""
+    first = next((use for use in uses if use.table), uses[0])
+    for use in uses:
+        same = use.groups == first.groups
+        if not same and (use.groups.turned() != first.groups or use.table or use.groups.k):
+            return None
+    if first.table and (first.groups.b or first.groups.k):
+        return None
+    return first.groups
+
+
+def _layer(name: str, bias: str | None, groups: _Groups, table: bool, rule: str) -> Layer:
+    b, o, i, k = (math.prod(size for size, _ in group) for group in groups)
+    axes = [axis for group in groups for axis in group]
+    by_stride = sorted(range(len(axes)), key=lambda axis: -axes[axis][1])
+    split = tuple(axes[axis][0] for axis in by_stride)
+    order = tuple(by_stride.index(axis) for axis in range(len(axes)))
+    return Layer(name, bias, (b, o, i + (bias is not None), k), split, order, table, rule)
+
+
+def _dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
+    """A vector or scalar is one block an element; of a matrix or more, o is the first axis and i the rest."""
+    elements = math.prod(shape)
+    sizes = (elements, 1, 1, 1) if len(shape) < 2 else (1, shape[0], elements // max(shape[0], 1), 1)
+    return Layer(name, None, sizes, sizes, (0, 1, 2, 3), hidden_by=hidden_by)
+
+
+def _without_gradient(tree: Any, *held: Tensor | None) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held if p is not None) else leaf, tree)
+
+
+class _Mark(torch.autograd.Function):
+    """The identity, which notes the name of a parameter that a gradient reaches."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor, name: str, reached: set[str]) -> Tensor:
+        return p.view_as(p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.name, ctx.reached = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.reached.add(ctx.name)
+        return gradients[0], None, None
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, Spec)
+
+
+def _called(func: Any) -> str:
+    """The name of a torch function as a person writes it."""
+    return str(resolve_name(func) or getattr(func, "__name__", func)).removeprefix("torch.nn.functional.")
+
+
+def _reads_shape(func: Any) -> bool:
+    """Whether a function asks a tensor for its shape and the like, and not for its values."""
+    return getattr(func, "__name__", "") == "__get__" or func in (Tensor.size, Tensor.dim, Tensor.detach, Tensor.numel)
+
+
+def _differentiates(level: int, outputs: Any, *_: Any, **__: Any) -> bool:
+    """Whether the outputs of a `torch.autograd.grad` are the loss's own, not of a transform within it."""
+    return any(torch._C._functorch.maybe_get_level(leaf) <= level for leaf in pytree.tree_leaves(outputs))
+
+
+def check_loss(loss: Any, has_aux: bool, n: int | None) -> tuple[Tensor, Any]:
+    """What loss_fn returned as a loss and what it returned beside; n: the batch size of a batched loss."""
+    aux: Any = ()
+    if has_aux:
+        if not isinstance(loss, tuple) or len(loss) != 2:
+            raise TypeError(f"loss_fn returned a {type(loss).__name__}: with has_aux=True it returns (loss, aux)")
+        loss, aux = loss
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn returned a {type(loss).__name__}: return the example's loss, a 0-d tensor, or with has_aux=True "
+            "the pair (loss, aux)"
+        )
+    if n is None and loss.dim() != 0:
+        raise ValueError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return the loss of one example as a scalar, "
+            "for instance with .sum() or .mean()"
+        )
+    if n is not None and tuple(loss.shape) != (n,):
+        raise ValueError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)} for a batch of {n}: with batched=True return one "
+            "loss an example, for instance with reduction='none'"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn returned a loss of dtype {loss.dtype}: return a real floating-point scalar")
+    return loss, aux
+
+
+def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError]) -> Any:
+    """Call func; note what it raises for changing a tensor from outside the loss.
+
+    A BatchNorm counts its batches so, before it is seen that it uses their statistics.
+    """
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        mutations.append(error)
+        return args[0]
+
+
+def _refuse_checkpoint(error: RuntimeError) -> None:
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename == torch.utils.checkpoint.__file__ for frame in frames):
+        raise ValueError(
+            "torch.utils.checkpoint inside loss_fn does not work under torch.func: remove it and bound the memory with "
+            "chunk_size"
+        ) from error

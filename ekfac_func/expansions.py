@@ -1,0 +1,187 @@
+"""Torch functions that hide layers from the rules, or have no `vmap` rule of use, written in calls that both know.
+
+Each takes `call(function, *args)`, which hands a call back to the tap, and the arguments of the function it stands for.
+It returns NotImplemented for arguments that it does not cover: the function itself is then called.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Expansion = Callable[..., Any]
+
+
+def multi_head_attention(
+    call: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Any:
+    """`F.multi_head_attention_forward`: its projections by `F.linear`."""
+    if static_k is not None or static_v is not None or (is_causal and attn_mask is None):
+        return NotImplemented
+    batched = query.dim() == 3
+    same_kv, same_qk = key is value, query is key
+    if not batched:  # [l e] to [l 1 e]
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    e, m, heads = query.shape[-1], query.shape[1], num_heads
+
+    if in_proj_weight is not None and not use_separate_proj_weight and same_kv and same_qk:
+        q, k, v = call(F.linear, query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
+    else:
+        if use_separate_proj_weight:
+            weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        else:
+            weights = tuple(call(torch.narrow, in_proj_weight, 0, j * e, e) for j in range(3))
+        biases = [None if in_proj_bias is None else call(torch.narrow, in_proj_bias, 0, j * e, e) for j in range(3)]
+        q, k, v = (call(F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+
+    mask = _additive(attn_mask, q)
+    if mask is not None and mask.dim() == 3:  # [(m heads) l t]
+        mask = mask.reshape(m, heads, *mask.shape[1:])
+    extra = 0
+    if bias_k is not None and bias_v is not None:
+        k, v = (torch.cat([t, bias.expand(1, m, e)]) for t, bias in ((k, bias_k), (v, bias_v)))
+        extra += 1
+    if add_zero_attn:
+        k, v = (F.pad(t, [0, 0, 0, 0, 0, 1]) for t in (k, v))
+        extra += 1
+    padding = _additive(key_padding_mask, q)
+    if padding is not None:
+        padding = F.pad(padding, [0, extra])[:, None, None]
+    if mask is not None:
+        mask = F.pad(mask, [0, extra])
+    mask = padding if mask is None else mask if padding is None else mask + padding
+
+    q, k, v = (t.reshape(*t.shape[:2], heads, e // heads).permute(1, 2, 0, 3) for t in (q, k, v))  # [m heads l d]
+    dropout = dropout_p if training else 0.0
+    if need_weights:
+        weights = _softmax_scores(q, k, mask, None)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        out = weights @ v
+    else:
+        out = call(F.scaled_dot_product_attention, q, k, v, mask, dropout)
+    out = call(F.linear, out.permute(2, 0, 1, 3).reshape(-1, m, e), out_proj_weight, out_proj_bias)
+    out = out if batched else out.squeeze(1)
+    if not need_weights:
+        return out, None
+    weights = weights.mean(1) if average_attn_weights else weights
+    return out, weights if batched else weights.squeeze(0)
+
+
+def scaled_dot_product_attention(
+    call: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` in full: `vmap` would run the fused kernels one example at a time.
+
+    As there, a query that may see no key at all gives zero.
+    """
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = _additive(~attn_mask, query)
+    blind = None if attn_mask is None else (attn_mask == -torch.inf).all(-1, keepdim=True)
+    if attn_mask is not None and blind is not None:
+        attn_mask = torch.where(blind, 0, attn_mask)
+    weights = _softmax_scores(query, key, attn_mask, scale)
+    weights = weights if blind is None else torch.where(blind, 0, weights)
+    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+
+
+def embedding_bag(
+    call: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """`F.embedding_bag` by sum or mean: `F.embedding`, and a product with which id counts how much in which bag."""
+    if max_norm is not None or scale_grad_by_freq or mode == "max" or input.is_floating_point():
+        return NotImplemented
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return NotImplemented
+    share = torch.ones_like(input, dtype=weight.dtype)
+    if padding_idx is not None:
+        share = torch.where(input == padding_idx % len(weight), 0, share)
+    rows = call(F.embedding, input, weight, padding_idx)
+    if offsets is None:
+        if mode == "mean":
+            share = share / share.sum(-1, keepdim=True).clamp(min=1)
+    else:
+        starts = offsets[:-1] if include_last_offset else offsets
+        bag = (starts[None] <= torch.arange(len(input), device=input.device)[:, None]).sum(1) - 1  # [s]
+        member = bag[None] == torch.arange(len(starts), device=input.device)[:, None]  # [m s]
+        share = torch.where(member, share, 0)
+        if mode == "mean":
+            share = share / share.sum(-1, keepdim=True).clamp(min=1)
+    share = share if per_sample_weights is None else share * per_sample_weights
+    return torch.einsum("ms,msi->mi" if offsets is None else "ms,si->mi", share, rows)
+
+
+def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+    return (scores if mask is None else scores + mask).softmax(-1)
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A boolean mask, true where nothing may be seen, as what is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, -torch.inf, torch.zeros((), dtype=like.dtype, device=like.device))
+
+
+_LAYERS: dict[Callable[..., Any], Expansion] = {
+    F.multi_head_attention_forward: multi_head_attention,
+    F.embedding_bag: embedding_bag,
+}
+_FOR_VMAP: dict[Callable[..., Any], Expansion] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
+
+
+def of(func: Callable[..., Any], batched: bool) -> Expansion | None:
+    """The expansion of a function; batched: the loss runs without `vmap`."""
+    if func in _LAYERS:
+        return _LAYERS[func]
+    return None if batched else _FOR_VMAP.get(func)

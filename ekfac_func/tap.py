@@ -1,0 +1,76 @@
+"""What every run of a loss under the tap does alike: functions replaced, batch statistics refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from .rules import Call, Rules
+
+
+class Tap(TorchFunctionMode):
+    """Hands every call of a torch function to a handler, inside which the tap is off."""
+
+    def __init__(self, handle: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.handle = handle
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(plain(func), args, kwargs or {})
+
+
+def plain(func: Any) -> Any:
+    """The function that a Python method of a tensor stands for: Dynamo cannot trace those under a function mode."""
+    if func is torch.Tensor.unflatten:
+        return torch.unflatten
+    return torch.split if func is torch.Tensor.split else func
+
+
+def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
+    """How the rule of a function reads a call of it."""
+    found = rules[func](*args, **kwargs)
+    if found is None:
+        return []
+    return [found] if isinstance(found, Call) else found
+
+
+def name_of(tensor: Any, known: Sequence[tuple[Tensor, str]]) -> str | None:
+    for other, name in known:
+        if tensor is other:
+            return name
+    return None
+
+
+def depth() -> int:
+    """How many transforms are under way: functorch's, and levels of forward-mode differentiation."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
+
+
+_BATCH_NORMS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm)
+
+
+def refuse_batch_statistics(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor]) -> None:
+    """Under vmap a batch norm would silently use the statistics of one example."""
+    if func not in _BATCH_NORMS:
+        return
+    if func is F.batch_norm:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    else:
+        names = ("input", "weight", "bias", "running_mean", "running_var", "training")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("training", False) or given.get("running_mean") is None:
+        known = [(p, name) for name, p in params.items()]
+        owned = [name_of(given[key], known) for key in ("weight", "bias") if given.get(key) is not None]
+        which = " and ".join(repr(name) for name in owned if name) or "no parameters"
+        raise ValueError(
+            f"batch_norm (with {which}, on an input of shape {tuple(given['input'].shape)}) uses the statistics of "
+            "its batch, which couple the examples: a gradient per example does not exist. Call eval() on a module "
+            "that tracks running statistics, use GroupNorm, or take the batch as it is with batched=True"
+        )

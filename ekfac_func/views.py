@@ -1,0 +1,127 @@
+"""Views of a parameter: which of its entries a transposed, reshaped or sliced tensor holds.
+
+The strides and the offset of a view of a contiguous parameter say which of its axes are left, in which order, and from
+where on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class View(NamedTuple):
+    """A tensor that holds entries of a parameter."""
+
+    name: str
+    split: tuple[int, ...]  # the shape of the parameter, its axes divided so that each axis of the view is one of them
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in entries of the contiguous parameter
+    offset: int
+
+
+class Axis(NamedTuple):
+    """What a view shows of one axis of a parameter's split."""
+
+    position: int | None  # of the view's axes, None where one index was taken
+    start: int
+    length: int
+
+
+def whole(name: str, shape: Sequence[int]) -> View:
+    """A parameter as a view of itself."""
+    return View(name, tuple(shape), tuple(shape), contiguous(shape), 0)
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def axes(view: View) -> tuple[Axis, ...] | None:
+    """What the view shows of each axis of its split; None for a stride or a repeat."""
+    strides = contiguous(view.split)
+    found: dict[int, int] = {}
+    for position, (size, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
+        if size == 1:
+            continue  # one index, or an axis that the view added
+        candidates = [axis for axis, of_axis in enumerate(strides) if of_axis == stride and view.split[axis] != 1]
+        if len(candidates) != 1 or candidates[0] in found:
+            return None
+        found[candidates[0]] = position
+    offset, shown = view.offset, []
+    for axis, (size, stride) in enumerate(zip(view.split, strides, strict=True)):
+        start, offset = divmod(offset, stride) if stride > 0 else (0, offset)
+        position = found.get(axis)
+        shown.append(Axis(position, start, min(size, 1) if position is None else view.shape[position]))
+    return tuple(shown)
+
+
+def is_whole(view: View) -> bool:
+    """Whether the view shows every entry."""
+    shown = axes(view)
+    return shown is not None and all(axis.length == size for axis, size in zip(shown, view.split, strict=True))
+
+
+def reshape(view: View, shape: Sequence[int]) -> View | None:
+    """A whole view in another shape; None where its entries then have no order of their own."""
+    if not is_whole(view) or math.prod(shape) != math.prod(view.split):
+        return None
+    try:
+        entries = torch.empty_strided(view.shape, view.strides).view(tuple(shape))
+    except (RuntimeError, ValueError):
+        return None
+    strides = entries.stride()
+    by_stride = sorted(
+        (axis for axis in range(entries.dim()) if entries.shape[axis] != 1), key=lambda axis: -strides[axis]
+    )
+    split = tuple(entries.shape[axis] for axis in by_stride)
+    return View(view.name, split, tuple(entries.shape), strides, 0)
+
+
+def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any) -> list[View | None]:
+    """What the tensors that a function of `VIEWS` made of a view, its first argument, show; None if that is unknown."""
+    if func is Tensor.__getitem__ and not _basic(args[1]):
+        return [None]
+    source = args[0]
+    if func in SAME:
+        return [view]
+    if func in RESHAPES:
+        return [reshape(view, made.shape)]
+    same = source.stride() == view.strides and source.storage_offset() == view.offset  # not so of a copy
+    return [_made(view, part) if same else None for part in ([made] if isinstance(made, Tensor) else made)]
+
+
+def _basic(index: Any) -> bool:
+    """Whether an index takes a view: of whole numbers and slices, not of tensors or lists."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
+
+
+def _made(view: View, part: Tensor) -> View | None:
+    made = View(view.name, view.split, tuple(part.shape), part.stride(), part.storage_offset())
+    return None if axes(made) is None else made
+
+
+SAME = frozenset(
+    getattr(Tensor, name) for name in ("contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "clone")
+)
+RESHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, torch.unflatten})
+VIEWS = (
+    frozenset(
+        {
+            *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+            *(getattr(Tensor, name) for name in ("t", "transpose", "permute", "swapaxes", "movedim", "__getitem__")),
+            *(getattr(torch, name) for name in ("t", "transpose", "permute", "swapaxes", "movedim")),
+            *(getattr(Tensor, name) for name in ("narrow", "select", "chunk", "unbind", "unsqueeze", "squeeze")),
+            *(getattr(torch, name) for name in ("narrow", "select", "chunk", "unbind", "unsqueeze", "squeeze")),
+            torch.split,
+        }
+    )
+    | SAME
+    | RESHAPES
+)
