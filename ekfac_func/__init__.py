@@ -2,6 +2,7 @@
 
 from .basis import DIAGONAL, FULL, Blocks, Choices, blocks
 from .contraction import exact_sums, gradient_sums
+from .describe import Description, Row, describe
 from .kronecker import WeightSharing, expand, reduce
 from .per_example import PerExampleGradients, per_example_gradients
 from .precondition import EKFAC, ekfac
@@ -30,6 +31,7 @@ __all__ = [
     "Call",
     "Choices",
     "Dense",
+    "Description",
     "Factored",
     "Factors",
     "Info",
@@ -37,6 +39,7 @@ __all__ = [
     "Moment",
     "OneHot",
     "PerExampleGradients",
+    "Row",
     "Rule",
     "Rules",
     "SecondMoment",
@@ -46,6 +49,7 @@ __all__ = [
     "WeightSharing",
     "averaged_intra_batch",
     "blocks",
+    "describe",
     "ekfac",
     "exact_sums",
     "expand",

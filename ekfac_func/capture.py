@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
@@ -51,13 +52,7 @@ def capture(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options
             return captured
     # the first call with these shapes, or the loss took another way through the program than last time
     found = plan(loss_fn, params, batch, options)
-    try:
-        captured, seen = _tapped(found, loss_fn, params, batch, options)
-    except RuntimeError as error:
-        if options.batched or "Batching rule not implemented" not in str(error):
-            raise
-        found = found._replace(looped=True)
-        captured, seen = _tapped(found, loss_fn, params, batch, options)
+    captured, seen, found = _retried(found, loss_fn, params, batch, options)
     plans[key] = found, seen
     return captured
 
@@ -65,6 +60,26 @@ def capture(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options
 def own(params: Mapping[str, Tensor]) -> Params:
     """One object a name, even where tensors are shared."""
     return {name: p.detach() for name, p in params.items()}
+
+
+def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
+    """What `capture` would return, of tensors without values."""
+    owned = own(params)
+    found = plan(loss_fn, owned, batch, options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        owned, batch = pytree.tree_map(torch.empty_like, (owned, batch))
+        return _retried(found, loss_fn, owned, batch, options)[0]
+
+
+def _retried(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> tuple[Any, Any, Plan]:
+    """A tapped run, one example at a time where `vmap` has no rule for a function of the loss; and how it was run."""
+    try:
+        return *_tapped(found, loss_fn, params, batch, options), found
+    except RuntimeError as error:
+        if options.batched or "Batching rule not implemented" not in str(error):
+            raise
+        found = found._replace(looped=True)
+        return *_tapped(found, loss_fn, params, batch, options), found
 
 
 class StalePlan(RuntimeError):
@@ -176,8 +191,8 @@ def _probes(found: Plan, n: int) -> list[Tensor]:
 def _shape(call: Tapped, n: int) -> tuple[int, ...]:
     if call.along is None:
         return call.output.shape
-    axis, count = call.along[0]
-    return (*call.output.shape[:axis], n * count, *call.output.shape[axis + 1 :])
+    axis, entries = call.along[0]
+    return (*call.output.shape[:axis], n * entries, *call.output.shape[axis + 1 :])
 
 
 def _copies(tree: Any, n: int) -> Any:
@@ -199,7 +214,7 @@ def _summed(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, 
 
 def _each(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, randomness: str) -> Part:
     """`vmap(grad)` as it is, for a loss that calls `torch.autograd.grad` itself."""
-    of_one = torch.func.grad(probed, argnums=(0, 1), has_aux=True)
+    of_one: Callable[..., Any] = torch.func.grad(probed, argnums=(0, 1), has_aux=True)
     copies = _copies((_probes(found, n), free), n)
     (outputs, dense), run = torch.func.vmap(of_one, randomness=randomness)(*copies, examples)
     return outputs, dense, *run
@@ -221,30 +236,24 @@ def _batched(probed: Probed, found: Plan, free: Params, batch: Batch, n: int, ra
 
     probes = _probes(found, n)
     outputs, run = torch.func.grad(total, has_aux=True)(probes, batch)
-    moved = zip(found.calls, outputs, run.inputs, strict=True)
-    outputs, inputs = [], []
-    for call, g, tree in moved:
+    inputs = []
+    for k, (call, tree) in enumerate(zip(found.calls, run.inputs, strict=True)):
         assert call.along is not None
         leaves, shape = pytree.tree_flatten(tree)
-        outputs.append(_examples_first(g, call.along[0], n))
-        inputs.append(
-            pytree.tree_unflatten(
-                [_examples_first(x, along, n) for x, along in zip(leaves, call.along[1:], strict=True)], shape
-            )
-        )
+        outputs[k] = _examples_first(outputs[k], call.along[0], n)
+        leaves = [_examples_first(x, along, n) for x, along in zip(leaves, call.along[1:], strict=True)]
+        inputs.append(pytree.tree_unflatten(leaves, shape))
     dense: Params = {}
     if len(free) > 0:
-        losses, pull = torch.func.vjp(lambda free: probed(probes, free, batch, n)[0], free)
+        losses, pull, *_ = torch.func.vjp(lambda free: probed(probes, free, batch, n)[0], free)
         (dense,) = torch.func.vmap(pull)(torch.eye(n, dtype=losses.dtype, device=losses.device))
     return outputs, dense, run.losses, run.aux, inputs
 
 
 def _examples_first(t: Tensor, along: Along, n: int) -> Tensor:
-    """`[... (n count) ...]` as `[n ... count ...]`."""
-    axis, count = along
-    if axis < 0:
-        return t.expand(n, *t.shape)
-    return t.reshape(*t.shape[:axis], n, count, *t.shape[axis + 1 :]).movedim(axis, 0)
+    """`[... (n entries) ...]` as `[n ... entries ...]`."""
+    axis, entries = along
+    return t.reshape(*t.shape[:axis], n, entries, *t.shape[axis + 1 :]).movedim(axis, 0)
 
 
 def _chunks(batch: Batch, size: int | None) -> list[Batch]:
@@ -261,7 +270,7 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
     one = layer.bias is not None
     if isinstance(term, OneHot):
         g = F.pad(_within(term.g.to(dtype), i, -1), [0, one])
-        return OneHot(term.index + o.start, o.size, g, term.counted)
+        return OneHot(term.ids + o.start, o.size, g, term.counted)
     a, g, x = term.a.to(dtype), term.g.to(dtype), term.x
     a, g = _within(_within(a, i, 3), b, 1), _within(_within(g, o, 3), b, 1)
     x = None if x is None else _within(x.to(dtype), i, 3)
@@ -287,11 +296,12 @@ def _added(terms: Sequence[Factored | OneHot]) -> Terms:
     added: list[Factored | OneHot] = []
     if len(factored) > 0:
         samples = [term.x for term in factored if term.x is not None]
-        a, g = (_cat([term[side] for term in factored], 2) for side in (0, 1))
+        a, g = _cat([term.a for term in factored], 2), _cat([term.g for term in factored], 2)
         added.append(Factored(a, g, _cat(samples, 2) if len(samples) > 0 else None))
     if len(tables) > 0:
-        index, g, counted = (_cat([term[field] for term in tables], 1) for field in (0, 2, 3))
-        added.append(OneHot(index, tables[0].size, g, counted))
+        ids = _cat([term.ids for term in tables], 1)
+        g, counted = _cat([term.g for term in tables], 1), _cat([term.counted for term in tables], 1)
+        added.append(OneHot(ids, tables[0].size, g, counted))
     return tuple(added)
 
 

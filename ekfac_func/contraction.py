@@ -12,6 +12,8 @@ Orders of `sum_n (Q_B^T G[n] Q_A)^2` for one layer, all exact:
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import opt_einsum
 import torch
@@ -24,7 +26,6 @@ from .kronecker import (
     into_basis,
     look_up,
     out_of_basis,
-    project,
     project_inputs,
     project_outputs,
 )
@@ -57,6 +58,38 @@ def exact_sums(terms: Terms, basis: Basis) -> Sums:
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
+class Contraction(NamedTuple):
+    """How `exact_sums` sums the second moment of one layer."""
+
+    order: str
+    operations: int  # floating-point, leading terms, of the whole batch
+    blocks: int  # parts in which the examples are taken, so that no more than MAX_BYTES of gradients exist at a time
+
+
+def contraction(terms: Terms, basis: Basis) -> Contraction:
+    """What `exact_sums` will do with terms, from their shapes."""
+    turned_A, turned_B = (Q.shape[-1] if Q.shape[-1] > 1 else 0 for Q in basis)
+    match terms:
+        case (OneHot(ids, _, g),):
+            return Contraction("add up ids, project, add rows", 2 * ids.numel() * g.shape[2] * (turned_A + 2), 1)
+        case (Factored(a, g) as factored, OneHot(ids, _, h)):
+            order, operations, blocks = contraction((factored,), basis)
+            cross = 2 * ids.numel() * h.shape[2] * (a.shape[2] + turned_A + 3)
+            return Contraction(f"{order}; ids and their product with it", operations + cross, blocks)
+        case (Factored(a, g),) if g.shape[2] == 1:
+            n, b, _, i, k = a.shape
+            o = g.shape[3]
+            operations = 2 * n * b * (i * k * turned_A + o * turned_B) + 4 * n * b * o * i * k
+            return Contraction("project a and g, multiply the squares", operations, 1)
+        case (Factored(a, g),):
+            steps = _path(*_product(g, a, basis)[1:])
+            operations = sum(step.operations for step in steps) * a.shape[0] // NOMINAL_N
+            return Contraction(", ".join(step.name for step in steps), operations, _block_count((g, a)))
+        case (Dense(G),):
+            return Contraction("project G[n]", 2 * G.numel() * (turned_A + turned_B + 1), _block_count((G,)))
+    raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
+
+
 def gradient_sums(terms: Terms, basis: Basis) -> Sums:
     """Sums over the examples of G and of G in the basis, `[b o i k]` each; no moment."""
     total = gradient(terms)
@@ -64,27 +97,28 @@ def gradient_sums(terms: Terms, basis: Basis) -> Sums:
 
 
 def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
-    index, size, g, _ = project(coalesce(table), basis)
-    return add_rows(index, g, size), add_rows(index, g.square(), size)
+    ids, h = _once(table, basis)
+    return add_rows(ids, h, table.size), add_rows(ids, h.square(), table.size)
 
 
 def _tied_sums(factored: Factored, table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     """A table that is a linear layer too: `sum (F + T)^2`, of which T and the product have a row an id."""
-    a, g = project_inputs(factored.a, basis), factored.g
-    index, size, h, _ = project(coalesce(table), basis)
     projected, square = _sum_blocks((factored.g, factored.a), basis)
-    cross = 2 * look_up(Factored(a, g), index) * h
-    return projected + add_rows(index, h, size), square + add_rows(index, h.square() + cross, size)
+    ids, h = _once(table, basis)
+    cross = 2 * look_up(Factored(project_inputs(factored.a, basis), factored.g), ids) * h
+    return projected + add_rows(ids, h, table.size), square + add_rows(ids, h.square() + cross, table.size)
+
+
+def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Ids `[n s]`, each once an example, and their gradients `[n s I]` in the basis."""
+    single = coalesce(table)
+    return single.ids, project_inputs(single.g[:, None, :, :, None], basis)[:, 0, :, :, 0]
 
 
 def _sum_blocks(tensors: tuple[Tensor, ...], basis: Basis) -> tuple[Tensor, Tensor]:
     """Sums of G in the basis and of its square, of (g, a) or of (G,), some examples at a time."""
-    n = NOMINAL_N if torch.compiler.is_compiling() else tensors[0].shape[0]
-    b, k = tensors[-1].shape[1], tensors[-1].shape[-1]
-    o, i = (tensors[0].shape[3], tensors[1].shape[3]) if len(tensors) == 2 else tensors[0].shape[2:4]
-    count = max(1, -(-n * b * o * i * k * tensors[0].element_size() // MAX_BYTES))
     projected = square = None
-    for block in zip(*(_split(t, count) for t in tensors), strict=True):
+    for block in zip(*(_split(t, _block_count(tensors)) for t in tensors), strict=True):
         G = into_basis(block[0], basis) if len(block) == 1 else _contract(block[0], block[1], basis)
         block_projected, block_square = G.sum(0), G.square().sum(0)
         projected = block_projected if projected is None else projected + block_projected
@@ -92,6 +126,14 @@ def _sum_blocks(tensors: tuple[Tensor, ...], basis: Basis) -> tuple[Tensor, Tens
     assert projected is not None
     assert square is not None
     return projected, square
+
+
+def _block_count(tensors: tuple[Tensor, ...]) -> int:
+    """Into how many blocks the examples of (g, a) or of (G,) are split."""
+    n = NOMINAL_N if torch.compiler.is_compiling() else tensors[0].shape[0]
+    b, k = tensors[-1].shape[1], tensors[-1].shape[-1]
+    o, i = (tensors[0].shape[3], tensors[1].shape[3]) if len(tensors) == 2 else tensors[0].shape[2:4]
+    return max(1, -(-n * b * o * i * k * tensors[0].element_size() // MAX_BYTES))
 
 
 def _split(t: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -105,6 +147,14 @@ def _split(t: Tensor, count: int) -> tuple[Tensor, ...]:
 
 def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
     """`Q_B^T G[n] Q_A`, `[n b O I k]`, pair by pair in the cheapest order."""
+    operands, equation, sizes = _product(g, a, basis)
+    for step in _path(equation, sizes):
+        operands.append(torch.einsum(step.equation, *(operands.pop(index) for index in step.pair)))
+    return operands[0]
+
+
+def _product(g: Tensor, a: Tensor, basis: Basis) -> tuple[list[Tensor], str, tuple[int, ...]]:
+    """The product of both with the full sides of the basis: operands, equation, and the sizes of n b s o i k."""
     full_A, full_B = (Q.dim() == 3 and Q.shape[-1] > 1 for Q in basis)
     a = a if full_A else project_inputs(a, basis)  # blocks cost little
     g = g if full_B else project_outputs(g, basis)
@@ -117,24 +167,38 @@ def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
         letters.append("biI")
     result = f"nb{'O' if full_B else 'o'}{'I' if full_A else 'i'}k"
     _, b, s, i, k = a.shape
-    sizes = (NOMINAL_N, b, s, g.shape[-1], i, k)
-    for pair, equation in _path(",".join(letters) + "->" + result, sizes):
-        operands.append(torch.einsum(equation, *(operands.pop(index) for index in pair)))
-    return operands[0]
+    return operands, ",".join(letters) + "->" + result, (NOMINAL_N, b, s, g.shape[-1], i, k)
 
 
-Path = tuple[tuple[tuple[int, ...], str], ...]  # of each step the operands, in the order to take them, and its equation
+class Step(NamedTuple):
+    """One product of a path."""
+
+    name: str
+    pair: tuple[int, ...]  # of the operands, in the order to take them
+    equation: str
+    operations: int
 
 
 @torch.compiler.assume_constant_result
-def _path(equation: str, sizes: tuple[int, ...]) -> Path:
+def _path(equation: str, sizes: tuple[int, ...]) -> tuple[Step, ...]:
     return _cheapest(equation, sizes)
 
 
 @functools.lru_cache
-def _cheapest(equation: str, sizes: tuple[int, ...]) -> Path:
+def _cheapest(equation: str, sizes: tuple[int, ...]) -> tuple[Step, ...]:
     size = dict(zip("nbsoik", sizes, strict=True))
     size |= {"O": size["o"], "I": size["i"]}
-    shapes = [tuple(size[letter] for letter in part) for part in equation.split("->")[0].split(",")]
+    parts = equation.split("->")[0].split(",")
+    shapes = [tuple(size[letter] for letter in part) for part in parts]
     _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
-    return tuple((tuple(sorted(step[0], reverse=True)), step[2]) for step in info.contraction_list)
+    names = ["g", "a", *("Q_B" if "O" in part else "Q_A" for part in parts[2:])]
+    steps = []
+    for contracted in info.contraction_list:
+        pair = tuple(sorted(contracted[0], reverse=True))
+        left, right = sorted(names.pop(at) for at in pair)
+        made = {("Q_B", "g"): "g", ("Q_A", "a"): "a"}.get((left, right), "G[n]")
+        names.append(made)
+        letters = set(contracted[2]) & size.keys()
+        name = "form G[n]" if (left, right) == ("a", "g") else f"project {made}"
+        steps.append(Step(name, pair, contracted[2], 2 * math.prod(size[letter] for letter in letters)))
+    return tuple(steps)

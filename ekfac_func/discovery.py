@@ -46,10 +46,10 @@ class Options(NamedTuple):
 
 
 class Along(NamedTuple):
-    """Where a tensor of a batched loss has its examples: `axis` has `count` entries of each, one after another."""
+    """Where a tensor of a batched loss has its examples: `axis` has `entries` of each, one after another."""
 
     axis: int
-    count: int
+    entries: int
 
 
 class Window(NamedTuple):
@@ -160,12 +160,11 @@ def _discover(
         few, more = run(_FEW), run(_MORE)
         if [use.at for use in few.uses] != [use.at for use in more.uses]:
             raise ValueError("loss_fn calls other layers for another batch size: with batched=True it may not")
-        places = [_places(use, other) for use, other in zip(few.uses, more.uses, strict=True)]
-        apart = frozenset(use.at for use, place in zip(few.uses, places, strict=True) if place is None)
-        if apart:
-            few = run(_FEW, apart)
-            places = [place for place in places if place is not None]
-        return Plan(*_arrange(param_specs, few, places), False, False)
+        placed = [_places(use, other) for use, other in zip(few.uses, more.uses, strict=True)]
+        shared = frozenset(use.at for use, place in zip(few.uses, placed, strict=True) if place is None)
+        if shared:  # calls on what all examples share are differentiated as they are
+            few = run(_FEW, shared)
+        return Plan(*_arrange(param_specs, few, [place for place in placed if place is not None]), False, False)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
@@ -180,13 +179,10 @@ _FEW, _MORE = 3, 5  # batch sizes that show where the examples lie
 
 
 def _places(use: _Use, other: _Use) -> tuple[Along, ...] | None:
-    """Where the tensors of a call have their examples; None where its output has none, or not as its inputs have."""
-    places = []
+    """Where the tensors of a call have their examples; None where one of them has none."""
+    places: list[Along] = []
     for one, two in zip((use.output, *use.inputs), (other.output, *other.inputs), strict=True):
         axes = [axis for axis, (x, y) in enumerate(zip(one.shape, two.shape, strict=True)) if x != y]
-        if not axes and places:
-            places.append(Along(-1, 0))  # an input that all examples share
-            continue
         if len(axes) != 1 or one.shape[axes[0]] * _MORE != two.shape[axes[0]] * _FEW or one.shape[axes[0]] % _FEW:
             return None
         places.append(Along(axes[0], one.shape[axes[0]] // _FEW))
@@ -267,6 +263,7 @@ def _run(
                 bias = None if call.bias is None else view_of(call.bias)
                 biased = bias is not None and _fits(bias, *laid)
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
+                note(func, (args, kwargs))
                 output = func(*args, **kwargs)
                 leaves = pytree.tree_leaves(call.input)
                 uses.append(
@@ -325,6 +322,12 @@ def _run(
 
 def _lay_out(call: Call, view: View) -> tuple[_Groups, tuple[Window, Window, Window]] | None:
     """The parameter's axes that a call has on each letter, and what it uses of them; None where that is no layer."""
+    shape = view.shape if call.split is None else call.split
+    if len(call.letters) != len(shape) or not set(call.letters) <= set("boik"):
+        raise ValueError(
+            f"the rule of a call of {view.name!r} names its axes {call.letters!r} where its shape is {tuple(shape)}: "
+            "give each axis one of the letters b, o, i, k"
+        )
     if call.split is not None:
         reshaped = views.reshape(view, call.split)
         if reshaped is None:

@@ -56,11 +56,11 @@ def multi_head_attention(
         q, k, v = call(F.linear, query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
     else:
         if use_separate_proj_weight:
-            weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+            matrices = [q_proj_weight, k_proj_weight, v_proj_weight]
         else:
-            weights = tuple(call(torch.narrow, in_proj_weight, 0, j * e, e) for j in range(3))
+            matrices = [call(torch.narrow, in_proj_weight, 0, j * e, e) for j in range(3)]
         biases = [None if in_proj_bias is None else call(torch.narrow, in_proj_bias, 0, j * e, e) for j in range(3)]
-        q, k, v = (call(F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (call(F.linear, x, w, b) for x, w, b in zip((query, key, value), matrices, biases, strict=True))
 
     mask = _additive(attn_mask, q)
     if mask is not None and mask.dim() == 3:  # [(m heads) l t]

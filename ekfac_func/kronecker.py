@@ -70,11 +70,11 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums
             B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1)
             count = g.shape[0] * g.shape[2]
             return FactorSums(A, B, count if x is None else x.shape[0] * x.shape[2], count, g.shape[2])
-        case OneHot(index, size, g, counted):
-            count = counted.sum()
-            ids = g.new_zeros(size).index_add(0, index.flatten(), counted.flatten().to(g))
+        case OneHot(ids, size, g, counted):
+            seen = counted.sum()
+            counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
             A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1)
-            return FactorSums(A, ids.reshape(basis.Q_B.shape), count, count, count / g.shape[0])
+            return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0])
         case Dense(G):
             A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
             B = _gram(G, "nbmdik,nbmeik->bmde", basis.Q_B, -3)
@@ -151,6 +151,14 @@ def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     return Factors(share * factors.A + (1 - share) * mean.A, share * factors.B + (1 - share) * mean.B, total)
 
 
+def positions(term: Term) -> int:
+    """How often an example uses the weight."""
+    match term:
+        case Factored(_, g) | OneHot(_, _, g):
+            return g.shape[-2]
+    return 1
+
+
 def dense(terms: Terms) -> Tensor:
     """Per-example gradients `[n b o i k]`."""
     return functools.reduce(torch.add, map(_dense, terms))
@@ -160,9 +168,9 @@ def _dense(term: Term) -> Tensor:
     match term:
         case Factored(a, g):
             return torch.einsum("nbso,nbsik->nboik", g, a)
-        case OneHot(index, size, g):
+        case OneHot(ids, size, g):
             table = g.new_zeros(g.shape[0], size, g.shape[2])
-            return table.scatter_add(1, index[..., None].expand(g.shape), g)[:, None, :, :, None]
+            return table.scatter_add(1, ids[..., None].expand(g.shape), g)[:, None, :, :, None]
         case Dense(G):
             return G
 
@@ -176,31 +184,31 @@ def _gradient(term: Term) -> Tensor:
     match term:
         case Factored(a, g):
             return torch.einsum("nbso,nbsik->boik", g, a)
-        case OneHot(index, size, g):
-            return add_rows(index, g, size)
+        case OneHot(ids, size, g):
+            return add_rows(ids, g, size)
         case Dense(G):
             return G.sum(0)
 
 
-def add_rows(index: Tensor, values: Tensor, size: int) -> Tensor:
+def add_rows(ids: Tensor, values: Tensor, size: int) -> Tensor:
     """Values `[n s i]` added up into the rows `[n s]` of a table, `[1 o i 1]`."""
-    table = values.new_zeros(size, values.shape[2]).index_add(0, index.flatten(), values.flatten(0, 1))
+    table = values.new_zeros(size, values.shape[2]).index_add(0, ids.flatten(), values.flatten(0, 1))
     return table[None, :, :, None]
 
 
 def coalesce(term: OneHot) -> OneHot:
     """Each id once an example, with the sum of its gradients, as must be before anything is squared."""
-    index, order = term.index.sort(dim=1)
+    ids, order = term.ids.sort(dim=1)
     g = term.g.gather(1, order[..., None].expand(term.g.shape))
-    first = torch.zeros_like(index[:, :1])
-    segment = torch.cat([first, (index[:, 1:] != index[:, :-1]).long().cumsum(1)], dim=1)
+    first = torch.zeros_like(ids[:, :1])
+    segment = torch.cat([first, (ids[:, 1:] != ids[:, :-1]).long().cumsum(1)], dim=1)
     sums = torch.zeros_like(g).scatter_add(1, segment[..., None].expand(g.shape), g)
-    return term._replace(index=torch.zeros_like(index).scatter(1, segment, index), g=sums)
+    return term._replace(ids=torch.zeros_like(ids).scatter(1, segment, ids), g=sums)
 
 
-def look_up(term: Factored, index: Tensor) -> Tensor:
+def look_up(term: Factored, ids: Tensor) -> Tensor:
     """The rows `[n s i]` at ids `[n s]` of the gradients `[n o i]` of a layer with b = k = 1."""
-    g = term.g[:, 0].gather(2, index[:, None].expand(-1, term.g.shape[2], -1))  # [n t s]
+    g = term.g[:, 0].gather(2, ids[:, None].expand(-1, term.g.shape[2], -1))  # [n t s]
     return torch.einsum("nts,nti->nsi", g, term.a[:, 0, :, :, 0])
 
 
@@ -208,8 +216,8 @@ def square_norms(terms: Terms) -> Tensor:
     """`||G[n]||^2`, `[n]`, from pairs of positions where that is less work than forming `G[n]`."""
     total = functools.reduce(torch.add, map(_square_norms, terms))
     match terms:
-        case (Factored() as factored, OneHot(index, _, g)):
-            return total + 2 * (look_up(factored, index) * g).sum((1, 2))
+        case (Factored() as factored, OneHot(ids, _, g)):
+            return total + 2 * (look_up(factored, ids) * g).sum((1, 2))
     return total
 
 
@@ -253,13 +261,6 @@ def project_inputs(a: Tensor, basis: Basis) -> Tensor:
 def project_outputs(g: Tensor, basis: Basis) -> Tensor:
     """Output gradients in the basis: `[n b s o]` to `[n b s O]`."""
     return _turn(g, basis.Q_B, "nbsmd,bmdD->nbsmD", -1)
-
-
-def project(term: Factored | OneHot, basis: Basis) -> Factored | OneHot:
-    """A term in the basis; the ids of a table stay what they are."""
-    if isinstance(term, OneHot):
-        return term._replace(g=_turn(term.g[:, None], basis.Q_A, "nbsmd,bmdD->nbsmD", -1)[:, 0])
-    return Factored(project_inputs(term.a, basis), project_outputs(term.g, basis))
 
 
 def eigenvalue_product(factors: Factors, basis: Basis, positions: Number, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import basis as eigenbasis
 from .basis import Choices, choose, moment_shape
 from .capture import capture, own
+from .certify import certify
 from .checks import (
     check_batch,
     check_count,
@@ -37,14 +38,23 @@ from .second_moment import AtRefresh, SecondMoment, intra_batch, refresh
 from .types import Basis, Batch, Factors, Info, Layer, LossFn, Moment, Number, Params, State, Sums, Terms
 
 
+class Init(Protocol):
+    """`EKFAC.init`."""
+
+    def __call__(self, params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State: ...
+
+
 class EKFAC(NamedTuple):
     """A pair of pure functions.
 
-    `init(params, batch) -> state` reads the batch for its shapes alone and computes nothing.
+    `init(params, batch, check=False) -> state` reads the batch for its shapes alone and computes nothing. With
+    `check=True` it first certifies the capture on this batch, at one backward pass an example: ValueError names the
+    first parameter whose captured gradients differ from those of each example alone (a rule that reads its calls
+    wrongly, examples that are coupled). The loss may then draw no random numbers.
     `precondition(params, batch, state) -> (natural, state, info)` changes nothing of its arguments.
     """
 
-    init: Callable[[Mapping[str, Tensor], Batch], State]
+    init: Init
     precondition: Callable[[Mapping[str, Tensor], Batch, State], tuple[Params, State, Info]]
 
 
@@ -124,9 +134,11 @@ def ekfac(
     options = Options(rules, randomness, chunk_size, has_aux, batched)
     choices = {} if bases is None else bases
 
-    def init(params: Mapping[str, Tensor], batch: Batch) -> State:
+    def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
         check_params(params)
         check_batch(batch)
+        if check:
+            certify(loss_fn, params, batch, options)
         return _initial(plan(loss_fn, own(params), batch, options).layers, choices, params)
 
     @torch.no_grad()

@@ -204,10 +204,10 @@ def embedding(
         return None
     padding = None if padding_idx is None else padding_idx % len(weight)
 
-    def read(index: Tensor, g: Tensor) -> OneHot:
-        index, g = index[:, None].flatten(1), g[:, None].flatten(1, -2)
-        counted = torch.ones_like(index, dtype=torch.bool) if padding is None else index != padding
-        return OneHot(index, len(weight), torch.where(counted[..., None], g, 0), counted)
+    def read(ids: Tensor, g: Tensor) -> OneHot:
+        ids, g = ids[:, None].flatten(1), g[:, None].flatten(1, -2)
+        counted = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+        return OneHot(ids, len(weight), torch.where(counted[..., None], g, 0), counted)
 
     return Call(weight, "oi", input, read, table=True)
 
@@ -387,6 +387,7 @@ RULES: Rules = {
     F.embedding: embedding,
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,  # as which Dynamo sees it
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
     F.batch_norm: batch_norm,

@@ -23,12 +23,12 @@ class Factored(NamedTuple):
 
 
 class OneHot(NamedTuple):
-    """Per-example gradients `G[n] = sum_s onehot(index[n, s]) g[n, s]^T` of a table: ids in place of one-hot vectors.
+    """Per-example gradients `G[n] = sum_s onehot(ids[n, s]) g[n, s]^T` of a table: ids in place of one-hot vectors.
 
     The letters follow the table's axes, so that the ids lie on o and the gradients on i. b and k are 1.
     """
 
-    index: Tensor  # [n s] ids
+    ids: Tensor  # [n s]
     size: int  # o, the rows of the table
     g: Tensor  # [n s i] gradients of what was looked up; zero where the id is padding
     counted: Tensor  # [n s] 1, or 0 where the id is padding

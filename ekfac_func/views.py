@@ -53,11 +53,12 @@ def axes(view: View) -> tuple[Axis, ...] | None:
         if len(candidates) != 1 or candidates[0] in found:
             return None
         found[candidates[0]] = position
-    offset, shown = view.offset, []
+    offset = view.offset
+    shown: list[Axis] = []
     for axis, (size, stride) in enumerate(zip(view.split, strides, strict=True)):
         start, offset = divmod(offset, stride) if stride > 0 else (0, offset)
-        position = found.get(axis)
-        shown.append(Axis(position, start, min(size, 1) if position is None else view.shape[position]))
+        at = found.get(axis)
+        shown.append(Axis(at, start, min(size, 1) if at is None else view.shape[at]))
     return tuple(shown)
 
 
@@ -103,7 +104,7 @@ def _basic(index: Any) -> bool:
 
 
 def _made(view: View, part: Tensor) -> View | None:
-    made = View(view.name, view.split, tuple(part.shape), part.stride(), part.storage_offset())
+    made = View(view.name, view.split, tuple(part.shape), part.stride(), int(part.storage_offset()))
     return None if axes(made) is None else made
 
 

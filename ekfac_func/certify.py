@@ -1,0 +1,52 @@
+"""A certificate of a capture: its gradients beside those of each example alone, by plain differentiation."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .capture import capture
+from .discovery import Options, check_loss
+from .kronecker import dense, unpack
+from .types import Batch, LossFn, Params
+
+
+def certify(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> None:
+    """Raise ValueError for the first parameter whose captured gradients differ from those of the examples alone.
+
+    One backward pass an example, for a batch of a few. The loss must draw no random numbers. The distance allowed is
+    the root of the dtype's precision, relative to the whole gradient.
+    """
+    params = dict(params)
+    captured = capture(loss_fn, params, batch, options)
+    found: Params = {}
+    for name, layer in captured.layers.items():
+        found |= unpack(layer, dense(captured.terms[name]), params)
+
+    def loss(params: Params, example: Batch) -> Tensor:
+        value = check_loss(loss_fn(params, example), options.has_aux, 1 if options.batched else None)[0]
+        return value.sum()
+
+    gradients = []
+    for k in range(len(captured.losses)):
+        example = pytree.tree_map(lambda t, k=k: t[k : k + 1] if options.batched else t[k], batch)
+        gradients.append(torch.func.grad(loss)(params, example))
+    expected = {name: torch.stack([gradient[name] for gradient in gradients]) for name in params}
+    size = torch.stack([g.double().square().sum() for g in expected.values()]).sum().sqrt()
+    remedy = _BATCHED if options.batched else _SINGLE
+    for name, g in expected.items():
+        distances = (found[name] - g).double().flatten(1).norm(dim=1)
+        if not distances.norm() <= torch.finfo(g.dtype).eps ** 0.5 * size:
+            raise ValueError(
+                f"the gradients captured of {name!r}, of shape {tuple(g.shape)}, differ from those of each example "
+                f"alone by {distances.norm() / size:.1e} of the whole gradient, most for example "
+                f"{int(distances.argmax())}: {remedy}"
+            )
+
+
+_SINGLE = "its rule reads its calls wrongly, or the loss draws random numbers: check with dropout off"
+_BATCHED = (
+    "with batched=True this means that the examples are coupled, as by BatchNorm in training mode, or that an axis of "
+    "a layer's input holds them in another order than (n s)"
+)

@@ -1,0 +1,115 @@
+"""What will be done with each parameter, as data and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import basis as eigenbasis
+from .basis import Choices, choose, moment_shape
+from .capture import shapes
+from .checks import check_batch, check_params
+from .contraction import Contraction, contraction
+from .discovery import Options
+from .kronecker import positions
+from .rules import RULES, Rules
+from .types import Batch, Layer, LossFn, Terms
+
+
+class Row(NamedTuple):
+    """One parameter, or a weight with the bias that is its last input. Letters as in `kronecker.py`, sizes in bytes."""
+
+    name: str
+    bias: str | None
+    rule: str | None  # the torch functions that a rule read; None where gradients are taken as they are
+    hidden_by: str | None  # then the torch functions that kept it from a rule
+    b: int
+    s: int
+    i: int
+    o: int
+    k: int
+    factor_A: tuple[int, ...]
+    factor_B: tuple[int, ...]
+    factor_bytes: int
+    basis_bytes: int
+    moment_bytes: int
+    contraction: Contraction
+
+
+class Description(tuple[Row, ...]):
+    """Rows in the order of params; `str` is a table."""
+
+    def __str__(self) -> str:
+        head = (
+            "parameter",
+            "read by",
+            "b s i o k",
+            "A",
+            "B",
+            "factors",
+            "basis",
+            "moment",
+            "second moment",
+            "operations",
+        )
+        lines = [head, *(_cells(row) for row in self)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def describe(
+    loss_fn: LossFn,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    *,
+    rules: Rules = RULES,
+    bases: Choices | None = None,
+    has_aux: bool = False,
+    batched: bool = False,
+) -> Description:
+    """Print, and return as data, which rule reads each parameter, its axes, its memory and how its moment is summed.
+
+    The arguments are those of `ekfac`. Reads shapes alone.
+    """
+    check_params(params)
+    check_batch(batch)
+    options, choices = Options(rules, has_aux=has_aux, batched=batched), {} if bases is None else bases
+    captured = shapes(loss_fn, params, batch, options)
+    rows = Description(
+        _row(layer, captured.terms[name], choices, params[name]) for name, layer in captured.layers.items()
+    )
+    print(rows)
+    return rows
+
+
+def _row(layer: Layer, terms: Terms, choices: Choices, p: Tensor) -> Row:
+    chosen = choose(layer, choices)
+    b, o, i, k = layer.sizes
+    A, B = (b, *eigenbasis.side(i, chosen.inputs)), (b, *eigenbasis.side(o, chosen.outputs))
+    sides = p.element_size() * (math.prod(A) + math.prod(B))
+    moment = p.element_size() * math.prod(moment_shape(layer, chosen))
+    s = sum(map(positions, terms))
+    how = contraction(terms, eigenbasis.identity(layer.sizes, chosen, p))
+    return Row(layer.weight, layer.bias, layer.rule, layer.hidden_by, b, s, i, o, k, A, B, sides, sides, moment, how)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    axes = " ".join(str(size) for size in (row.b, row.s, row.i, row.o, row.k))
+    rule = row.rule or f"no rule: {row.hidden_by}"
+    sides = ("x".join(map(str, shape)) for shape in (row.factor_A, row.factor_B))
+    memory = map(_bytes, (row.factor_bytes, row.basis_bytes, row.moment_bytes))
+    name = row.name if row.bias is None else f"{row.name}, {row.bias.rpartition('.')[2]}"
+    return (name, rule, axes, *sides, *memory, row.contraction.order, f"{row.contraction.operations:.1e}")
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
