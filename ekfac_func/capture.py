@@ -9,6 +9,7 @@ batches, outside `vmap`. A batched loss is run as it is, with probes that have i
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from . import expansions, views
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .discovery import Along, Options, Plan, Tapped, check_loss, plan, spec
 from .rules import Call
-from .tap import Tap, name_of, readings, refuse_batch_statistics
+from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, with_ids
 from .types import Batch, Dense, Factored, Layer, LossFn, OneHot, Params, Terms
 
 
@@ -66,6 +67,12 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
     """What `capture` would return, of tensors without values."""
     owned = own(params)
     found = plan(loss_fn, owned, batch, options)
+    if found.looped:
+        n = pytree.tree_leaves(batch)[0].shape[0]
+        none: dict[str, Terms] = {
+            layer.weight: (Dense(torch.empty(n, *layer.sizes, device="meta")),) for layer in found.layers
+        }
+        return Captured(torch.empty(n, device="meta"), {layer.weight: layer for layer in found.layers}, none, ())
     with FakeTensorMode(allow_non_fake_inputs=True):
         owned, batch = pytree.tree_map(torch.empty_like, (owned, batch))
         return _retried(found, loss_fn, owned, batch, options)[0]
@@ -111,6 +118,7 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
         seen.clear()
         known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
         counted: list[Any] = []
+        picks: list[tuple[Tensor, Tensor]] = []
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             seen.append(func)
@@ -125,7 +133,11 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
                 output = func(*args, **kwargs)
                 name = name_of(args[0], known) if len(args) > 0 else None
                 if name is not None:
-                    known.extend((part, name) for part in ([output] if isinstance(output, Tensor) else output))
+                    parts = [output] if isinstance(output, Tensor) else output
+                    known.extend((part, name) for part in parts)
+                    ids = views.ids_of(func, args, picks)
+                    if ids is not None:
+                        picks.extend((part, ids) for part in parts)
                 return output
             if func not in options.rules:
                 return instead.get(func, func)(*args, **kwargs)
@@ -144,10 +156,11 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
                     f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "
                     "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
                 )
-            calls.append(reads[planned.reading])
+            read = reads[planned.reading]
+            calls.append(with_ids(read, picks) if planned.picked else read)
             return output + probes[k]
 
-        with Tap(handle):
+        with contextlib.nullcontext() if compiling else traced(), Tap(handle):
             loss = loss_fn({name: fixed[name] if name in fixed else free[name] for name in params}, example)
         if len(calls) != len(probes):
             raise StalePlan(
@@ -167,7 +180,7 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
     terms: dict[str, Terms] = {}
     for layer in found.layers:
         reads = [
-            _placed(call.read(x, g), planned, layer, params)
+            _placed(_picked(call, x, g, planned) if planned.picked else call.read(x, g), planned, layer, params)
             for planned, call, x, g in zip(found.calls, calls, inputs, outputs, strict=True)
             if planned.weight == layer.weight
         ]
@@ -271,14 +284,28 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
     if isinstance(term, OneHot):
         g = F.pad(_within(term.g.to(dtype), i, -1), [0, one])
         return OneHot(term.ids + o.start, o.size, g, term.counted)
-    a, g, x = term.a.to(dtype), term.g.to(dtype), term.x
+    a, g, x, counted = term.a.to(dtype), term.g.to(dtype), term.x, term.counted
+    if b.length < b.size:
+        counted = _within(torch.ones_like(g[..., 0], dtype=torch.bool), b, 1)
     a, g = _within(_within(a, i, 3), b, 1), _within(_within(g, o, 3), b, 1)
     x = None if x is None else _within(x.to(dtype), i, 3)
     if planned.turned:
         a, g = g[..., None], a[..., 0]
     if one:  # 1 where the call added the bias
         a = torch.cat([a, a.new_full((*a.shape[:3], 1, 1), float(planned.biased))], dim=3)
-    return Factored(a, g, x)
+    return Factored(a, g, x, counted)
+
+
+def _picked(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
+    """A call whose blocks ids chose among those of the layer: each a position of the one that it is."""
+    x, ids = inputs  # [n p]
+    term = call.read(x, g)
+    assert isinstance(term, Factored)
+    blocks = torch.arange(planned.windows[0].size, device=ids.device)
+    counted = blocks[None, :, None] == ids[:, None]  # [n b p]
+    counted = counted.repeat_interleave(term.g.shape[2], dim=2)
+    a, g = (t.flatten(1, 2)[:, None] for t in (term.a, term.g))  # [n 1 (p s) ...]
+    return Factored(torch.where(counted[..., None, None], a, 0), torch.where(counted[..., None], g, 0), None, counted)
 
 
 def _within(t: Tensor, window: Any, axis: int) -> Tensor:
@@ -297,7 +324,13 @@ def _added(terms: Sequence[Factored | OneHot]) -> Terms:
     if len(factored) > 0:
         samples = [term.x for term in factored if term.x is not None]
         a, g = _cat([term.a for term in factored], 2), _cat([term.g for term in factored], 2)
-        added.append(Factored(a, g, _cat(samples, 2) if len(samples) > 0 else None))
+        counted = None
+        if any(term.counted is not None for term in factored):
+            every = [
+                torch.ones_like(t.g[..., 0], dtype=torch.bool) if t.counted is None else t.counted for t in factored
+            ]
+            counted = _cat(every, 2)
+        added.append(Factored(a, g, _cat(samples, 2) if len(samples) > 0 else None, counted))
     if len(tables) > 0:
         ids = _cat([term.ids for term in tables], 1)
         g, counted = _cat([term.g for term in tables], 1), _cat([term.counted for term in tables], 1)

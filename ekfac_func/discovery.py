@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .batching import OPEN
 from .rules import Call, Rules
-from .tap import Tap, depth, readings, refuse_batch_statistics
+from .tap import Tap, depth, readings, refuse_batch_statistics, traced, with_ids
 from .types import Batch, Layer, LossFn, Params
 from .views import View
 
@@ -71,6 +72,7 @@ class Tapped(NamedTuple):
     windows: tuple[Window, Window, Window]  # of b, o, i
     turned: bool  # o and i are the layer's i and o
     biased: bool  # the call adds the layer's bias
+    picked: bool  # ids, beside its input, say which block of the layer each block of the call is
 
 
 class Plan(NamedTuple):
@@ -80,7 +82,7 @@ class Plan(NamedTuple):
     calls: tuple[Tapped, ...]  # in the order of the loss
     second_order: bool  # the loss calls torch.autograd.grad, which vmap would hide from the gradient around it
     open: bool  # no loss of `batching.OPEN` stands inside a transform of the user's own
-    looped: bool = False  # vmap has no rule for a function of the loss, such as a recurrent net
+    looped: bool = False  # vmap cannot run the loss: a recurrent net, for which it has no rule, a branch on values
 
 
 def plan(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -126,6 +128,7 @@ class _Use(NamedTuple):
     table: bool
     groups: _Groups
     windows: tuple[Window, Window, Window]
+    picked: bool
     output: Spec
     inputs: tuple[Spec, ...]
 
@@ -165,6 +168,13 @@ def _discover(
         if shared:  # calls on what all examples share are differentiated as they are
             few = run(_FEW, shared)
         return Plan(*_arrange(param_specs, few, [place for place in placed if place is not None]), False, False)
+    except DATA_DEPENDENT:  # the loss branches on values: nothing is known of it before it runs
+        if batched:
+            raise
+        free = _Run(
+            [], set(param_specs), {name: {"a branch on the values of tensors": None} for name in param_specs}, True
+        )
+        return Plan(*_arrange(param_specs, free, []), second_order=False, open=False, looped=True)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
@@ -175,6 +185,7 @@ def _discover(
         return Plan(*_arrange(param_specs, none, []), second_order=True, open=False)
 
 
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _FEW, _MORE = 3, 5  # batch sizes that show where the examples lie
 
 
@@ -216,6 +227,7 @@ def _run(
         known = {id(p): (p, views.whole(name, p.shape)) for name, p in marked.items()}  # held, so that no id is reused
         level = depth()
         counted: list[Any] = []
+        picks: list[tuple[Tensor, Tensor]] = []
 
         def view_of(tensor: Any) -> View | None:
             return known[id(tensor)][1] if id(tensor) in known else None
@@ -227,6 +239,8 @@ def _run(
             parts = [made] if isinstance(made, Tensor) else list(made)
             followed = views.follow(func, args, view, made)
             known.update({id(t): (t, part) for t, part in zip(parts, followed, strict=True) if part is not None})
+            ids = views.ids_of(func, args, picks)
+            picks.extend((t, ids) for t in parts if ids is not None)
             return None not in followed
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
@@ -265,6 +279,7 @@ def _run(
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
                 note(func, (args, kwargs))
                 output = func(*args, **kwargs)
+                call = with_ids(call, picks) if view.picked else call
                 leaves = pytree.tree_leaves(call.input)
                 uses.append(
                     _Use(
@@ -275,6 +290,7 @@ def _run(
                         _called(func),
                         call.table,
                         *laid,
+                        view.picked,
                         spec(output, output.shape),
                         tuple(spec(x, x.shape) for x in leaves),
                     )
@@ -293,7 +309,7 @@ def _run(
         filled = fill(example, () if n is None else (n,))
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(filled)]
         try:
-            with Tap(handle):
+            with traced(), Tap(handle):
                 loss = loss_fn(marked, filled)
         except RuntimeError as error:
             _refuse_checkpoint(error)
@@ -347,6 +363,10 @@ def _lay_out(call: Call, view: View) -> tuple[_Groups, tuple[Window, Window, Win
         ]
         axes = [axis for _, axis in sorted(letters)]
         partial = [axis for axis in axes if shown[axis].length < view.split[axis]]
+        if view.picked and 0 in axes:
+            if axes != [0] or letter != "b":
+                return None
+            partial = []
         if partial and (len(axes) > 1 or letter == "k"):
             return None
         size = math.prod(view.split[axis] for axis in axes)
@@ -420,6 +440,7 @@ def _arrange(
             use.windows,
             use.groups != tapped[use.weight],
             use.bias is not None and use.weight in owned,
+            use.picked,
         )
         for use, place in zip(found.uses, places, strict=True)
         if use.weight in tapped

@@ -33,23 +33,27 @@ class FactorSums(NamedTuple):
     B: Tensor  # [b o o], or its diagonal blocks [b m d d]
     count_A: Number  # inputs summed in A
     count_B: Number  # output gradients summed in B, or of dense gradients the trace of B
-    positions: Number  # uses of the weight an example: what the product of the factors lacks to be `E[G^2]`
+    positions: Number  # uses of the weight, or of each block [b], an example: what the product of the factors lacks to be `E[G^2]`
 
 
-WeightSharing = Callable[[Factored], tuple[Tensor, Tensor, Tensor | None]]
+WeightSharing = Callable[[Factored], Factored]
 
 
-def expand(term: Factored) -> tuple[Tensor, Tensor, Tensor | None]:
+def expand(term: Factored) -> Factored:
     """Samples of the factors: each position of an example is one. K-FAC for convolutions, Grosse & Martens 2016."""
-    return term.a, term.g, term.x
+    return term
 
 
-def reduce(term: Factored) -> tuple[Tensor, Tensor, Tensor | None]:
+def reduce(term: Factored) -> Factored:
     """Samples of the factors: an example is one, its inputs averaged over the positions and its gradients summed.
 
     K-FAC-reduce of Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636.
     """
-    return term.a.mean(2, keepdim=True), term.g.sum(2, keepdim=True), None
+    if term.counted is None:
+        return Factored(term.a.mean(2, keepdim=True), term.g.sum(2, keepdim=True))
+    used = term.counted.sum(2, keepdim=True)
+    a = term.a.sum(2, keepdim=True) / used.clamp(min=1)[..., None, None]
+    return Factored(a, term.g.sum(2, keepdim=True), None, used > 0)
 
 
 def factor_sums(terms: Terms, basis: Basis, sharing: WeightSharing = expand) -> tuple[FactorSums, ...]:
@@ -65,9 +69,12 @@ def factor_sums(terms: Terms, basis: Basis, sharing: WeightSharing = expand) -> 
 def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums:
     match term:
         case Factored():
-            a, g, x = sharing(term)
+            a, g, x, counted = sharing(term)
             A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2)
             B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1)
+            if counted is not None:
+                used = counted.sum((0, 2))
+                return FactorSums(A, B, used, used, used / g.shape[0])
             count = g.shape[0] * g.shape[2]
             return FactorSums(A, B, count if x is None else x.shape[0] * x.shape[2], count, g.shape[2])
         case OneHot(ids, size, g, counted):
@@ -272,7 +279,8 @@ def eigenvalue_product(factors: Factors, basis: Basis, positions: Number, like: 
         torch.einsum("...de,...dD,...eD->...D", C, Q, Q).flatten(1).clamp(min=0)
         for C, Q in ((factors.A, basis.Q_A), (factors.B, basis.Q_B))
     )
-    product = torch.einsum("bO,bI->bOI", positions * lambda_B, lambda_A)
+    uses = _along(positions, lambda_B) if isinstance(positions, Tensor) else positions
+    product = torch.einsum("bO,bI->bOI", uses * lambda_B, lambda_A)
     return product.clamp(max=torch.finfo(product.dtype).max)[..., None].expand_as(like)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ class Tap(TorchFunctionMode):
         return self.handle(plain(func), args, kwargs or {})
 
 
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Tell a model that it is traced, as `torch.compile` does: under `vmap` too it cannot branch on values."""
+    flag = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = flag
+
+
 def plain(func: Any) -> Any:
     """The function that a Python method of a tensor stands for: Dynamo cannot trace those under a function mode."""
     if func is torch.Tensor.unflatten:
@@ -38,6 +50,14 @@ def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
     if found is None:
         return []
     return [found] if isinstance(found, Call) else found
+
+
+def with_ids(call: Call, picks: Sequence[tuple[Tensor, Tensor]]) -> Call:
+    """A call of a weight whose blocks ids chose, with those ids beside its input."""
+    for picked, ids in picks:
+        if call.weight is picked:
+            return call._replace(input=(call.input, ids))
+    raise AssertionError("the weight of the call was not picked by ids")
 
 
 def name_of(tensor: Any, known: Sequence[tuple[Tensor, str]]) -> str | None:

@@ -20,6 +20,7 @@ class Factored(NamedTuple):
     a: Tensor  # [n b s i k] inputs
     g: Tensor  # [n b s o] output gradients
     x: Tensor | None = None  # [n b p i] samples of the factor A where they are not a's own (SUA)
+    counted: Tensor | None = None  # [n b s] which positions of a block are one of its own, where not all are
 
 
 class OneHot(NamedTuple):

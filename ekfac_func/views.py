@@ -22,6 +22,7 @@ class View(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in entries of the contiguous parameter
     offset: int
+    picked: bool = False  # ids chose, and may repeat, the entries along the first axis of the split
 
 
 class Axis(NamedTuple):
@@ -63,9 +64,13 @@ def axes(view: View) -> tuple[Axis, ...] | None:
 
 
 def is_whole(view: View) -> bool:
-    """Whether the view shows every entry."""
+    """Whether the view shows every entry, each once."""
     shown = axes(view)
-    return shown is not None and all(axis.length == size for axis, size in zip(shown, view.split, strict=True))
+    return (
+        shown is not None
+        and not view.picked
+        and all(axis.length == size for axis, size in zip(shown, view.split, strict=True))
+    )
 
 
 def reshape(view: View, shape: Sequence[int]) -> View | None:
@@ -86,9 +91,11 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
 
 def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any) -> list[View | None]:
     """What the tensors that a function of `VIEWS` made of a view, its first argument, show; None if that is unknown."""
-    if func is Tensor.__getitem__ and not _basic(args[1]):
-        return [None]
     source = args[0]
+    if func is Tensor.__getitem__ and not _basic(args[1]):
+        if not is_ids(args[1]) or view != whole(view.name, view.split) or len(view.shape) < 3 or len(made) < 2:
+            return [None]
+        return [view._replace(shape=tuple(made.shape), picked=True)]
     if func in SAME:
         return [view]
     if func in RESHAPES:
@@ -103,9 +110,28 @@ def _basic(index: Any) -> bool:
     return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
 
 
+def is_ids(index: Any) -> bool:
+    """Whether an index chooses entries of the first axis one by one."""
+    return isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
+
+
+def ids_of(func: Callable[..., Any], args: Sequence[Any], picks: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """The ids that chose the blocks of what a function of `VIEWS` makes."""
+    if func is Tensor.__getitem__ and is_ids(args[1]):
+        return args[1]
+    for picked, ids in picks:
+        if args[0] is picked:
+            return ids
+    return None
+
+
 def _made(view: View, part: Tensor) -> View | None:
-    made = View(view.name, view.split, tuple(part.shape), part.stride(), int(part.storage_offset()))
-    return None if axes(made) is None else made
+    made = view._replace(shape=tuple(part.shape), strides=part.stride(), offset=int(part.storage_offset()))
+    shown, before = axes(made), axes(view)
+    if shown is None or before is None:
+        return None
+    cut = view.picked and shown[0].length != before[0].length  # ids would have to be cut alike
+    return None if cut else made
 
 
 SAME = frozenset(
