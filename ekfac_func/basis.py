@@ -6,7 +6,7 @@ scaled by its largest entry, solved in float64, and the result tested; a factor 
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,11 +44,37 @@ def blocks(max_dim: int) -> Blocks:
     return Blocks(max_dim, max_dim)
 
 
-def choose(layer: Layer, choices: Choices) -> Blocks:
-    """The blocks of one layer; the rows of a lookup table are diagonal in any case."""
-    fits = (value for pattern, value in choices.items() if fnmatch.fnmatchcase(layer.weight, pattern))
-    chosen = next(fits, FULL)
-    return chosen._replace(outputs=1) if layer.table else chosen
+def choose(layers: Sequence[Layer], choices: Choices) -> dict[str, Blocks]:
+    """The blocks of each layer; the rows of a lookup table are diagonal in any case."""
+    return _choose(tuple((layer.weight, layer.table) for layer in layers), (dict(choices),))
+
+
+@torch.compiler.assume_constant_result
+def _choose(layers: tuple[tuple[str, bool], ...], choices: tuple[dict[str, Blocks]]) -> dict[str, Blocks]:
+    chosen = {}
+    for name, table in layers:
+        fits = (value for pattern, value in choices[0].items() if fnmatch.fnmatchcase(name, pattern))
+        blocks = next(fits, FULL)
+        chosen[name] = blocks._replace(outputs=1) if table else blocks
+    return chosen
+
+
+def check_choices(choices: Choices) -> None:
+    """bases: a mapping from patterns to `Blocks` of whole numbers."""
+    for pattern, value in choices.items():
+        if not isinstance(value, Blocks):
+            raise TypeError(f"bases[{pattern!r}] is {value!r}: give FULL, DIAGONAL, blocks(max_dim) or Blocks(...)")
+        for largest in value:
+            if largest is not None:
+                check_count(f"bases[{pattern!r}]", largest)
+
+
+def check_patterns(layers: Sequence[Layer], choices: Choices) -> None:
+    """bases: each pattern fits a layer."""
+    names = [layer.weight for layer in layers]
+    for pattern in choices:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"bases has a pattern {pattern!r} that fits no layer: they are {', '.join(names)}")
 
 
 def side(dim: int, largest: int | None) -> tuple[int, ...]:

@@ -220,8 +220,8 @@ def _summed(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, 
         losses, run = torch.func.vmap(probed, randomness=randomness)(probes, free, examples)
         return losses.sum(), run
 
-    copies = _copies((_probes(found, n), free), n)
-    (outputs, dense), run = torch.func.grad(total, argnums=(0, 1), has_aux=True)(*copies, examples)
+    of_total: Callable[..., Any] = torch.func.grad(total, argnums=(0, 1), has_aux=True)
+    (outputs, dense), run = of_total(*_copies((_probes(found, n), free), n), examples)
     return outputs, dense, *run
 
 

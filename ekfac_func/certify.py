@@ -25,18 +25,18 @@ def certify(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options
         found |= unpack(layer, dense(captured.terms[name]), params)
 
     def loss(params: Params, example: Batch) -> Tensor:
-        value = check_loss(loss_fn(params, example), options.has_aux, 1 if options.batched else None)[0]
-        return value.sum()
+        return check_loss(loss_fn(params, example), options.has_aux, 2 if options.batched else None)[0].mean()
 
     gradients = []
     for k in range(len(captured.losses)):
-        example = pytree.tree_map(lambda t, k=k: t[k : k + 1] if options.batched else t[k], batch)
+        # a batch of one has no statistics, two of the same have
+        example = pytree.tree_map(lambda t, k=k: t[[k, k]] if options.batched else t[k], batch)
         gradients.append(torch.func.grad(loss)(params, example))
     expected = {name: torch.stack([gradient[name] for gradient in gradients]) for name in params}
     size = torch.stack([g.double().square().sum() for g in expected.values()]).sum().sqrt()
     remedy = _BATCHED if options.batched else _SINGLE
     for name, g in expected.items():
-        distances = (found[name] - g).double().flatten(1).norm(dim=1)
+        distances = (found[name] - g).double().reshape(len(g), -1).norm(dim=1)
         if not distances.norm() <= torch.finfo(g.dtype).eps ** 0.5 * size:
             raise ValueError(
                 f"the gradients captured of {name!r}, of shape {tuple(g.shape)}, differ from those of each example "

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import basis as eigenbasis
-from .basis import Choices, choose, moment_shape
+from .basis import Blocks, Choices, check_choices, check_patterns, choose, moment_shape
 from .capture import shapes
 from .checks import check_batch, check_params
 from .contraction import Contraction, contraction
@@ -79,16 +79,18 @@ def describe(
     check_params(params)
     check_batch(batch)
     options, choices = Options(rules, has_aux=has_aux, batched=batched), {} if bases is None else bases
+    check_choices(choices)
     captured = shapes(loss_fn, params, batch, options)
+    check_patterns(list(captured.layers.values()), choices)
+    chosen = choose(list(captured.layers.values()), choices)
     rows = Description(
-        _row(layer, captured.terms[name], choices, params[name]) for name, layer in captured.layers.items()
+        _row(layer, captured.terms[name], chosen[name], params[name]) for name, layer in captured.layers.items()
     )
     print(rows)
     return rows
 
 
-def _row(layer: Layer, terms: Terms, choices: Choices, p: Tensor) -> Row:
-    chosen = choose(layer, choices)
+def _row(layer: Layer, terms: Terms, chosen: Blocks, p: Tensor) -> Row:
     b, o, i, k = layer.sizes
     A, B = (b, *eigenbasis.side(i, chosen.inputs)), (b, *eigenbasis.side(o, chosen.outputs))
     sides = p.element_size() * (math.prod(A) + math.prod(B))

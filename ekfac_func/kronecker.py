@@ -1,6 +1,6 @@
 """The algebra of one layer: what each kind of term answers, one letter per axis, the same letter everywhere.
 
-| letter | meaning | linear | conv nd | conv nd, SUA | norm scale, shift | embedding | no rule: vector | matrix |
+| letter | meaning | linear | conv nd | conv nd, SUA | norm | embedding | vector without rule | matrix |
 |---|---|---|---|---|---|---|---|---|
 | n | example | . | . | . | . | . | . | . |
 | b | independent block | 1 | groups | groups | features | 1 | elements | 1 |
@@ -33,7 +33,7 @@ class FactorSums(NamedTuple):
     B: Tensor  # [b o o], or its diagonal blocks [b m d d]
     count_A: Number  # inputs summed in A
     count_B: Number  # output gradients summed in B, or of dense gradients the trace of B
-    positions: Number  # uses of the weight, or of each block [b], an example: what the product of the factors lacks to be `E[G^2]`
+    positions: Number  # uses an example, of the weight or of each block [b]: `E[G^2]` over the product of the factors
 
 
 WeightSharing = Callable[[Factored], Factored]

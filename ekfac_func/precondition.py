@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import basis as eigenbasis
-from .basis import Choices, choose, moment_shape
+from .basis import Blocks, Choices, check_choices, check_patterns, choose, moment_shape
 from .capture import capture, own
 from .certify import certify
 from .checks import (
@@ -133,20 +133,24 @@ def ekfac(
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
     options = Options(rules, randomness, chunk_size, has_aux, batched)
     choices = {} if bases is None else bases
+    check_choices(choices)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
         check_params(params)
         check_batch(batch)
         if check:
             certify(loss_fn, params, batch, options)
-        return _initial(plan(loss_fn, own(params), batch, options).layers, choices, params)
+        layers = plan(loss_fn, own(params), batch, options).layers
+        check_patterns(layers, choices)
+        return _initial(layers, choose(layers, choices), params)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         n = check_batch(batch)
         losses, layers, terms, aux = capture(loss_fn, params, batch, options)
-        check_state(state, {name: moment_shape(layer, choose(layer, choices)) for name, layer in layers.items()})
+        chosen = choose(list(layers.values()), choices)
+        check_state(state, {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()})
 
         carried, kept = state, torch.zeros((), dtype=torch.int64, device=losses.device)
         if state.step % basis_every == 0:
@@ -176,17 +180,17 @@ def ekfac(
     return EKFAC(init, precondition)
 
 
-def _initial(layers: tuple[Layer, ...], choices: Choices, params: Mapping[str, Tensor]) -> State:
+def _initial(layers: tuple[Layer, ...], chosen: Mapping[str, Blocks], params: Mapping[str, Tensor]) -> State:
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
         p = params[layer.weight]
         zero = torch.zeros((), dtype=p.dtype, device=p.device)
-        chosen = choose(layer, choices)
-        basis = eigenbasis.identity(layer.sizes, chosen, p)
+        blocks = chosen[layer.weight]
+        basis = eigenbasis.identity(layer.sizes, blocks, p)
         bases[layer.weight] = basis
         factors[layer.weight] = Factors(torch.zeros_like(basis.Q_A), torch.zeros_like(basis.Q_B), zero)
-        second_moments[layer.weight] = Moment(zero.repeat(*moment_shape(layer, chosen)), zero.clone())
+        second_moments[layer.weight] = Moment(zero.repeat(*moment_shape(layer, blocks)), zero.clone())
     return State(0, factors, bases, second_moments)
 
 

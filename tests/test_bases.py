@@ -1,0 +1,178 @@
+"""How much of a basis is kept, and what the samples of its factors are, by choice."""
+
+import fnmatch
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ekfac_func import DIAGONAL, FULL, Blocks, averaged_intra_batch, blocks, ekfac, expand, kfac, reduce, transport
+from ekfac_func.discovery import Options, plan
+from ekfac_func.rules import RULES
+from ekfac_func.types import Params
+
+from .cases import N, make
+from .oracles import blocks as dense_blocks
+from .oracles import close, close_trees, loop, side
+
+CHOICES = {
+    "full": {},
+    "diagonal": {"*": DIAGONAL},
+    "diagonal inputs": {"*": Blocks(inputs=1)},
+    "diagonal outputs": {"*": Blocks(outputs=1)},
+    "blocks": {"*": blocks(2)},
+    "uneven blocks": {"*": blocks(3)},
+    "one by name": {"[0aep]*": blocks(2), "*": FULL},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", ["mlp", "conv groups", "tied padded", "slices", "not views", "layer norm", "experts"])
+def test_the_moment_is_exact_in_any_basis(name: str, choice: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2, bases=CHOICES[choice])
+    natural, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    gradients = loop(case.loss_fn, case.params, batch)[1]
+    for layer in plan(case.loss_fn, case.params, batch, Options(RULES)).layers:
+        _, o, i, _ = layer.sizes
+        basis = state.bases[layer.weight]
+        Q_A, Q_B = side(basis.Q_A, i), side(basis.Q_B, o)
+        G = dense_blocks(gradients, layer)
+        moment = torch.einsum("boO,nboik,biI->nbOIk", Q_B, G, Q_A).square().mean(0)
+        close(state.second_moments[layer.weight].value, moment)
+        projected = torch.einsum("boO,boik,biI->bOIk", Q_B, G.mean(0), Q_A)
+        rescaled = torch.einsum("boO,bOIk,biI->boik", Q_B, projected / (moment + 1e-2), Q_A)
+        close(dense_blocks({k: v[None] for k, v in natural.items()}, layer)[0], rescaled)
+        chosen = next((v for p, v in CHOICES[choice].items() if fnmatch.fnmatch(layer.weight, p)), FULL)
+        for C, dim, largest in ((state.factors[layer.weight].A, i, chosen.inputs), (basis.Q_B, o, chosen.outputs)):
+            if largest is not None and dim > largest:
+                assert C.dim() == 4
+                assert C.shape[-1] <= largest
+
+
+def test_blocks_of_a_factor_are_its_diagonal_blocks() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    factors = {}
+    for largest in (None, 2):
+        step = ekfac(case.loss_fn, damping=1e-2, bases={"*": Blocks(largest, largest)})
+        factors[largest] = step.precondition(case.params, batch, step.init(case.params, batch))[1].factors["0.weight"]
+    for whole, parts in zip(factors[None][:2], factors[2][:2], strict=True):
+        for m in range(parts.shape[1]):
+            part = whole[0, 2 * m : 2 * m + 2, 2 * m : 2 * m + 2]
+            close(parts[0, m, : len(part), : len(part)], part)
+
+
+def test_what_a_refresh_carries_on_in_blocks() -> None:
+    """Transport keeps the sum of the moment; compiled equals eager; a state of another choice is refused."""
+    case = make("mlp")
+    batches = [case.batch(40) for _ in range(2)]
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=averaged_intra_batch(0.5), bases={"*": blocks(2)})
+    _, state, _ = step.precondition(case.params, batches[0], step.init(case.params, batches[0]))
+    natural, new, _ = step.precondition(case.params, batches[1], state)
+    moved = transport(state.second_moments["0.weight"], state.bases["0.weight"], new.bases["0.weight"], torch.ones)
+    close(moved.value.sum(), state.second_moments["0.weight"].value.sum())
+    compiled = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
+    close_trees(compiled(case.params, batches[1], state)[0], natural, 1e-8)
+    whole = ekfac(case.loss_fn, damping=1e-2)
+    with pytest.raises(ValueError, match=r"second moment of shape .* for the layer '0.weight'.*bases"):
+        whole.precondition(case.params, batches[1], state)
+
+
+def test_a_choice_that_is_none_is_refused() -> None:
+    case = make("mlp")
+    with pytest.raises(ValueError, match="max_dim=0"):
+        blocks(0)
+    for bases in ({"*": 3}, {"*": "full"}, {"*": Blocks(0, 1)}):
+        with pytest.raises((TypeError, ValueError), match=r"bases\['\*'\]"):
+            ekfac(case.loss_fn, damping=1.0, bases=bases)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bases.*'nothing\*'.*fits no"):
+        ekfac(case.loss_fn, damping=1.0, bases={"nothing*": FULL}).init(case.params, case.batch(2))
+
+
+def samples(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and output gradients `[n s .]` of a linear layer on positions, from the loss below."""
+    y = torch.einsum("nsi,oi->nso", x, params["w"]).requires_grad_()
+    (g,) = torch.autograd.grad(y.cos().sum(), y)
+    return x, g
+
+
+@pytest.mark.parametrize("sharing", [expand, reduce])
+def test_weight_sharing(sharing: Any) -> None:
+    params, x = {"w": torch.randn(3, 4)}, torch.randn(N, 5, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]).cos().sum()
+
+    a, g = samples(params, x)
+    if sharing is reduce:
+        A, B, positions = a.mean(1).T @ a.mean(1) / N, g.sum(1).T @ g.sum(1) / N, 1
+    else:
+        A, B, positions = torch.einsum("nsi,nsj->ij", a, a) / N / 5, torch.einsum("nso,nsp->op", g, g) / N / 5, 5
+    step = ekfac(loss_fn, damping=1e-2, weight_sharing=sharing)
+    _, state, _ = step.precondition(params, x, step.init(params, x))
+    close(state.factors["w"].A[0], A)
+    close(state.factors["w"].B[0], B)
+    G = torch.einsum("oO,nso,nsi,iI->nOI", state.bases["w"].Q_B[0], g, a, state.bases["w"].Q_A[0])
+    close(state.second_moments["w"].value[0, :, :, 0], G.square().mean(0))
+    approximate = ekfac(loss_fn, damping=1e-2, weight_sharing=sharing, second_moment=kfac)
+    _, state, _ = approximate.precondition(params, x, approximate.init(params, x))
+    product = positions * torch.outer(torch.linalg.eigvalsh(B), torch.linalg.eigvalsh(A))
+    close(state.second_moments["w"].value[0, :, :, 0], product)
+
+
+def test_the_factors_of_a_table_count_ids_and_leave_padding_out() -> None:
+    params, ids = {"t": torch.randn(6, 3)}, torch.tensor([[1, 1, 2], [0, 4, 4]])
+
+    def loss_fn(params: Params, ids: Tensor) -> Tensor:
+        return F.embedding(ids, params["t"], padding_idx=0).cos().sum()
+
+    step = ekfac(loss_fn, damping=1e-2)
+    _, state, _ = step.precondition(params, ids, step.init(params, ids))
+    g = -params["t"][ids].sin() * (ids != 0)[..., None]
+    close(state.factors["t"].A[0], torch.einsum("nsi,nsj->ij", g, g) / 5)
+    close(state.factors["t"].B.flatten(), torch.bincount(ids[ids != 0], minlength=6) / 5)
+
+
+def test_a_large_vocabulary_in_little_memory() -> None:
+    """50,000 ids at d = 256: no factor of the vocabulary, no gradient of a batch in full."""
+    params = {"t": torch.zeros(50_000, 256, dtype=torch.float32)}
+
+    def loss_fn(params: Params, ids: Tensor) -> Tensor:
+        return F.embedding(ids, params["t"]).cos().sum() + F.embedding(ids, params["t"]).sum()
+
+    ids = torch.randint(0, 50_000, (8, 64))
+    step = ekfac(loss_fn, damping=1e-2)
+    state = step.init(params, ids)
+    with Largest() as largest:
+        _, state, _ = step.precondition(params, ids, state)
+    assert largest.numel == 50_000 * 256
+    assert sum(t.nbytes for t in torch.utils._pytree.tree_leaves(state) if isinstance(t, Tensor)) < 60e6
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return made
+
+
+def test_a_tied_table_counts_each_use_by_its_share() -> None:
+    """The eigenvalue product of a table that is a head too sums to the sum of both uses' mean squares."""
+    case = make("tied")
+    batch = case.batch(40)
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=kfac)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    value = state.second_moments["embedding.weight"].value
+    assert value.isfinite().all()
+    assert (value > 0).any()
+    assert state.bases["embedding.weight"].Q_B.shape == (1, 7, 1, 1)

@@ -1,0 +1,209 @@
+"""A loss of the whole batch: the same as of its examples where they are independent, an explicit choice where not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ekfac_func import ekfac, per_example_gradients
+from ekfac_func.types import LossFn, Params
+
+from .cases import Attention, Bag, Case, N, Recurrent, Tied, classifier, head, of_ids
+from .oracles import close, close_trees, loop
+
+
+def of_batch(net: nn.Module) -> LossFn:
+    """Losses `[n]` of a module."""
+
+    def loss_fn(params: Params, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(functional_call(net, params, (x,)), y, reduction="none")
+
+    return loss_fn
+
+
+class SequenceFirst(nn.Module):
+    """Sequences before examples, and positions that all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.inner = nn.Embedding(3, 4), nn.Linear(4, 4)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x.transpose(0, 1)) + self.places(torch.arange(3))[:, None]
+        return self.head(self.encoder(x).mean(0))
+
+
+def independent() -> dict[str, tuple[nn.Module, Case]]:
+    nets: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+        "mlp": (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), (4,)),
+        "conv": (head(6, 16, nn.Conv2d(4, 6, 3, groups=2), nn.GroupNorm(2, 6)), (4, 6, 6)),
+        "transposed": (head(2, 121, nn.ConvTranspose2d(4, 2, 3, 2, 1)), (4, 6, 6)),
+        "attention": (Attention("masked"), (3, 4)),
+        "flat positions": (nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 3), nn.Unflatten(0, (-1, 5)), Mean()), (5, 4)),
+        "sequence first": (SequenceFirst(), (3, 4)),
+        "recurrent": (Recurrent(), (3, 4)),
+    }
+    found = {name: (net, classifier(net, *shape)) for name, (net, shape) in nets.items()}
+    ids: dict[str, nn.Module] = {"tied": Tied(bias=True, padding_idx=1), "bag": Bag("mean")}
+    return found | {name: (net, of_ids(net)) for name, net in ids.items()}
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("name", independent())
+def test_independent_examples(name: str) -> None:
+    net, case = independent()[name]
+    batch, loss_fn = case.batch(N), of_batch(net)
+    losses, expected = loop(case.loss_fn, case.params, batch)
+    found = per_example_gradients(loss_fn, case.params, batch, batched=True)
+    close(found.losses, losses)
+    for p in case.params:
+        close(found.dense(p), expected[p])
+    batched, single = ekfac(loss_fn, damping=1e-2, batched=True), ekfac(case.loss_fn, damping=1e-2)
+    state = batched.init(case.params, batch, check=True)
+    natural, _, _ = batched.precondition(case.params, batch, state)
+    if {layer.rule for layer in found.captured.layers.values()} == {
+        layer.rule for layer in per_example_gradients(case.loss_fn, case.params, batch).captured.layers.values()
+    }:
+        close_trees(natural, single.precondition(case.params, batch, single.init(case.params, batch))[0], 1e-7)
+
+
+def resnet(norm: nn.Module, *features: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*features, norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+
+
+COUPLED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "features": (lambda: resnet(nn.BatchNorm1d(5), nn.Linear(4, 5)), (4,)),
+    "1d": (lambda: resnet(nn.BatchNorm1d(2), nn.Conv1d(3, 2, 3)), (3, 6)),
+    "2d": (lambda: resnet(nn.BatchNorm2d(2), nn.Conv2d(3, 2, 3)), (3, 5, 5)),
+    "3d": (lambda: resnet(nn.BatchNorm3d(2), nn.Conv3d(3, 2, 2)), (3, 3, 3, 3)),
+    "synchronised": (
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(resnet(nn.BatchNorm2d(2), nn.Conv2d(3, 2, 3))),
+        (3, 5, 5),
+    ),
+    "untracked in eval": (
+        lambda: resnet(nn.BatchNorm2d(2, track_running_stats=False).eval(), nn.Conv2d(3, 2, 3)),
+        (3, 5, 5),
+    ),
+}
+
+
+def coupled(name: str) -> tuple[nn.Sequential, Params, Any]:
+    make, shape = COUPLED[name]
+    net, batch = make().double(), (torch.randn(N, *shape), torch.randint(0, 3, (N,)))
+    with torch.no_grad():
+        net(batch[0].double())
+    return net, {p: w.detach().clone() for p, w in net.named_parameters()}, batch
+
+
+def with_buffers(net: nn.Module) -> LossFn:
+    """Losses `[n]`, and the running statistics after the batch."""
+
+    def loss_fn(params: Params, batch: Any) -> Any:
+        x, y = batch
+        buffers = {name: b.clone() for name, b in net.named_buffers()}
+        losses = F.cross_entropy(functional_call(net, {**params, **buffers}, (x,)), y, reduction="none")
+        return losses, buffers
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("name", [name for name in COUPLED if name != "synchronised"])
+def test_batch_statistics_by_choice(name: str) -> None:
+    """The mean is the gradient of the batch's loss; a layer's own are those of hooks on its output."""
+    net, params, batch = coupled(name)
+    before = {k: b.clone() for k, b in net.named_buffers()}
+    found = per_example_gradients(with_buffers(net), params, batch, batched=True, has_aux=True)
+    outputs: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda *args: outputs.append(args[2])) for m in (net[0], net[1], net[4])]
+    F.cross_entropy(net(batch[0]), batch[1], reduction="none")
+    for hook in hooks:
+        hook.remove()
+    for k, b in net.named_buffers():
+        close(found.aux[k].double(), b.double())
+    net.load_state_dict(before, strict=False)
+
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    hooks = [m.register_forward_hook(lambda *args: outputs.append(args[2])) for m in (net[0], net[1], net[4])]
+    outputs.clear()
+    losses = with_buffers(net)(leaves, batch)[0]
+    for hook in hooks:
+        hook.remove()
+    expected = torch.autograd.grad(losses.sum(), [*leaves.values(), *outputs])
+    for p, gradient in zip(params, expected, strict=False):
+        close(found.mean()[p] * N + 1, gradient + 1)  # a bias before the norm has none
+        close(found.dense(p).sum(0) + 1, gradient + 1)
+    of_outputs = [g.flatten(2).sum(2) if g.dim() > 2 else g for g in expected[len(params) :]]
+    for bias, g in zip(("0.bias", "1.bias", "4.bias"), of_outputs, strict=True):
+        close(found.dense(bias), g)
+    assert all(layer.rule for layer in found.captured.layers.values())
+    assert all(torch.equal(b, before[k]) for k, b in net.named_buffers())
+
+
+def test_compiled_equals_eager_and_further_batch_sizes_cost_no_graph() -> None:
+    net, params, batch = coupled("2d")
+    step = ekfac(with_buffers(net), damping=1e-2, batched=True, has_aux=True)
+    state = step.init(params, batch)
+    compiled = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
+    for n in (6, 5, 4):
+        part = batch[0][:n], batch[1][:n]
+        natural, _, info = step.precondition(params, part, state)
+        found, _, report = compiled(params, part, state)
+        close_trees(found, natural, 1e-8)
+        close_trees(report, info, 1e-8)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_coupled_examples_are_refused_without_that_choice(name: str) -> None:
+    net, params, batch = coupled(name)
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(functional_call(net, params, (example[0][None],)), example[1][None])
+
+    with pytest.raises(ValueError, match=r"batch_norm \(with '1.weight' and '1.bias'.*batched=True"):
+        per_example_gradients(loss_fn, params, batch)
+
+
+def test_instance_statistics_couple_nothing() -> None:
+    case = classifier(head(2, 9, nn.Conv2d(3, 2, 3, bias=False), nn.InstanceNorm2d(2)), 3, 5, 5)
+    ekfac(case.loss_fn, damping=1e-2).init(case.params, case.batch(N), check=True)
+
+
+def test_the_check_finds_coupled_examples_and_turned_axes() -> None:
+    net, params, batch = coupled("features")
+    with pytest.raises(ValueError, match=r"'0.weight'.*\(6, 5, 4\).*coupled"):
+        ekfac(with_buffers(net), damping=1e-2, batched=True, has_aux=True).init(params, batch, check=True)
+
+    def turned(params: Params, x: Tensor) -> Tensor:  # positions before examples, in one axis
+        y = F.linear(x.transpose(0, 1).flatten(0, 1), params["w"]).view(2, -1, 3)
+        return y.cos().sum((0, 2))
+
+    with pytest.raises(ValueError, match=r"'w'.*\(n s\)"):
+        ekfac(turned, damping=1e-2, batched=True).init({"w": torch.randn(3, 4)}, torch.randn(N, 2, 4), check=True)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda p, x: F.linear(x, p["w"]).cos().sum(), r"shape \(\) for a batch of 3.*one loss an example"),
+        (lambda p, x: F.linear(x, p["w"]).cos(), r"shape \(3, 3\) for a batch of 3"),
+    ],
+)
+def test_losses_of_another_shape_are_refused(loss_fn: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        per_example_gradients(loss_fn, {"w": torch.randn(3, 4)}, torch.randn(N, 4), batched=True)
+
+
+def test_chunks_of_a_coupled_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"chunk_size=2.*batched=True"):
+        ekfac(lambda p, x: x, damping=1.0, batched=True, chunk_size=2)
