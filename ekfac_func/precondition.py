@@ -14,7 +14,9 @@ from .capture import capture, plan
 from .checks import (
     check_batch,
     check_count,
+    check_dampings,
     check_decay,
+    check_exponent,
     check_params,
     check_positive,
     check_randomness,
@@ -24,6 +26,9 @@ from .kronecker import average_factors, eigenvalue_product, factor_sums, out_of_
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, refresh
 from .types import Basis, Batch, Factors, Info, Layer, LossFn, Moment, Number, Params, State, Sums, Term
+
+Damping = Callable[[Mapping[str, Moment]], Mapping[str, Tensor]]
+"""second moment of each layer -> damping of each, `[]`"""
 
 
 class EKFAC(NamedTuple):
@@ -40,7 +45,8 @@ class EKFAC(NamedTuple):
 def ekfac(
     loss_fn: LossFn,
     *,
-    damping: Number,
+    damping: Number | Damping,
+    exponent: Number = -1.0,
     second_moment: SecondMoment = intra_batch,
     basis_every: int = 1,
     at_refresh: AtRefresh | None = None,
@@ -56,7 +62,10 @@ def ekfac(
 
     loss_fn: pure function `(params, example) -> loss` of a dict of tensors and one example, any tree of tensors; the
         loss is a scalar.
-    damping: added to the second moment, in loss^2 / parameter^2; positive. A Python number or a 0-d tensor.
+    damping: added to the second moment, in loss^2 / parameter^2; positive. A Python number or a 0-d tensor, or a rule
+        from the second moments of all layers to the damping of each, as `optim.relative(fraction)`.
+    exponent: of `m2 + damping`, negative: -1 is the natural gradient, -1/2 a step as that of Adam and SOAP
+        (https://arxiv.org/abs/2409.11321) in the eigenbasis.
     second_moment: the estimator of `m2`: `intra_batch`, `averaged_intra_batch(decay)`, `running_average(decay)`,
         `kfac`, or a `SecondMoment` of your own.
     basis_every: steps from one refresh of factors and eigenbases to the next; the first step is one.
@@ -85,13 +94,16 @@ def ekfac(
         raise TypeError(f"at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is a {type(rules).__name__}: pass a dict from torch functions to rules, as RULES")
-    check_positive("damping", damping)
+    if not callable(damping):
+        check_positive("damping", damping)
+    check_exponent("exponent", exponent)
     check_count("basis_every", basis_every)
     check_decay("factor_decay", factor_decay)
     check_randomness(randomness)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
+    damp: Damping = damping if callable(damping) else functools.partial(_constant, damping)
 
     def init(params: Mapping[str, Tensor], batch: Batch) -> State:
         check_params(params)
@@ -111,14 +123,24 @@ def ekfac(
         bases = carried.bases
         means = {name: _mean(second_moment.sums(term, bases[name]), n) for name, term in terms.items()}
         updated = {name: second_moment.update(carried.second_moments[name], means[name], n) for name in layers}
-        rescaled = {name: _rescale(means[name].projected, updated[name], bases[name], damping) for name in layers}
+        dampings = damp(updated)
+        check_dampings(dampings, layers)
+        rescaled = {
+            name: _rescale(means[name].projected, updated[name], bases[name], dampings[name], exponent)
+            for name in layers
+        }
 
         loss, new = losses.mean(), State(state.step + 1, carried.factors, bases, updated)
         finite = _all_finite([loss, *rescaled.values(), *_learned(new, state)])
         natural = {name: torch.where(finite, M, 0) for name, M in rescaled.items()}
         gradient = {name: mean.gradient for name, mean in means.items()}
+        used = torch.stack([dampings[name] for name in layers])
         info = Info(
-            loss, _unpack(layers, gradient, params), ~finite, torch.where(finite, kept, 0), damping + loss.new_zeros(())
+            loss,
+            _unpack(layers, gradient, params),
+            ~finite,
+            torch.where(finite, kept, 0),
+            used if callable(damping) else used[0],
         )
         return _unpack(layers, natural, params), _choose(finite, new, state), info
 
@@ -158,10 +180,15 @@ def _mean(sums: Sums, n: int) -> Sums:
     return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)
 
 
-def _rescale(projected: Tensor, moment: Moment, basis: Basis, damping: Number) -> Tensor:
-    """`Q_B [ projected / (m2 + damping) ] Q_A^T`; zero while there is no estimate of m2."""
+def _constant(damping: Number, moments: Mapping[str, Moment]) -> dict[str, Tensor]:
+    """The same damping for every layer."""
+    return {name: damping + moment.weight.new_zeros(()) for name, moment in moments.items()}
+
+
+def _rescale(projected: Tensor, moment: Moment, basis: Basis, damping: Tensor, exponent: Number) -> Tensor:
+    """`Q_B [ projected (m2 + damping)^exponent ] Q_A^T`; zero while there is no estimate of m2."""
     m2 = torch.where(moment.weight > 0, moment.value, torch.inf)
-    return out_of_basis(projected / (m2 + damping), basis)
+    return out_of_basis(projected * (m2 + damping) ** exponent, basis)
 
 
 def _learned(new: State, old: State) -> list[Tensor]:
