@@ -1,8 +1,10 @@
 """Natural gradients from exact per-example gradients, as pure functions on `torch.func`."""
 
+from . import optim
 from .contraction import exact_sums, gradient_sums
+from .optim import EKFACOptimizer, set_grads
 from .per_example import PerExampleGradients, per_example_gradients
-from .precondition import EKFAC, ekfac
+from .precondition import EKFAC, Damping, ekfac
 from .rules import RULES, SUA, Call, Rule, Rules, conv, conv_sua, linear
 from .second_moment import (
     SecondMoment,
@@ -23,7 +25,9 @@ __all__ = [
     "SUA",
     "Basis",
     "Call",
+    "Damping",
     "Dense",
+    "EKFACOptimizer",
     "Factored",
     "Factors",
     "Info",
@@ -46,8 +50,10 @@ __all__ = [
     "kfac",
     "linear",
     "moving_average",
+    "optim",
     "per_example_gradients",
     "reset",
     "running_average",
+    "set_grads",
     "transport",
 ]
