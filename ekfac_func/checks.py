@@ -115,8 +115,11 @@ def check_decay(name: str, decay: Number) -> None:
 
 
 def check_exponent(name: str, exponent: Number) -> None:
-    """Refuse a Python number that does not shrink what has a large second moment."""
-    if not isinstance(exponent, Tensor) and not -math.inf < exponent < 0:
+    """Refuse a Python number that does not shrink what has a large second moment, and a tensor that is no number."""
+    if isinstance(exponent, Tensor):
+        if exponent.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(exponent.shape)}: give a Python number or a 0-d tensor")
+    elif not -math.inf < exponent < 0:
         raise ValueError(f"{name}={exponent!r}: give a negative number, -1 for the natural gradient")
 
 

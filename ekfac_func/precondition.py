@@ -4,10 +4,11 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import basis as eigenbasis
 from .capture import capture, plan
@@ -22,10 +23,13 @@ from .checks import (
     check_randomness,
     check_state,
 )
+from .contraction import gradient_sums
 from .kronecker import average_factors, eigenvalue_product, factor_sums, out_of_basis, positions, unpack
 from .rules import RULES, Rules
-from .second_moment import AtRefresh, SecondMoment, intra_batch, refresh
+from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, refresh
 from .types import Basis, Batch, Factors, Info, Layer, LossFn, Moment, Number, Params, State, Sums, Term
+
+T = TypeVar("T")
 
 Damping = Callable[[Mapping[str, Moment]], Mapping[str, Tensor]]
 """second moment of each layer -> damping of each, `[]`"""
@@ -49,6 +53,7 @@ def ekfac(
     exponent: Number = -1.0,
     second_moment: SecondMoment = intra_batch,
     basis_every: int = 1,
+    moment_every: int = 1,
     at_refresh: AtRefresh | None = None,
     factor_decay: Number = 0.0,
     rules: Rules = RULES,
@@ -69,6 +74,8 @@ def ekfac(
     second_moment: the estimator of `m2`: `intra_batch`, `averaged_intra_batch(decay)`, `running_average(decay)`,
         `kfac`, or a `SecondMoment` of your own.
     basis_every: steps from one refresh of factors and eigenbases to the next; the first step is one.
+    moment_every: steps from one update of the second moment to the next, on a clock of its own; a refresh is always
+        one too. Steps between need the gradient alone.
     at_refresh: what becomes of the moment when the basis changes: `reset`, `keep` or `transport`; by default the
         estimator's own.
     factor_decay: weight of the past in a bias-corrected moving average of the factors over the refreshes; 0 takes
@@ -77,6 +84,8 @@ def ekfac(
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
     chunk_size: examples differentiated at a time, against the memory of activations; None takes the batch at once.
         Under `torch.compile` every batch size then costs graphs of its own.
+
+    Parameters in half precision have their statistics, and so the state, in float32.
 
     A batch whose loss, gradient or statistic is not finite is skipped: every tensor of the state stays as it was,
     the step number advances, `natural` is zero and `info.skipped` is true.
@@ -98,6 +107,7 @@ def ekfac(
         check_positive("damping", damping)
     check_exponent("exponent", exponent)
     check_count("basis_every", basis_every)
+    check_count("moment_every", moment_every)
     check_decay("factor_decay", factor_decay)
     check_randomness(randomness)
     if chunk_size is not None:
@@ -114,15 +124,17 @@ def ekfac(
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         n = check_batch(batch)
-        losses, layers, terms = capture(loss_fn, params, batch, rules, randomness, chunk_size)
+        losses, layers, terms = _wide(capture(loss_fn, params, batch, rules, randomness, chunk_size))
         check_state(state, layers.values())
 
         carried, kept = state, torch.zeros((), dtype=torch.int64, device=losses.device)
-        if state.step % basis_every == 0:
+        refreshing = state.step % basis_every == 0
+        if refreshing:
             carried, kept = _refresh(state, terms, factor_decay, second_moment, carry)
         bases = carried.bases
-        means = {name: _mean(second_moment.sums(term, bases[name]), n) for name, term in terms.items()}
-        updated = {name: second_moment.update(carried.second_moments[name], means[name], n) for name in layers}
+        estimator = second_moment if refreshing or state.step % moment_every == 0 else _unchanged
+        means = {name: _mean(estimator.sums(term, bases[name]), n) for name, term in terms.items()}
+        updated = {name: estimator.update(carried.second_moments[name], means[name], n) for name in layers}
         dampings = damp(updated)
         check_dampings(dampings, layers)
         rescaled = {
@@ -147,17 +159,31 @@ def ekfac(
     return EKFAC(init, precondition)
 
 
+_unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
+"""The estimator of a step between two updates."""
+
+
 def _initial(layers: tuple[Layer, ...], params: Mapping[str, Tensor]) -> State:
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
         b, o, i, k = layer.sizes
         p = params[layer.weight]
-        zero = torch.zeros((), dtype=p.dtype, device=p.device)
-        bases[layer.weight] = eigenbasis.identity(b, o, i, p)
+        zero = _wide(torch.zeros((), dtype=p.dtype, device=p.device))
+        bases[layer.weight] = eigenbasis.identity(b, o, i, zero)
         factors[layer.weight] = Factors(zero.repeat(b, i, i), zero.repeat(b, o, o), zero)
         second_moments[layer.weight] = Moment(zero.repeat(b, o, i, k), zero.clone())
     return State(0, factors, bases, second_moments)
+
+
+def _wide(tree: T) -> T:
+    """Tensors in half precision as float32, in which factors and moments are summed and kept."""
+
+    def wide(leaf: Any) -> Any:
+        half = isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
+        return leaf.float() if half else leaf
+
+    return pytree.tree_map(wide, tree)
 
 
 def _refresh(
