@@ -492,7 +492,7 @@ def test_errors_of_the_optimizer() -> None:
         EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
 
 
-def dense_curvature(case: Case, state: Any, weight: str, bias: str | None, power: Callable[[Tensor], Tensor]) -> Any:
+def dense_curvature(state: Any, weight: str, power: Callable[[Tensor], Tensor]) -> Tensor:
     """The layer's `Q f(m2) Q^T` as a matrix on the flattened `[o i]`, with one block and one offset."""
     basis, m2 = state.bases[weight], state.second_moments[weight].value
     Q = torch.kron(basis.Q_B[0].contiguous(), basis.Q_A[0].contiguous())
@@ -507,7 +507,7 @@ def test_exponents(exponent: float) -> None:
     step = ekfac(case.loss_fn, damping=1e-2, exponent=exponent)
     natural, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
     gradient = blocks(loop(case.loss_fn, case.params, batch)[1], "weight", "bias", (1, 3, 5, 1)).mean(0).flatten()
-    C = dense_curvature(case, state, "weight", "bias", lambda m2: m2 + 1e-2)
+    C = dense_curvature(state, "weight", lambda m2: m2 + 1e-2)
     values, vectors = torch.linalg.eigh(C)
     expected = (vectors @ (values**exponent * (vectors.T @ gradient))).reshape(3, 5)
     close(natural["weight"], expected[:, :-1], 1e-8)
@@ -580,7 +580,7 @@ def test_the_predicted_decrease() -> None:
     _, gradients = loop(case.loss_fn, case.params, batch)
     G = blocks(gradients, "weight", "bias", (1, 3, 5, 1)).flatten(1)
     delta = blocks({name: u[None] for name, u in updates.items()}, "weight", "bias", (1, 3, 5, 1)).flatten()
-    C = dense_curvature(case, state, "weight", "bias", lambda m2: m2 + 1e-2)
+    C = dense_curvature(state, "weight", lambda m2: m2 + 1e-2)
     quadratic = preconditioned_quadratic(natural, info.gradient, 0.3)
     close(quadratic, delta @ C @ delta, 1e-8)
     found = predicted_decrease(updates, info.gradient, quadratic)
@@ -654,3 +654,145 @@ def test_metrics_of_a_first_step_that_was_skipped() -> None:
     found = metrics(natural, info, state)
     assert found["skipped"] == 1
     assert found["natural_norm"] == found["effective_rank/0.weight"] == 0
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac])
+def test_the_clocks_of_moment_and_basis(estimator: Any) -> None:
+    """Steps 0 to 6: bases at 0, 3, 6, moments also at 2 and 4; in between against the dense inverse."""
+    case = make("linear")
+    slow = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=3, moment_every=2)
+    always = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=3)
+    state = slow.init(case.params, case.batch(N))
+    for t in range(7):
+        batch = case.batch(N)
+        natural, new, _ = slow.precondition(case.params, batch, state)
+        if t in (1, 5):
+            same_bits(pytree.tree_leaves(new), pytree.tree_leaves(state))
+            G = blocks(loop(case.loss_fn, case.params, batch)[1], "weight", "bias", (1, 3, 5, 1))
+            C = dense_curvature(state, "weight", lambda m2: m2 + 1e-2)
+            expected = torch.linalg.solve(C, G.mean(0).flatten()).reshape(3, 5)
+            close(natural["weight"], expected[:, :-1], 1e-8)
+        else:
+            same_bits((natural, new), always.precondition(case.params, batch, state)[:2])
+        assert new.step == t + 1
+        state = new
+    with pytest.raises(ValueError, match=r"moment_every=0.*at least 1"):
+        ekfac(case.loss_fn, damping=1.0, moment_every=0)
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, running_average(0.9)])
+def test_chunks_and_joined_micro_batches_are_the_large_batch(estimator: Any) -> None:
+    """Over several steps, with dropout off: factors, moments and natural gradients alike."""
+    case = make("conv groups")
+    micro = [[case.batch(8) for _ in range(3)] for _ in range(4)]
+    joined = [pytree.tree_map(lambda *t: torch.cat(t), *parts) for parts in micro]
+    whole = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=2)
+    parts = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=2, chunk_size=8)
+    state = whole.init(case.params, joined[0])
+    for batch in joined:
+        expected, after, _ = whole.precondition(case.params, batch, state)
+        found, other, _ = parts.precondition(case.params, batch, state)
+        close_trees(found, expected, 1e-8)
+        close_trees(other.factors, after.factors)
+        mean = [whole.precondition(case.params, piece, state)[2].gradient for piece in batch_pieces(batch, 8)]
+        close_trees({name: sum(g[name] for g in mean) / 3 for name in found}, loop_mean(case, batch))
+        state = after
+
+
+def batch_pieces(batch: Any, size: int) -> list[Any]:
+    return [pytree.tree_map(lambda t, k=k: t[k : k + size], batch) for k in range(0, len(batch[0]), size)]
+
+
+def loop_mean(case: Case, batch: Any) -> Params:
+    return {name: g.mean(0) for name, g in loop(case.loss_fn, case.params, batch)[1].items()}
+
+
+def half_precision() -> tuple[Params, Any, Callable[..., Any], Callable[..., Any]]:
+    """Parameters in float32, a batch, a plain loss and one under autocast."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).float()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    batch = torch.randn(32, 1, 6, 6, dtype=torch.float32), torch.randint(0, 10, (32,))
+
+    def plain(params: Params, example: Any) -> Tensor:
+        x, y = example
+        x = x.to(params["0.weight"].dtype)
+        return F.cross_entropy(functional_call(net, params, (x[None],)).float(), y[None])
+
+    def autocast(params: Params, example: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(params, example)
+
+    return params, batch, plain, autocast
+
+
+BF16 = 0.1  # relative error of natural gradients of one batch whose forward pass has 8 bits
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, running_average(0.9)])
+@pytest.mark.parametrize("kind", ["autocast", "bf16 parameters"])
+def test_half_precision_has_statistics_in_float32(kind: str, estimator: Any) -> None:
+    params, batch, plain, autocast = half_precision()
+    loss_fn = autocast if kind == "autocast" else plain
+    given = params if kind == "autocast" else {name: p.bfloat16() for name, p in params.items()}
+    step = ekfac(loss_fn, damping=0.1, second_moment=estimator)
+    exact = ekfac(plain, damping=0.1, second_moment=estimator)
+    natural, state, info = step.precondition(given, batch, step.init(given, batch))
+    expected, _, _ = exact.precondition(params, batch, exact.init(params, batch))
+    assert {leaf.dtype for leaf in pytree.tree_leaves(state)} == {torch.float32}
+    assert {name: t.dtype for name, t in natural.items()} == {name: t.dtype for name, t in given.items()}
+    assert info.loss.dtype == torch.float32
+    for name in params:
+        close(natural[name].float(), expected[name], BF16)
+    initial = step.init(given, batch)
+    assert {leaf.dtype for leaf in pytree.tree_leaves(initial)} == {torch.float32}
+    calls = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")(given, batch, initial)
+    for name in params:
+        close(calls[0][name].float(), natural[name].float(), BF16)
+
+
+def test_bf16_parameters_with_a_float32_master() -> None:
+    """The master takes steps that bfloat16 would round away."""
+    master, batch, loss_fn, _ = half_precision()
+    step = ekfac(loss_fn, damping=0.1, basis_every=5)
+    optimizer = chain(momentum(0.9), learning_rate(1e-3))
+    opt_state, state = optimizer.init(master), step.init(master, batch)
+    start, losses = master, []
+    for _ in range(40):
+        natural, state, info = step.precondition({name: p.bfloat16() for name, p in master.items()}, batch, state)
+        updates, opt_state = optimizer.update(natural, opt_state, master, info)
+        master = apply_updates(master, updates)
+        losses.append(float(info.loss))
+    assert {p.dtype for p in master.values()} == {u.dtype for u in updates.values()} == {torch.float32}
+    assert losses[-1] < losses[0] - 0.05
+    assert all((p - start[name]).abs().max() > 0 for name, p in master.items())
+
+
+def test_the_compiled_training_step() -> None:
+    """Schedule, capture, moment, refresh, rescale, clipping, momentum, decay, update, average and metrics at once."""
+    net, _, batches = net_and_loss()
+    loss_fn, optimizer, average = functional(net), full_chain(), exponential_average(0.9)
+    options: dict[str, Any] = {"basis_every": 4, "moment_every": 2, "second_moment": averaged_intra_batch(0.9)}
+    method = ekfac(loss_fn, damping=relative(0.3), **options)
+
+    def step(params: Params, opt_state: Any, state: Any, mean: Any, batch: Any) -> Any:
+        natural, state, info = method.precondition(params, batch, state)
+        updates, opt_state = optimizer.update(natural, opt_state, params, info)
+        params = apply_updates(params, updates)
+        _, mean = average.update(params, mean)
+        return params, opt_state, state, mean, metrics(natural, info, state)
+
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    carried: Any = (params, optimizer.init(params), method.init(params, batches[0]), average.init(params))
+    twin: Any = carried
+    counters.clear()
+    fast = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for batch in batches * 2:
+        found, expected = fast(*carried, batch), step(*twin, batch)
+        carried, twin = found[:4], expected[:4]
+        close_trees(carried[:2], twin[:2], 1e-7)
+        close(found[4]["loss"], expected[4]["loss"], 1e-8)
+    assert counters["stats"]["unique_graphs"] <= 4  # the first step, a refresh, a moment alone, neither
+    x, y = batches[0]
+    after = fast(*carried, (x * math.nan, y))
+    assert after[4]["skipped"] == 1
+    same_bits(after[:2], carried[:2])
