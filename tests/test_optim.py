@@ -782,8 +782,9 @@ def test_the_compiled_training_step() -> None:
         return params, opt_state, state, mean, metrics(natural, info, state)
 
     params = {name: p.detach() for name, p in net.named_parameters()}
-    carried: Any = (params, optimizer.init(params), method.init(params, batches[0]), average.init(params))
-    twin: Any = carried
+    first = (params, optimizer.init(params), method.init(params, batches[0]), average.init(params))
+    carried: tuple[Any, Any, Any, Any] = first
+    twin = carried
     counters.clear()
     fast = torch.compile(step, fullgraph=True, backend="aot_eager")
     for batch in batches * 2:
