@@ -82,7 +82,8 @@ def ekfac(
         them from the batch of the refresh alone.
     rules: which torch calls are layers, e.g. `{**RULES, **SUA}`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
-    chunk_size: examples differentiated at a time, against the memory of activations; None takes the batch at once.
+    chunk_size: examples differentiated at a time, against the memory of the backward pass (inputs and output gradients
+        of all layers stay for the whole batch); None takes the batch at once.
         Under `torch.compile` every batch size then costs graphs of its own.
 
     Parameters in half precision have their statistics, and so the state, in float32.

@@ -16,7 +16,8 @@ from .norms import Scope, dots, each, total
 def relative(fraction: Number, scope: Scope = each) -> Damping:
     """Damping as a fraction of the mean eigenvalue of the curvature, the mean of `m2`.
 
-    A value for the `damping` of `ekfac`. Invariant to the scale of the loss, where a constant is not.
+    A value for the `damping` of `ekfac`. Invariant to the scale of the loss, where a constant is not. Meant for the
+    exponent -1/2: near a minimum `m2` falls with the gradients, so that with the exponent -1 a step grows as they fall.
 
     fraction: positive, without unit.
     scope: `each`, the mean eigenvalue of every layer, or `together`, that of all of them.
