@@ -1,11 +1,13 @@
 """Natural gradients from exact per-example gradients, as pure functions on `torch.func`."""
 
+from . import optim
 from .basis import DIAGONAL, FULL, Blocks, Choices, blocks
 from .contraction import exact_sums, gradient_sums
 from .describe import Description, Row, describe
 from .kronecker import WeightSharing, expand, reduce
+from .optim import EKFACOptimizer, set_grads
 from .per_example import PerExampleGradients, per_example_gradients
-from .precondition import EKFAC, ekfac
+from .precondition import EKFAC, Damping, ekfac
 from .rules import RULES, SUA, Call, Rule, Rules
 from .second_moment import (
     SecondMoment,
@@ -30,8 +32,10 @@ __all__ = [
     "Blocks",
     "Call",
     "Choices",
+    "Damping",
     "Dense",
     "Description",
+    "EKFACOptimizer",
     "Factored",
     "Factors",
     "Info",
@@ -58,9 +62,11 @@ __all__ = [
     "keep",
     "kfac",
     "moving_average",
+    "optim",
     "per_example_gradients",
     "reduce",
     "reset",
     "running_average",
+    "set_grads",
     "transport",
 ]

@@ -25,7 +25,7 @@ from .batching import EXACT, OPEN, OPEN_LAYERS
 from .discovery import Along, Options, Plan, Tapped, check_loss, plan, spec
 from .rules import Call
 from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, with_ids
-from .types import Batch, Dense, Factored, Layer, LossFn, OneHot, Params, Terms
+from .types import Batch, Dense, Factored, Layer, LossFn, OneHot, Params, Terms, statistics_dtype
 
 
 class Captured(NamedTuple):
@@ -187,9 +187,9 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
         if len(reads) > 0:
             terms[layer.weight] = _added(reads)
         else:
-            G = dense[layer.weight]
+            G = dense[layer.weight].to(statistics_dtype(params[layer.weight]))
             terms[layer.weight] = (Dense(G.reshape(G.shape[0], *layer.sizes)),)
-    return Captured(losses, layers, terms, aux), seen
+    return Captured(losses.to(statistics_dtype(losses)), layers, terms, aux), seen
 
 
 Probed = Callable[..., tuple[Tensor, _Run]]
@@ -277,8 +277,8 @@ def _chunks(batch: Batch, size: int | None) -> list[Batch]:
 
 
 def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Params) -> Factored | OneHot:
-    """A call's term on the axes of the whole layer, in the parameter's dtype, with the bias as the last input."""
-    dtype = params[layer.weight].dtype
+    """A call's term on the axes of the whole layer, in the dtype of its statistics, with the bias as the last input."""
+    dtype = statistics_dtype(params[layer.weight])
     b, o, i = planned.windows
     one = layer.bias is not None
     if isinstance(term, OneHot):

@@ -1,6 +1,7 @@
 """Bad input gets an error that names the argument, its shape and the remedy, before anything is computed."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,10 +92,32 @@ def check_positive(name: str, value: Number) -> None:
         raise ValueError(f"{name}={value!r}: give a positive number")
 
 
+def check_dampings(dampings: Mapping[str, Tensor], layers: Iterable[str]) -> None:
+    """damping, as a rule: one number for each layer."""
+    for name in layers:
+        if name not in dampings:
+            raise ValueError(
+                f"damping, as a rule, gave no number for the layer {name!r}, only for {list(dampings)}: let it "
+                "return one for each name in its argument"
+            )
+
+
 def check_decay(name: str, decay: Number) -> None:
-    """Refuse a Python number that is no weight of the past."""
-    if not isinstance(decay, Tensor) and not 0 <= decay < 1:
+    """Refuse a Python number that is no weight of the past, and a tensor that is no number."""
+    if isinstance(decay, Tensor):
+        if decay.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(decay.shape)}: give a Python number or a 0-d tensor")
+    elif not 0 <= decay < 1:
         raise ValueError(f"{name}={decay!r}: it is the weight of the past in each step, give 0 <= {name} < 1")
+
+
+def check_exponent(name: str, exponent: Number) -> None:
+    """Refuse a Python number that does not shrink what has a large second moment, and a tensor that is no number."""
+    if isinstance(exponent, Tensor):
+        if exponent.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(exponent.shape)}: give a Python number or a 0-d tensor")
+    elif not -math.inf < exponent < 0:
+        raise ValueError(f"{name}={exponent!r}: give a negative number, -1 for the natural gradient")
 
 
 def check_count(name: str, count: int) -> None:

@@ -16,7 +16,7 @@ from .contraction import Contraction, contraction
 from .discovery import Options
 from .kronecker import positions
 from .rules import RULES, Rules
-from .types import Batch, Layer, LossFn, Terms
+from .types import Batch, Layer, LossFn, Terms, statistics_dtype
 
 
 class Row(NamedTuple):
@@ -93,8 +93,9 @@ def describe(
 def _row(layer: Layer, terms: Terms, chosen: Blocks, p: Tensor) -> Row:
     b, o, i, k = layer.sizes
     A, B = (b, *eigenbasis.side(i, chosen.inputs)), (b, *eigenbasis.side(o, chosen.outputs))
-    sides = p.element_size() * (math.prod(A) + math.prod(B))
-    moment = p.element_size() * math.prod(moment_shape(layer, chosen))
+    size = statistics_dtype(p).itemsize
+    sides = size * (math.prod(A) + math.prod(B))
+    moment = size * math.prod(moment_shape(layer, chosen))
     s = sum(map(positions, terms))
     how = contraction(terms, eigenbasis.identity(layer.sizes, chosen, p))
     return Row(layer.weight, layer.bias, layer.rule, layer.hidden_by, b, s, i, o, k, A, B, sides, sides, moment, how)

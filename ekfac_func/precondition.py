@@ -16,12 +16,15 @@ from .certify import certify
 from .checks import (
     check_batch,
     check_count,
+    check_dampings,
     check_decay,
+    check_exponent,
     check_params,
     check_positive,
     check_randomness,
     check_state,
 )
+from .contraction import gradient_sums
 from .discovery import Options, plan
 from .kronecker import (
     WeightSharing,
@@ -34,8 +37,25 @@ from .kronecker import (
     unpack,
 )
 from .rules import RULES, Rules
-from .second_moment import AtRefresh, SecondMoment, intra_batch, refresh
-from .types import Basis, Batch, Factors, Info, Layer, LossFn, Moment, Number, Params, State, Sums, Terms
+from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, refresh
+from .types import (
+    Basis,
+    Batch,
+    Factors,
+    Info,
+    Layer,
+    LossFn,
+    Moment,
+    Number,
+    Params,
+    State,
+    Sums,
+    Terms,
+    statistics_dtype,
+)
+
+Damping = Callable[[Mapping[str, Moment]], Mapping[str, Tensor]]
+"""second moment of each layer -> damping of each, `[]`"""
 
 
 class Init(Protocol):
@@ -61,9 +81,11 @@ class EKFAC(NamedTuple):
 def ekfac(
     loss_fn: LossFn,
     *,
-    damping: Number,
+    damping: Number | Damping,
+    exponent: Number = -1.0,
     second_moment: SecondMoment = intra_batch,
     basis_every: int = 1,
+    moment_every: int = 1,
     at_refresh: AtRefresh | None = None,
     factor_decay: Number = 0.0,
     weight_sharing: WeightSharing = expand,
@@ -81,10 +103,15 @@ def ekfac(
 
     loss_fn: pure function `(params, example) -> loss` of a dict of tensors and one example, any tree of tensors; the
         loss is a scalar.
-    damping: added to the second moment, in loss^2 / parameter^2; positive. A Python number or a 0-d tensor.
+    damping: added to the second moment, in loss^2 / parameter^2; positive. A Python number or a 0-d tensor, or a rule
+        from the second moments of all layers to the damping of each, as `optim.relative(fraction)`.
+    exponent: of `m2 + damping`, negative: -1 is the natural gradient, -1/2 a step as that of Adam and SOAP
+        (https://arxiv.org/abs/2409.11321) in the eigenbasis.
     second_moment: the estimator of `m2`: `intra_batch`, `averaged_intra_batch(decay)`, `running_average(decay)`,
         `kfac`, or a `SecondMoment` of your own.
     basis_every: steps from one refresh of factors and eigenbases to the next; the first step is one.
+    moment_every: steps from one update of the second moment to the next, on a clock of its own; a refresh is always
+        one too. Steps between need the gradient alone.
     at_refresh: what becomes of the moment when the basis changes: `reset`, `keep` or `transport`; by default the
         estimator's own.
     factor_decay: weight of the past in a bias-corrected moving average of the factors over the refreshes; 0 takes
@@ -101,8 +128,11 @@ def ekfac(
         without, and does without `vmap`. An axis of a layer's input that holds several positions of each example must
         have those of an example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
-    chunk_size: examples differentiated at a time, against the memory of activations; None takes the batch at once.
-        Under `torch.compile` every batch size then costs graphs of its own.
+    chunk_size: examples differentiated at a time, against the memory of the backward pass (inputs and output gradients
+        of all layers stay for the whole batch); None takes the batch at once. Under `torch.compile` every batch size
+        then costs graphs of its own.
+
+    Parameters in half precision have their statistics, and so the state, in float32.
 
     A batch whose loss, gradient or statistic is not finite is skipped: every tensor of the state stays as it was,
     the step number advances, `natural` is zero and `info.skipped` is true.
@@ -120,8 +150,11 @@ def ekfac(
         raise TypeError(f"at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is a {type(rules).__name__}: pass a dict from torch functions to rules, as RULES")
-    check_positive("damping", damping)
+    if not callable(damping):
+        check_positive("damping", damping)
+    check_exponent("exponent", exponent)
     check_count("basis_every", basis_every)
+    check_count("moment_every", moment_every)
     check_decay("factor_decay", factor_decay)
     check_randomness(randomness)
     if chunk_size is not None:
@@ -134,6 +167,7 @@ def ekfac(
     options = Options(rules, randomness, chunk_size, has_aux, batched)
     choices = {} if bases is None else bases
     check_choices(choices)
+    damp: Damping = damping if callable(damping) else functools.partial(_constant, damping)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
         check_params(params)
@@ -153,13 +187,17 @@ def ekfac(
         check_state(state, {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()})
 
         carried, kept = state, torch.zeros((), dtype=torch.int64, device=losses.device)
-        if state.step % basis_every == 0:
+        refreshing = state.step % basis_every == 0
+        if refreshing:
             carried, kept = _refresh(state, terms, factor_decay, weight_sharing, second_moment, carry)
         bases = carried.bases
-        means = {name: _mean(second_moment.sums(term, bases[name]), n) for name, term in terms.items()}
-        updated = {name: second_moment.update(carried.second_moments[name], means[name], n) for name in layers}
+        estimator = second_moment if refreshing or state.step % moment_every == 0 else _unchanged
+        means = {name: _mean(estimator.sums(of_layer, bases[name]), n) for name, of_layer in terms.items()}
+        updated = {name: estimator.update(carried.second_moments[name], means[name], n) for name in layers}
+        dampings = damp(updated)
+        check_dampings(dampings, layers)
         rescaled = {
-            name: _rescale(means[name].projected, updated[name], bases[name], damping, layer.sizes)
+            name: _rescale(means[name].projected, updated[name], bases[name], dampings[name], exponent, layer.sizes)
             for name, layer in layers.items()
         }
 
@@ -167,12 +205,13 @@ def ekfac(
         finite = _all_finite([loss, *rescaled.values(), *_learned(new, state)])
         natural = {name: torch.where(finite, M, 0) for name, M in rescaled.items()}
         gradient = {name: mean.gradient for name, mean in means.items()}
+        used = torch.stack([dampings[name] for name in layers])
         info = Info(
             loss,
             _unpack(layers, gradient, params),
             ~finite,
             torch.where(finite, kept, 0),
-            damping + loss.new_zeros(()),
+            used if callable(damping) else used[0],
             aux,
         )
         return _unpack(layers, natural, params), _choose(finite, new, state), info
@@ -180,14 +219,18 @@ def ekfac(
     return EKFAC(init, precondition)
 
 
+_unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
+"""The estimator of a step between two updates."""
+
+
 def _initial(layers: tuple[Layer, ...], chosen: Mapping[str, Blocks], params: Mapping[str, Tensor]) -> State:
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
         p = params[layer.weight]
-        zero = torch.zeros((), dtype=p.dtype, device=p.device)
+        zero = torch.zeros((), dtype=statistics_dtype(p), device=p.device)
         blocks = chosen[layer.weight]
-        basis = eigenbasis.identity(layer.sizes, blocks, p)
+        basis = eigenbasis.identity(layer.sizes, blocks, zero)
         bases[layer.weight] = basis
         factors[layer.weight] = Factors(torch.zeros_like(basis.Q_A), torch.zeros_like(basis.Q_B), zero)
         second_moments[layer.weight] = Moment(zero.repeat(*moment_shape(layer, blocks)), zero.clone())
@@ -220,12 +263,22 @@ def _mean(sums: Sums, n: int) -> Sums:
     return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)
 
 
+def _constant(damping: Number, moments: Mapping[str, Moment]) -> dict[str, Tensor]:
+    """The same damping for every layer."""
+    return {name: damping + moment.weight.new_zeros(()) for name, moment in moments.items()}
+
+
 def _rescale(
-    projected: Tensor, moment: Moment, basis: Basis, damping: Number, sizes: tuple[int, int, int, int]
+    projected: Tensor,
+    moment: Moment,
+    basis: Basis,
+    damping: Tensor,
+    exponent: Number,
+    sizes: tuple[int, int, int, int],
 ) -> Tensor:
-    """`Q_B [ projected / (m2 + damping) ] Q_A^T`; zero while there is no estimate of m2."""
+    """`Q_B [ projected (m2 + damping)^exponent ] Q_A^T`; zero while there is no estimate of m2."""
     m2 = torch.where(moment.weight > 0, moment.value, torch.inf)
-    return out_of_basis(projected / (m2 + damping), basis, sizes)
+    return out_of_basis(projected * (m2 + damping) ** exponent, basis, sizes)
 
 
 def _learned(new: State, old: State) -> list[Tensor]:

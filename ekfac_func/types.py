@@ -45,6 +45,11 @@ Term = Factored | OneHot | Dense
 Terms = tuple[Term, ...]  # a layer's gradients are their sum: one of a kind, Dense alone
 
 
+def statistics_dtype(p: Tensor) -> torch.dtype:
+    """In which the statistics of a parameter are summed and kept: float32 for half precision."""
+    return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+
+
 class Layer(NamedTuple):
     """One block of the curvature: a weight, the bias that is its last input column, and where their entries lie.
 
@@ -112,7 +117,7 @@ class Info(NamedTuple):
     gradient: Params  # mean gradient, a tree like params
     skipped: Tensor  # [] bool: a loss, gradient or statistic was not finite, nothing was learned
     kept_bases: Tensor  # [] number of eigenbases that could not be refreshed, the old ones serve on
-    damping: Tensor  # [] as used
+    damping: Tensor  # [] as used, or [layers] of a rule
     aux: Any = ()  # what the loss returned beside, with has_aux
 
 

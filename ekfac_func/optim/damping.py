@@ -1,0 +1,105 @@
+"""Damping that a person need not tune: relative to the curvature, or adapted to how well a model predicts the loss."""
+
+from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..checks import check_positive
+from ..precondition import Damping
+from ..types import Batch, LossFn, Moment, Number, Params
+from .norms import Scope, dots, each, total
+
+
+def relative(fraction: Number, scope: Scope = each) -> Damping:
+    """Damping as a fraction of the mean eigenvalue of the curvature, the mean of `m2`.
+
+    A value for the `damping` of `ekfac`. Invariant to the scale of the loss, where a constant is not. Meant for the
+    exponent -1/2: near a minimum `m2` falls with the gradients, so that with the exponent -1 a step grows as they fall.
+
+    fraction: positive, without unit.
+    scope: `each`, the mean eigenvalue of every layer, or `together`, that of all of them.
+    """
+    check_positive("fraction", fraction)
+
+    def damping(moments: Mapping[str, Moment]) -> dict[str, Tensor]:
+        sums = scope({name: m.value.sum() for name, m in moments.items()})
+        counts = scope({name: m.value.new_tensor(m.value.numel()) for name, m in moments.items()})
+        tiny = {name: torch.finfo(m.value.dtype).tiny for name, m in moments.items()}  # for a layer without gradients
+        return {name: (fraction * sums[name] / counts[name].clamp(min=1)).clamp(min=tiny[name]) for name in moments}
+
+    return damping
+
+
+def levenberg_marquardt(
+    damping: Tensor,
+    actual: Tensor,
+    predicted: Tensor,
+    *,
+    factor: float = 0.95**5,
+    smallest: float = 1e-8,
+    largest: float = 1e8,
+) -> Tensor:
+    """The next damping, `[]`, from how much of the predicted decrease of the loss came.
+
+    Where `actual / predicted` is above 3/4 the damping is multiplied by factor, below 1/4 divided by it. Martens &
+    Grosse 2015, section 6.5, https://arxiv.org/abs/1503.05671, whose factor of every fifth step is the default. A loss
+    that is not finite counts as no decrease; a decrease that was not predicted (a skipped step) changes nothing.
+
+    damping: `[]`, in loss^2 / parameter^2.
+    actual: `[]`, loss before minus loss after the step, on the same batch.
+    predicted: `[]`, of `predicted_decrease`.
+    factor: in (0, 1).
+    smallest, largest: what the damping is kept between.
+    """
+    if not 0 < factor < 1:
+        raise ValueError(f"factor={factor!r}: it shrinks the damping, give 0 < factor < 1")
+    ratio = actual / predicted
+    change = torch.where(ratio > 0.75, factor, torch.where(ratio >= 0.25, 1.0, 1 / factor))
+    return torch.where(predicted > 0, damping * change, damping).clamp(smallest, largest)
+
+
+def predicted_decrease(updates: Mapping[str, Tensor], gradient: Mapping[str, Tensor], quadratic: Tensor) -> Tensor:
+    """`-(gradient . updates + quadratic / 2)`, `[]`: the decrease of the loss that a quadratic model promises.
+
+    Martens & Grosse 2015, section 6.5, https://arxiv.org/abs/1503.05671.
+
+    updates: what is added to params.
+    gradient: `info.gradient`.
+    quadratic: `[]`, `updates^T C updates` of the damped curvature C: `preconditioned_quadratic` for a plain step along
+        the natural gradient, `fisher_quadratic` for any other.
+    """
+    return -(total(dots(updates, gradient)) + quadratic / 2)
+
+
+def preconditioned_quadratic(
+    natural: Mapping[str, Tensor], gradient: Mapping[str, Tensor], learning_rate: Number
+) -> Tensor:
+    """`updates^T (C + damping) updates`, `[]`, of `updates = -learning_rate natural`, with the curvature C of EKFAC.
+
+    `natural = (C + damping)^-1 gradient`, so it is `learning_rate^2 natural . gradient`. True of the exponent -1 alone.
+    """
+    return learning_rate**2 * total(dots(natural, gradient))
+
+
+@torch.no_grad()
+def fisher_quadratic(
+    loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, updates: Mapping[str, Tensor], damping: Number
+) -> Tensor:
+    """`updates^T (F + damping) updates`, `[]`, with the exact second moment F of the gradients of this batch.
+
+    `mean_n (G[n] . updates)^2 + damping ||updates||^2`, from one forward pass in forward mode; for any updates, with
+    momentum and weight decay too. F is what EKFAC approximates. A loss that forward mode cannot differentiate raises.
+
+    loss_fn, params, batch: as in `ekfac`; a loss with dropout draws anew.
+    damping: a number or `[]`, in loss^2 / parameter^2.
+    """
+    tangents: Params = {name: updates[name].to(p.dtype) for name, p in params.items()}
+
+    def losses(params: Params) -> Tensor:
+        return torch.func.vmap(loss_fn, in_dims=(None, 0), randomness="different")(params, batch)
+
+    slopes = torch.func.jvp(losses, ({name: p.detach() for name, p in params.items()},), (tangents,))[1]
+    return slopes.square().mean() + damping * total(dots(updates, updates))

@@ -1,0 +1,63 @@
+"""What a person plots."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..types import Info, Number, State
+from .norms import dots, squares, total
+
+
+@torch.no_grad()
+def metrics(
+    natural: Mapping[str, Tensor], info: Info, state: State, *, learning_rate: Number = 1.0
+) -> dict[str, Tensor]:
+    """Scalars of a step by name, 0-d tensors on the device, for a logger to read when it wants to.
+
+    natural, state, info: what `precondition` returned.
+    learning_rate: of the step, for `kl` alone.
+
+    | name | meaning |
+    |---|---|
+    | loss | mean over the batch |
+    | gradient_norm, natural_norm | Euclidean, over all parameters |
+    | cosine | of the angle between both; 0 where one of them is zero |
+    | kl | divergence of the predictions to second order, `learning_rate^2 natural . gradient / 2` (exponent -1) |
+    | damping, damping/LAYER | as used; by layer where a rule gave each its own |
+    | effective_rank/LAYER | exponential of the entropy of the shares of `m2`, 1 to their number; 0 without any |
+    | condition/LAYER | largest over smallest entry of `m2 + damping` |
+    | skipped | 1 where the step was not finite, else 0; loss, norms and cosine then say what was found |
+    | kept_bases | eigenbases that could not be refreshed |
+
+    The effective rank is that of Roy & Vetterli 2007, https://ieeexplore.ieee.org/document/7098875.
+    """
+    gradient_square, natural_square = total(squares(info.gradient)), total(squares(natural))
+    product = total(dots(natural, info.gradient))
+    lengths = (gradient_square * natural_square).sqrt()
+    found = {
+        "loss": info.loss,
+        "gradient_norm": gradient_square.sqrt(),
+        "natural_norm": natural_square.sqrt(),
+        "cosine": torch.where(lengths > 0, product / lengths, 0.0),
+        "kl": learning_rate**2 * product / 2,
+        "skipped": info.skipped.to(info.loss.dtype),
+        "kept_bases": info.kept_bases,
+    }
+    dampings = info.damping.expand(len(state.second_moments)).unbind()
+    if info.damping.dim() == 0:
+        found["damping"] = info.damping
+    else:
+        found |= {f"damping/{name}": d for name, d in zip(state.second_moments, dampings, strict=True)}
+    for (name, moment), damping in zip(state.second_moments.items(), dampings, strict=True):
+        if moment.value.numel() == 0:
+            continue
+        found[f"effective_rank/{name}"] = _effective_rank(moment.value)
+        found[f"condition/{name}"] = (moment.value.amax() + damping) / (moment.value.amin() + damping)
+    return found
+
+
+def _effective_rank(m2: Tensor) -> Tensor:
+    sum = m2.sum()
+    shares = m2 / torch.where(sum > 0, sum, 1)
+    return torch.where(sum > 0, (-torch.special.xlogy(shares, shares).sum()).exp(), 0.0)

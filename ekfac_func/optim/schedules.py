@@ -1,0 +1,46 @@
+"""Schedules: functions of the step, a 0-d integer tensor, so that a compiled step needs one graph for all of them."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count
+from ..types import Number
+
+Schedule = Callable[[Tensor], Tensor]
+"""(step [], from 0) -> value []"""
+
+
+def constant(value: Number) -> Schedule:
+    """The same value at every step."""
+    return lambda step: value + 0.0 * step
+
+
+def cosine(start: Number, steps: int, end: Number = 0.0) -> Schedule:
+    """Half a cosine from start, at step 0, to end, at `steps` and after.
+
+    Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983, without restarts; `CosineAnnealingLR` of torch up to
+    its last step.
+    """
+    check_count("steps", steps)
+    return lambda step: end + (start - end) * (1 + torch.cos(math.pi * (step / steps).clamp(max=1))) / 2
+
+
+def warm_up(steps: int, schedule: Schedule) -> Schedule:
+    """A straight line to the schedule's first value, `1 / steps` of it at step 0, then the schedule from its step 0.
+
+    `LinearLR(start_factor=1 / steps, total_iters=steps - 1)` of torch, in sequence.
+    """
+    check_count("steps", steps)
+
+    def warmed(step: Tensor) -> Tensor:
+        return schedule((step - steps).clamp(min=0)) * ((step + 1) / steps).clamp(max=1)
+
+    return warmed
+
+
+def value_at(value: Number | Schedule, step: Tensor) -> Number | Tensor:
+    """A schedule's value at the step; a number as it is."""
+    return value(step) if callable(value) else value

@@ -1,0 +1,802 @@
+"""Blocks, damping rules, bridges and metrics, each against a formula of its own or `torch.optim`."""
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ekfac_func import EKFACOptimizer, averaged_intra_batch, ekfac, intra_batch, kfac, running_average, set_grads
+from ekfac_func.optim import (
+    Transform,
+    apply_updates,
+    chain,
+    clip_kl,
+    clip_norm,
+    constant,
+    cosine,
+    each,
+    exponential_average,
+    fisher_quadratic,
+    graft,
+    identity,
+    learning_rate,
+    levenberg_marquardt,
+    metrics,
+    momentum,
+    nesterov,
+    preconditioned_quadratic,
+    predicted_decrease,
+    relative,
+    together,
+    warm_up,
+    weight_decay,
+)
+from ekfac_func.types import Info, Layer, Params
+
+from .cases import Case, N, make
+from .oracles import blocks, close, close_trees, loop, same_bits
+from .test_step import NoHostRead
+
+TIGHT = 1e-12
+STEPS = 7
+
+
+def params_and_gradients() -> tuple[Params, list[Params]]:
+    shapes = {"w": (3, 4), "b": (3,), "s": ()}
+    trees = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(STEPS + 1)]
+    return trees[0], trees[1:]
+
+
+def report(gradient: Params, skipped: bool = False) -> Info:
+    return Info(torch.ones(()), gradient, torch.tensor(skipped), torch.tensor(0), torch.tensor(1.0))
+
+
+def run(optimizer: Transform, params: Params, gradients: list[Params]) -> Params:
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params, report(gradient))
+        params = apply_updates(params, updates)
+    return params
+
+
+def run_torch(make: Callable[[list[Tensor]], torch.optim.Optimizer], params: Params, gradients: list[Params]) -> Params:
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    optimizer = make(list(leaves.values()))
+    for gradient in gradients:
+        for name, p in leaves.items():
+            p.grad = gradient[name].clone()
+        optimizer.step()
+    return {name: p.detach() for name, p in leaves.items()}
+
+
+def dot(x: Params, y: Params) -> float:
+    return sum(float((x[name] * y[name]).sum()) for name in x)
+
+
+def scaled(tree: Params, factor: Any) -> Params:
+    return {name: factor * t for name, t in tree.items()}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.02])
+@pytest.mark.parametrize("mu", [0.0, 0.9])
+def test_momentum_and_decay_are_those_of_sgd(mu: float, decay: float) -> None:
+    params, gradients = params_and_gradients()
+    first = [weight_decay(decay)] if decay else []
+    expected = run_torch(lambda p: torch.optim.SGD(p, lr=0.1, momentum=mu, weight_decay=decay), params, gradients)
+    close_trees(run(chain(*first, momentum(mu), learning_rate(0.1)), params, gradients), expected, TIGHT)
+    if mu:
+        expected = run_torch(
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=mu, weight_decay=decay, nesterov=True), params, gradients
+        )
+        close_trees(run(chain(*first, nesterov(mu), learning_rate(0.1)), params, gradients), expected, TIGHT)
+
+
+def test_decoupled_decay() -> None:
+    """Loshchilov & Hutter, algorithm 1, on the matrix alone."""
+    params, gradients = params_and_gradients()
+    rule = chain(momentum(0.9), weight_decay(0.02, on=lambda name, p: p.dim() > 1), learning_rate(0.1))
+    found = run(rule, params, gradients)
+    for name, p in params.items():
+        velocity = torch.zeros_like(p)
+        for gradient in gradients:
+            velocity = 0.9 * velocity + gradient[name]
+            p = p - 0.1 * velocity - (0.1 * 0.02 * p if name == "w" else 0)
+        close(found[name], p, TIGHT)
+
+
+@pytest.mark.parametrize("limit", [1e-6, 1e-3, 1e3])
+def test_kl_clipping(limit: float) -> None:
+    params, (gradient, natural, *_) = params_and_gradients()
+    if dot(natural, gradient) < 0:
+        natural = scaled(natural, -1)
+    clip = clip_kl(limit, cosine(0.5, 4))
+    state = clip.init(params)
+    for t in range(6):
+        clipped, state = clip.update(natural, state, params, report(gradient))
+        lr = 0.5 * (1 + math.cos(math.pi * min(t / 4, 1))) / 2
+        kl = lr**2 * dot(natural, gradient)
+        close_trees(clipped, scaled(natural, 1.0 if kl <= limit else math.sqrt(limit / kl)), TIGHT)
+
+
+def test_a_learning_rate_of_zero_is_not_clipped() -> None:
+    params, (gradient, *_) = params_and_gradients()
+    clip = clip_kl(1e-3, constant(0.0))
+    same_bits(clip.update(gradient, clip.init(params), params, report(gradient))[0], gradient)
+
+
+def test_norm_constraint() -> None:
+    params, (direction, *_) = params_and_gradients()
+    norms = {name: math.sqrt(float(d.square().sum())) for name, d in direction.items()}
+    whole = math.sqrt(sum(norm**2 for norm in norms.values()))
+    for limit in (0.1, 1.0, 100.0):
+        found = clip_norm(limit).update(direction, (), params, report(direction))[0]
+        close_trees(found, scaled(direction, min(1, limit / whole)), TIGHT)
+        found = clip_norm(limit, each).update(direction, (), params, report(direction))[0]
+        close_trees(found, {name: min(1, limit / norms[name]) * d for name, d in direction.items()}, TIGHT)
+    zero = scaled(direction, 0.0)
+    same_bits(clip_norm(1.0, each).update(zero, (), params, report(zero))[0], zero)
+
+
+def test_grafting() -> None:
+    params, gradients = params_and_gradients()
+    onto = momentum(0.9)
+    for scope in (each, together):
+        rule = graft(onto, scope)
+        state, velocity = rule.init(params), {name: torch.zeros_like(p) for name, p in params.items()}
+        for gradient in gradients:
+            direction = {name: g.sin() + 1 for name, g in gradient.items()}
+            velocity = {name: 0.9 * v + gradient[name] for name, v in velocity.items()}
+            found, state = rule.update(direction, state, params, report(gradient))
+            for name, d in direction.items():
+                names = [name] if scope is each else list(params)
+                wanted = math.sqrt(sum(float(velocity[k].square().sum()) for k in names))
+                own = math.sqrt(sum(float(direction[k].square().sum()) for k in names))
+                close(found[name], d * wanted / own, TIGHT)
+    rule = graft(identity())
+    zero = scaled(params, 0.0)
+    same_bits(rule.update(zero, rule.init(params), params, report(gradient))[0], zero)
+
+
+def torch_rates(make: Callable[[Any], Any], steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.3)
+    scheduler, rates = make(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_schedules_are_those_of_torch() -> None:
+    lr_scheduler = torch.optim.lr_scheduler
+    steps = torch.arange(13)
+    falling = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=12, eta_min=0.01), 13)
+    for schedule in (cosine(0.3, 12, end=0.01), cosine(torch.tensor(0.3), 12, end=torch.tensor(0.01))):
+        close(torch.stack([schedule(t) for t in steps]), torch.tensor(falling), TIGHT)
+    close(cosine(0.3, 12, end=0.01)(torch.tensor(50)), torch.tensor(0.01), TIGHT)
+    rising = torch_rates(lambda o: lr_scheduler.LinearLR(o, start_factor=1 / 5, total_iters=4), 5)
+    warmed = warm_up(5, cosine(0.3, 12, end=0.01))
+    close(torch.stack([warmed(t) for t in torch.arange(18)]), torch.tensor([*rising, *falling]), TIGHT)
+    close(constant(0.3)(steps[7]), torch.tensor(0.3), TIGHT)
+
+
+def test_a_schedule_in_a_chain() -> None:
+    params, gradients = params_and_gradients()
+    expected = dict(params)
+    for t, gradient in enumerate(gradients):
+        lr = 0.2 * (t + 1) / 3 if t < 3 else 0.1 * (1 + math.cos(math.pi * (t - 3) / 5))
+        expected = {name: p - lr * gradient[name] for name, p in expected.items()}
+    close_trees(run(chain(learning_rate(warm_up(3, cosine(0.2, 5)))), params, gradients), expected, TIGHT)
+
+
+def test_average_of_parameters() -> None:
+    start, trees = params_and_gradients()
+    average = exponential_average(0.8)
+    state = average.init(start)
+    for t, params in enumerate(trees, 1):
+        found, state = average.update(params, state)
+        weights = [0.2 * 0.8 ** (t - 1 - k) / (1 - 0.8**t) for k in range(t)]
+        expected = {
+            name: sum((w * tree[name] for w, tree in zip(weights, trees[:t], strict=True)), torch.zeros(()))
+            for name in params
+        }
+        close_trees(found, expected, TIGHT)
+        assert math.isclose(sum(weights), 1)
+    half = {name: p.bfloat16() for name, p in start.items()}
+    found, state = average.update(half, average.init(half))
+    assert {p.dtype for p in found.values()} == {torch.bfloat16}
+    assert {v.dtype for v in state.value.values()} == {torch.float32}
+
+
+def full_chain(lr: Any = 0.1) -> Transform:
+    schedule = warm_up(2, cosine(lr, 6))
+    return chain(
+        clip_kl(1e-2, schedule),
+        clip_norm(1.5),
+        graft(momentum(0.5)),
+        nesterov(0.9),
+        weight_decay(0.01),
+        learning_rate(schedule),
+    )
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    params, (first, *_) = params_and_gradients()
+    optimizer = full_chain()
+    _, state = optimizer.update(first, optimizer.init(params), params, report(first))
+    zero, bad = scaled(params, 0.0), scaled(params, math.nan)
+    updates, new = optimizer.update(zero, state, params, report(bad, skipped=True))
+    same_bits(new, state)
+    same_bits(apply_updates(params, updates), params)
+
+
+def test_blocks_are_pure_compiled_and_mapped() -> None:
+    params, gradients = params_and_gradients()
+    optimizer, average = full_chain(), exponential_average(0.9)
+
+    def step(params: Params, state: Any, mean: Any, gradient: Params) -> Any:
+        updates, state = optimizer.update(gradient, state, params, report(gradient))
+        params = apply_updates(params, updates)
+        return params, state, average.update(params, mean)
+
+    counters.clear()
+    fast = torch.compile(step, fullgraph=True, backend="aot_eager")
+    carried = (params, optimizer.init(params), average.init(params))
+    for gradient in gradients:
+        before = pytree.tree_map(torch.clone, carried)
+        expected, found = step(*carried, gradient), fast(*carried, gradient)
+        close_trees(found, expected, TIGHT)
+        same_bits(carried, before)
+        carried = (found[0], found[1], found[2][1])
+    assert counters["stats"]["unique_graphs"] == 1
+
+    def after(lr: Tensor) -> Params:
+        return run(full_chain(lr), params, gradients)
+
+    rates = torch.tensor([0.1, 0.01])
+    many = torch.vmap(after)(rates)
+    for k, lr in enumerate(rates):
+        close_trees({name: p[k] for name, p in many.items()}, after(lr), TIGHT)
+
+
+def test_states_survive_a_checkpoint() -> None:
+    params, gradients = params_and_gradients()
+    optimizer, average = full_chain(), exponential_average(0.9)
+    _, state = optimizer.update(gradients[0], optimizer.init(params), params, report(gradients[0]))
+    _, mean = average.update(params, average.init(params))
+    file = io.BytesIO()
+    torch.save((state, mean), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    same_bits(loaded, (state, mean))
+    same_bits(
+        optimizer.update(gradients[1], loaded[0], params, report(gradients[1])),
+        optimizer.update(gradients[1], state, params, report(gradients[1])),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: momentum(1.0), ValueError, "decay=1.0.*0 <= decay < 1"),
+        (lambda: nesterov(-0.1), ValueError, "decay=-0.1"),
+        (lambda: exponential_average(2.0), ValueError, "decay=2.0"),
+        (lambda: weight_decay(-1.0), ValueError, "rate=-1.0.*positive"),
+        (lambda: clip_kl(0.0, 0.1), ValueError, "limit=0.0.*positive"),
+        (lambda: clip_kl(1e-3, 0.0), ValueError, "learning_rate=0.0.*positive"),
+        (lambda: clip_norm("1"), TypeError, "limit is a str"),  # type: ignore[arg-type]
+        (lambda: learning_rate(-0.1), ValueError, "value=-0.1.*positive"),
+        (lambda: cosine(0.1, 0), ValueError, "steps=0.*at least 1"),
+        (lambda: warm_up(0, constant(0.1)), ValueError, "steps=0.*at least 1"),
+        (lambda: relative(0.0), ValueError, "fraction=0.0.*positive"),
+        (lambda: levenberg_marquardt(*torch.ones(3), factor=1.5), ValueError, "factor=1.5.*0 < factor < 1"),
+        (lambda: momentum(torch.ones(2)), ValueError, r"decay has shape \(2,\).*0-d"),
+    ],
+)
+def test_settings_of_blocks(make: Callable[[], Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_trees_that_do_not_match() -> None:
+    params = {"w": torch.ones(3, 4), "b": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"updates has no 'b'.*same names"):
+        apply_updates(params, {"w": params["w"]})
+    with pytest.raises(ValueError, match=r"updates has 'c'.*same names"):
+        apply_updates(params, {**params, "c": torch.ones(())})
+    with pytest.raises(ValueError, match=r"updates\['b'\] has shape \(4,\).*\(3,\).*same shape"):
+        apply_updates(params, {**params, "b": torch.ones(4)})
+    one = chain(learning_rate(0.1))
+    with pytest.raises(ValueError, match=r"2 parts.*1 transforms.*init\(params\)"):
+        one.update(params, chain(momentum(0.9), learning_rate(0.1)).init(params), params, report(params))
+
+
+def net_and_loss() -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(model(x), y)
+
+    return net, loss, [(torch.randn(20, 4), torch.randint(0, 3, (20,))) for _ in range(STEPS)]
+
+
+def functional(net: nn.Module) -> Callable[[Params, Any], Tensor]:
+    return lambda p, e: F.cross_entropy(functional_call(net, p, (e[0][None],)), e[1][None])
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, lr=0.1), lambda p: torch.optim.SGD(p, 0.1, 0.9)])
+def test_any_optimizer_steps_on_the_natural_gradient(make: Any) -> None:
+    net, _, batches = net_and_loss()
+    step = ekfac(functional(net), damping=1e-2)
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    state, naturals, optimizer = step.init(start, batches[0]), [], make(list(net.parameters()))
+    for batch in batches:
+        natural, state, _ = step.precondition(dict(net.named_parameters()), batch, state)
+        set_grads(net, natural)
+        naturals.append(natural)
+        optimizer.step()
+    close_trees({name: p.detach() for name, p in net.named_parameters()}, run_torch(make, start, naturals), TIGHT)
+
+
+def test_set_grads() -> None:
+    net, _, _ = net_and_loss()
+    natural = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+    leaves = dict(net.named_parameters())
+    set_grads(leaves, natural)
+    same_bits([p.grad for p in leaves.values()], list(natural.values()))
+    part = {name: t for name, t in natural.items() if name != "0.bias"}
+    set_grads(net, part)
+    assert leaves["0.bias"].grad is None
+    with pytest.raises(ValueError, match="natural has 'other' that params has not"):
+        set_grads(net, {**natural, "other": torch.ones(())})
+    with pytest.raises(ValueError, match=r"natural\['0.bias'\] has shape \(2,\).*\(6,\)"):
+        set_grads(net, {**natural, "0.bias": torch.ones(2)})
+
+
+@pytest.mark.parametrize("use_nesterov", [False, True])
+def test_the_optimizer_is_sgd_on_the_natural_gradient(use_nesterov: bool) -> None:
+    """With a learning-rate scheduler, two groups, a parameter left out, and an estimator with a memory."""
+    net, loss, batches = net_and_loss()
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    options: dict[str, Any] = {"second_moment": averaged_intra_batch(0.9), "basis_every": 3}
+
+    def prepared(params: dict[str, Any]) -> list[Any]:
+        return [
+            {"params": [params["0.weight"]], "lr": 0.1},
+            {"params": [params["0.bias"], params["2.weight"]], "weight_decay": 0.05},
+        ]
+
+    twin = {name: p.clone().requires_grad_() for name, p in start.items()}
+    reference = torch.optim.SGD(prepared(twin), lr=0.2, momentum=0.9, nesterov=use_nesterov)
+    rates = torch.optim.lr_scheduler.StepLR(reference, 2, 0.5)
+    held = {name: twin[name] for name in ("0.weight", "0.bias", "2.weight")}
+
+    def frozen(params: Params, example: Any) -> Tensor:
+        return functional(net)({**params, "2.bias": start["2.bias"]}, example)
+
+    step = ekfac(frozen, damping=1e-2, **options)
+    state = step.init(held, batches[0])
+    expected = []
+    for batch in batches:
+        natural, state, info = step.precondition(held, batch, state)
+        set_grads(held, natural)
+        reference.step()
+        rates.step()
+        expected.append(info.loss)
+
+    optimizer = EKFACOptimizer(
+        net, loss, prepared(dict(net.named_parameters())), lr=0.2, damping=1e-2, nesterov=use_nesterov, **options
+    )
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    found = []
+    for batch in batches:
+        optimizer.zero_grad()
+        found.append(optimizer.step(batch))
+        scheduler.step()
+    close(torch.stack(found), torch.stack(expected))
+    close_trees({name: p.detach() for name, p in net.named_parameters()}, {n: p.detach() for n, p in twin.items()})
+
+
+def test_the_optimizer_resumes_with_the_same_bits() -> None:
+    net, loss, batches = net_and_loss()
+    start = {name: p.clone() for name, p in net.state_dict().items()}
+
+    def made() -> EKFACOptimizer:
+        return EKFACOptimizer(net, loss, lr=0.1, damping=1e-2, weight_decay=1e-3, basis_every=4)
+
+    optimizer = made()
+    for batch in batches:
+        optimizer.step(batch)
+    straight = {name: p.clone() for name, p in net.state_dict().items()}
+    net.load_state_dict(start)
+    optimizer = made()
+    assert optimizer.state_dict()["ekfac"] is None
+    for batch in batches[:3]:
+        optimizer.step(batch)
+    optimizer.damping = torch.tensor(1e-2)
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for p in net.parameters():
+        p.data.zero_()
+    net.load_state_dict(saved["net"])
+    again = made()
+    again.load_state_dict(saved["optimizer"])
+    assert again.damping == 1e-2
+    for batch in batches[3:]:
+        again.step(batch)
+    same_bits(net.state_dict(), straight)
+    with pytest.raises(ValueError, match=r"state_dict has no 'ekfac'.*EKFACOptimizer.state_dict"):
+        again.load_state_dict(torch.optim.SGD(net.parameters(), 0.1).state_dict())
+
+
+def test_the_optimizer_skips_compiles_and_takes_a_closure() -> None:
+    net, loss, batches = net_and_loss()
+    optimizer = EKFACOptimizer(net, loss, lr=0.1, damping=relative(0.1))
+    optimizer.step(batches[0])
+    before = [p.detach().clone() for p in net.parameters()]
+    state = pytree.tree_map(torch.clone, [optimizer.state[p]["velocity"] for p in net.parameters()])
+    x, y = batches[1]
+    optimizer.step((x * math.nan, y))
+    assert optimizer.info is not None
+    assert optimizer.info.skipped
+    same_bits([p.detach() for p in net.parameters()], before)
+    same_bits([optimizer.state[p]["velocity"] for p in net.parameters()], state)
+
+    def closure() -> Tensor:
+        value = loss(net, batches[1])
+        value.backward()
+        return value.detach()
+
+    close(optimizer.step(batches[1], closure), optimizer.info.loss)
+    assert next(net.parameters()).grad is not None
+    optimizer.zero_grad()
+    assert next(net.parameters()).grad is None
+    with NoHostRead():
+        stale = EKFACOptimizer(net, loss, lr=0.1, damping=1e-2, basis_every=100)
+        stale.ekfac_state = optimizer.ekfac_state
+        stale.step(batches[2])
+    twin, _, _ = net_and_loss()
+    twin.load_state_dict(net.state_dict())
+    other = EKFACOptimizer(twin, loss, lr=0.1, damping=relative(0.1))
+    other.load_state_dict(optimizer.state_dict())
+    other.precondition = torch.compile(other.precondition, fullgraph=True, backend="aot_eager")
+    for batch in batches[2:]:
+        optimizer.step(batch)
+        other.step(batch)
+    close_trees(list(twin.parameters()), list(net.parameters()), 1e-8)
+
+
+def test_errors_of_the_optimizer() -> None:
+    net, loss, _ = net_and_loss()
+    with pytest.raises(ValueError, match=r"lr=0.0.*positive"):
+        EKFACOptimizer(net, loss, lr=0.0, damping=1e-2)
+    with pytest.raises(ValueError, match=r"momentum=-1.*at least 0"):
+        EKFACOptimizer(net, loss, lr=0.1, momentum=-1.0, damping=1e-2)
+    with pytest.raises(ValueError, match=r"shape \(2,\).*no parameter of model"):
+        EKFACOptimizer(net, loss, [torch.ones(2, requires_grad=True)], lr=0.1, damping=1e-2)
+    with pytest.raises(ValueError, match=r"damping=-1.*positive"):
+        EKFACOptimizer(net, loss, lr=0.1, damping=-1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'basis_evry'"):
+        EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
+
+
+def dense_curvature(state: Any, weight: str, power: Callable[[Tensor], Tensor]) -> Tensor:
+    """The layer's `Q f(m2) Q^T` as a matrix on the flattened `[o i]`, with one block and one offset."""
+    basis, m2 = state.bases[weight], state.second_moments[weight].value
+    Q = torch.kron(basis.Q_B[0].contiguous(), basis.Q_A[0].contiguous())
+    return Q @ torch.diag(power(m2[0, :, :, 0].flatten())) @ Q.T
+
+
+LINEAR = Layer("weight", "bias", (1, 3, 5, 1), (3, 4), (0, 1))
+
+
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, -0.75])
+def test_exponents(exponent: float) -> None:
+    """Against dense matrix powers and a loop over the examples."""
+    case = make("linear")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2, exponent=exponent)
+    natural, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    gradient = blocks(loop(case.loss_fn, case.params, batch)[1], LINEAR).mean(0).flatten()
+    C = dense_curvature(state, "weight", lambda m2: m2 + 1e-2)
+    values, vectors = torch.linalg.eigh(C)
+    expected = (vectors @ (values**exponent * (vectors.T @ gradient))).reshape(3, 5)
+    close(natural["weight"], expected[:, :-1], 1e-8)
+    close(natural["bias"], expected[:, -1], 1e-8)
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.5), running_average(0.9), kfac])
+@pytest.mark.parametrize("scope", [each, together])
+def test_relative_damping(estimator: Any, scope: Any) -> None:
+    case = make("conv groups")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=relative(0.3, scope), second_moment=estimator)
+    initial = step.init(case.params, batch)
+    natural, state, info = step.precondition(case.params, batch, initial)
+    values = {name: moment.value for name, moment in state.second_moments.items()}
+    whole = torch.cat([m2.flatten() for m2 in values.values()]).mean()
+    for k, m2 in enumerate(values.values()):
+        close(info.damping[k], 0.3 * (m2.mean() if scope is each else whole), TIGHT)
+    if scope is together:
+        again, _, _ = ekfac(case.loss_fn, damping=info.damping[0], second_moment=estimator).precondition(
+            case.params, batch, initial
+        )
+        close_trees(natural, again)
+    louder = ekfac(lambda p, e: 7 * case.loss_fn(p, e), damping=relative(0.3, scope), second_moment=estimator)
+    close_trees(scaled(louder.precondition(case.params, batch, initial)[0], 7), natural, 1e-7)
+
+
+def test_relative_damping_of_a_layer_without_gradients() -> None:
+    case = make("unused")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=relative(0.1))
+    natural, _, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    assert not info.skipped
+    assert natural["v"].abs().max() == 0
+    assert natural["w"].abs().max() > 0
+
+
+def test_a_damping_rule_of_ones_own() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=lambda moments: {"0.weight": torch.tensor(0.1)})
+    with pytest.raises(ValueError, match=r"no number for the layer '2.weight'.*one for each name"):
+        step.precondition(case.params, batch, step.init(case.params, batch))
+    with pytest.raises(ValueError, match=r"exponent=0.5.*negative"):
+        ekfac(case.loss_fn, damping=1.0, exponent=0.5)
+
+
+def test_levenberg_marquardt() -> None:
+    def after(actual: float, predicted: float, damping: float = 2.0, **options: Any) -> float:
+        return float(levenberg_marquardt(*map(torch.tensor, (damping, actual, predicted)), **options))
+
+    factor = 0.95**5
+    assert after(0.8, 1.0) == 2 * factor
+    assert after(0.75, 1.0) == after(0.25, 1.0) == 2
+    assert after(0.2, 1.0) == after(-3.0, 1.0) == 2 / factor
+    assert after(math.nan, 1.0) == after(-math.inf, 1.0) == 2 / factor
+    assert after(1.0, 0.0) == after(1.0, -1.0) == after(1.0, math.nan) == 2
+    assert after(1.0, 1.0, 2.0, factor=0.5) == 1
+    assert after(1.0, 1.0, 2.0, factor=0.5, smallest=1.5) == 1.5
+    assert after(0.0, 1.0, 2.0, factor=0.5, largest=3.0) == 3
+
+
+def test_the_predicted_decrease() -> None:
+    """Against the dense quadratic model, and with the exact second moment against a loop."""
+    case = make("linear")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    natural, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    updates = scaled(natural, -0.3)
+    _, gradients = loop(case.loss_fn, case.params, batch)
+    G = blocks(gradients, LINEAR).flatten(1)
+    delta = blocks({name: u[None] for name, u in updates.items()}, LINEAR).flatten()
+    C = dense_curvature(state, "weight", lambda m2: m2 + 1e-2)
+    quadratic = preconditioned_quadratic(natural, info.gradient, 0.3)
+    close(quadratic, delta @ C @ delta, 1e-8)
+    found = predicted_decrease(updates, info.gradient, quadratic)
+    close(found, -(G.mean(0) @ delta) - delta @ C @ delta / 2, 1e-8)
+    assert found > 0
+    exact = fisher_quadratic(case.loss_fn, case.params, batch, updates, 1e-2)
+    close(exact, delta @ (G.T @ G / N + 1e-2 * torch.eye(15)) @ delta, 1e-8)
+
+
+def test_adaptive_damping_inside_a_compiled_step() -> None:
+    net, _, batches = net_and_loss()
+    loss_fn, counted = functional(net), []
+
+    def step(params: Params, state: Any, damping: Tensor, batch: Any) -> Any:
+        natural, state, info = ekfac(loss_fn, damping=damping, basis_every=3).precondition(params, batch, state)
+        new = apply_updates(params, scaled(natural, -0.5))
+        predicted = predicted_decrease(
+            scaled(natural, -0.5), info.gradient, preconditioned_quadratic(natural, info.gradient, 0.5)
+        )
+        after = torch.vmap(loss_fn, in_dims=(None, 0))(new, batch).mean()
+        return new, state, levenberg_marquardt(damping, info.loss - after, predicted), info
+
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    fast = torch.compile(step, fullgraph=True, backend="aot_eager")
+    slow_carried = carried = (params, ekfac(loss_fn, damping=1.0).init(params, batches[0]), torch.tensor(1.0))
+    counters.clear()
+    for _ in range(2):
+        for batch in batches:
+            carried, slow_carried = fast(*carried, batch)[:3], step(*slow_carried, batch)[:3]
+            counted.append(float(carried[2]))
+    close_trees(carried[0], slow_carried[0], 1e-7)
+    assert counters["stats"]["unique_graphs"] <= 3
+    assert len(set(counted)) > 2
+
+
+def test_metrics() -> None:
+    case = make("conv groups")
+    batch = case.batch(N)
+    for damping in (0.05, relative(0.1)):
+        step = ekfac(case.loss_fn, damping=damping)
+        natural, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
+        with NoHostRead():
+            found = metrics(natural, info, state, learning_rate=0.5)
+        assert all(isinstance(value, Tensor) and value.dim() == 0 for value in found.values())
+        losses, gradients = loop(case.loss_fn, case.params, batch)
+        flat = torch.cat([g.mean(0).flatten() for g in gradients.values()])
+        direction = torch.cat([natural[name].flatten() for name in gradients])
+        close(found["loss"], losses.mean())
+        close(found["gradient_norm"], flat.norm())
+        close(found["natural_norm"], direction.norm())
+        close(found["cosine"], F.cosine_similarity(flat, direction, dim=0))
+        close(found["kl"], 0.125 * flat @ direction)
+        assert found["skipped"] == found["kept_bases"] == 0
+        for k, (name, moment) in enumerate(state.second_moments.items()):
+            used = info.damping if info.damping.dim() == 0 else info.damping[k]
+            close(found["damping" if info.damping.dim() == 0 else f"damping/{name}"], used)
+            m2 = moment.value.flatten()
+            entropy = torch.distributions.Categorical(probs=m2).entropy()
+            close(found[f"effective_rank/{name}"], entropy.exp(), 1e-8)
+            assert 1 <= found[f"effective_rank/{name}"] <= len(m2)
+            close(found[f"condition/{name}"], torch.linalg.cond(torch.diag(m2 + used)), 1e-8)
+    fast = torch.compile(metrics, fullgraph=True, backend="aot_eager")
+    close_trees(fast(natural, info, state), metrics(natural, info, state))
+
+
+def test_metrics_of_a_first_step_that_was_skipped() -> None:
+    case = make("mlp")
+    x, y = case.batch(N)
+    step = ekfac(case.loss_fn, damping=relative(0.1), second_moment=kfac)
+    natural, state, info = step.precondition(case.params, (x * math.nan, y), step.init(case.params, (x, y)))
+    found = metrics(natural, info, state)
+    assert found["skipped"] == 1
+    assert found["natural_norm"] == found["effective_rank/0.weight"] == 0
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac])
+def test_the_clocks_of_moment_and_basis(estimator: Any) -> None:
+    """Steps 0 to 6: bases at 0, 3, 6, moments also at 2 and 4; in between against the dense inverse."""
+    case = make("linear")
+    slow = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=3, moment_every=2)
+    always = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=3)
+    state = slow.init(case.params, case.batch(N))
+    for t in range(7):
+        batch = case.batch(N)
+        natural, new, _ = slow.precondition(case.params, batch, state)
+        if t in (1, 5):
+            same_bits(pytree.tree_leaves(new), pytree.tree_leaves(state))
+            G = blocks(loop(case.loss_fn, case.params, batch)[1], LINEAR)
+            C = dense_curvature(state, "weight", lambda m2: m2 + 1e-2)
+            expected = torch.linalg.solve(C, G.mean(0).flatten()).reshape(3, 5)
+            close(natural["weight"], expected[:, :-1], 1e-8)
+        else:
+            same_bits((natural, new), always.precondition(case.params, batch, state)[:2])
+        assert new.step == t + 1
+        state = new
+    with pytest.raises(ValueError, match=r"moment_every=0.*at least 1"):
+        ekfac(case.loss_fn, damping=1.0, moment_every=0)
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, running_average(0.9)])
+def test_chunks_and_joined_micro_batches_are_the_large_batch(estimator: Any) -> None:
+    """Over several steps, with dropout off: factors, moments and natural gradients alike."""
+    case = make("conv groups")
+    micro = [[case.batch(8) for _ in range(3)] for _ in range(4)]
+    joined = [pytree.tree_map(lambda *t: torch.cat(t), *parts) for parts in micro]
+    whole = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=2)
+    parts = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=2, chunk_size=8)
+    state = whole.init(case.params, joined[0])
+    for batch in joined:
+        expected, after, _ = whole.precondition(case.params, batch, state)
+        found, other, _ = parts.precondition(case.params, batch, state)
+        close_trees(found, expected, 1e-8)
+        close_trees(other.factors, after.factors)
+        mean = [whole.precondition(case.params, piece, state)[2].gradient for piece in batch_pieces(batch, 8)]
+        close_trees({name: sum(g[name] for g in mean) / 3 for name in found}, loop_mean(case, batch))
+        state = after
+
+
+def batch_pieces(batch: Any, size: int) -> list[Any]:
+    return [pytree.tree_map(lambda t, k=k: t[k : k + size], batch) for k in range(0, len(batch[0]), size)]
+
+
+def loop_mean(case: Case, batch: Any) -> Params:
+    return {name: g.mean(0) for name, g in loop(case.loss_fn, case.params, batch)[1].items()}
+
+
+def half_precision() -> tuple[Params, Any, Callable[..., Any], Callable[..., Any]]:
+    """Parameters in float32, a batch, a plain loss and one under autocast."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)).float()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    batch = torch.randn(32, 1, 6, 6, dtype=torch.float32), torch.randint(0, 10, (32,))
+
+    def plain(params: Params, example: Any) -> Tensor:
+        x, y = example
+        x = x.to(params["0.weight"].dtype)
+        return F.cross_entropy(functional_call(net, params, (x[None],)).float(), y[None])
+
+    def autocast(params: Params, example: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(params, example)
+
+    return params, batch, plain, autocast
+
+
+BF16 = 0.1  # relative error of natural gradients of one batch whose forward pass has 8 bits
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, running_average(0.9)])
+@pytest.mark.parametrize("kind", ["autocast", "bf16 parameters"])
+def test_half_precision_has_statistics_in_float32(kind: str, estimator: Any) -> None:
+    params, batch, plain, autocast = half_precision()
+    loss_fn = autocast if kind == "autocast" else plain
+    given = params if kind == "autocast" else {name: p.bfloat16() for name, p in params.items()}
+    step = ekfac(loss_fn, damping=0.1, second_moment=estimator)
+    exact = ekfac(plain, damping=0.1, second_moment=estimator)
+    natural, state, info = step.precondition(given, batch, step.init(given, batch))
+    expected, _, _ = exact.precondition(params, batch, exact.init(params, batch))
+    assert {leaf.dtype for leaf in pytree.tree_leaves(state)} == {torch.float32}
+    assert {name: t.dtype for name, t in natural.items()} == {name: t.dtype for name, t in given.items()}
+    assert info.loss.dtype == torch.float32
+    for name in params:
+        close(natural[name].float(), expected[name], BF16)
+    initial = step.init(given, batch)
+    assert {leaf.dtype for leaf in pytree.tree_leaves(initial)} == {torch.float32}
+    calls = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")(given, batch, initial)
+    for name in params:
+        close(calls[0][name].float(), natural[name].float(), BF16)
+
+
+def test_bf16_parameters_with_a_float32_master() -> None:
+    """The master takes steps that bfloat16 would round away."""
+    master, batch, loss_fn, _ = half_precision()
+    step = ekfac(loss_fn, damping=0.1, basis_every=5)
+    optimizer = chain(momentum(0.9), learning_rate(1e-3))
+    opt_state, state = optimizer.init(master), step.init(master, batch)
+    start, losses = master, []
+    for _ in range(40):
+        natural, state, info = step.precondition({name: p.bfloat16() for name, p in master.items()}, batch, state)
+        updates, opt_state = optimizer.update(natural, opt_state, master, info)
+        master = apply_updates(master, updates)
+        losses.append(float(info.loss))
+    assert {p.dtype for p in master.values()} == {u.dtype for u in updates.values()} == {torch.float32}
+    assert losses[-1] < losses[0] - 0.05
+    assert all((p - start[name]).abs().max() > 0 for name, p in master.items())
+
+
+def test_the_compiled_training_step() -> None:
+    """Schedule, capture, moment, refresh, rescale, clipping, momentum, decay, update, average and metrics at once."""
+    net, _, batches = net_and_loss()
+    loss_fn, optimizer, average = functional(net), full_chain(), exponential_average(0.9)
+    options: dict[str, Any] = {"basis_every": 4, "moment_every": 2, "second_moment": averaged_intra_batch(0.9)}
+    method = ekfac(loss_fn, damping=relative(0.3), **options)
+
+    def step(params: Params, opt_state: Any, state: Any, mean: Any, batch: Any) -> Any:
+        natural, state, info = method.precondition(params, batch, state)
+        updates, opt_state = optimizer.update(natural, opt_state, params, info)
+        params = apply_updates(params, updates)
+        _, mean = average.update(params, mean)
+        return params, opt_state, state, mean, metrics(natural, info, state)
+
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    first = (params, optimizer.init(params), method.init(params, batches[0]), average.init(params))
+    carried: tuple[Any, Any, Any, Any] = first
+    twin = carried
+    counters.clear()
+    fast = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for batch in batches * 2:
+        found, expected = fast(*carried, batch), step(*twin, batch)
+        carried, twin = found[:4], expected[:4]
+        close_trees(carried[:2], twin[:2], 1e-7)
+        close(found[4]["loss"], expected[4]["loss"], 1e-8)
+    assert counters["stats"]["unique_graphs"] <= 4  # the first step, a refresh, a moment alone, neither
+    x, y = batches[0]
+    after = fast(*carried, (x * math.nan, y))
+    assert after[4]["skipped"] == 1
+    same_bits(after[:2], carried[:2])
