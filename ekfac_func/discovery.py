@@ -339,7 +339,8 @@ def _run(
 def _lay_out(call: Call, view: View) -> tuple[_Groups, tuple[Window, Window, Window]] | None:
     """The parameter's axes that a call has on each letter, and what it uses of them; None where that is no layer."""
     shape = view.shape if call.split is None else call.split
-    if len(call.letters) != len(shape) or not set(call.letters) <= set("boik"):
+    named = isinstance(call.letters, str) and len(call.letters) == len(shape)
+    if not named or not set(call.letters) <= set("boik"):
         raise ValueError(
             f"the rule of a call of {view.name!r} names its axes {call.letters!r} where its shape is {tuple(shape)}: "
             "give each axis one of the letters b, o, i, k"

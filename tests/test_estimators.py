@@ -119,6 +119,7 @@ def captured_positions(case: Case, batch: Any, layer: Layer, state: State, rules
 def product(state: State, name: str, positions: Any) -> Tensor:
     factors, moment = state.factors[name], state.second_moments[name].value
     a, b = torch.linalg.eigvalsh(factors.A).flatten(1), torch.linalg.eigvalsh(factors.B).flatten(1)
+    positions = torch.as_tensor(positions).reshape(-1, 1, 1, 1)  # of all blocks alike, or of each
     return (positions * b[:, :, None, None] * a[:, None, :, None]).expand_as(moment)
 
 

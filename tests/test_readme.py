@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ekfac_func import RULES, ekfac, per_example_gradients
+from ekfac_func import ekfac, per_example_gradients
 
 from .oracles import close, loop
 
@@ -38,15 +38,31 @@ def test_every_block_runs(names: dict[str, Any]) -> None:
 
 def test_the_rule(names: dict[str, Any]) -> None:
     def loss_fn(params: Any, x: Any) -> Any:
-        return torch.addmm(params["b"], x, params["w"]).cos().sum()
+        return names["square_linear"](x, params["w"]).cos().sum()
 
-    params, batch = {"w": torch.randn(4, 3), "b": torch.randn(3)}, torch.randn(6, 5, 4)
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(6, 5, 4)
     found = per_example_gradients(loss_fn, params, batch, rules=names["rules"])
-    assert hasattr(found.captured.terms["w"], "a")
-    expected = loop(loss_fn, params, batch)[1]
-    for name in params:
-        close(found.dense(name), expected[name])
-    assert names["rules"].keys() > RULES.keys()
+    assert found.captured.layers["w"].rule == "square_linear"
+    close(found.dense("w"), loop(loss_fn, params, batch)[1]["w"])
+    step = ekfac(loss_fn, damping=1e-2, rules=names["rules"])
+    state = step.init(params, batch, check=True)
+    compiled = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
+    close(compiled(params, batch, state)[0]["w"], step.precondition(params, batch, state)[0]["w"], 1e-8)
+
+
+def test_the_mean_over_the_tokens_of_a_batch(names: dict[str, Any]) -> None:
+    x, y, mask, _ = (t.double() if t.is_floating_point() else t for t in names["tokens"])
+    net = names["net"].double()
+    leaves = {name: p.detach().double().requires_grad_() for name, p in names["params"].items()}
+    losses = torch.nn.functional.cross_entropy(
+        torch.func.functional_call(net, leaves, (x.flatten(0, 1),)), y.flatten(), reduction="none"
+    )
+    expected = torch.autograd.grad((losses * mask.flatten()).sum() / mask.sum(), list(leaves.values()))
+    step, params = names["sentences"], {name: p.detach() for name, p in leaves.items()}
+    batch = tuple(t.double() if t.is_floating_point() else t for t in names["tokens"])
+    _, _, info = step.precondition(params, batch, step.init(params, batch))
+    for name, gradient in zip(leaves, expected, strict=True):
+        close(info.gradient[name], gradient, 1e-7)
 
 
 def test_the_estimator(names: dict[str, Any]) -> None:
