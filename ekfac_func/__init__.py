@@ -1,6 +1,7 @@
 """Natural gradients from exact per-example gradients, as pure functions on `torch.func`."""
 
 from .contraction import exact_sums, gradient_sums
+from .fisher import Fisher, empirical, exact, gradient, sampled
 from .per_example import PerExampleGradients, per_example_gradients
 from .precondition import EKFAC, ekfac
 from .rules import RULES, SUA, Call, Rule, Rules, conv, conv_sua, linear
@@ -26,6 +27,7 @@ __all__ = [
     "Dense",
     "Factored",
     "Factors",
+    "Fisher",
     "Info",
     "Layer",
     "Moment",
@@ -39,7 +41,10 @@ __all__ = [
     "conv",
     "conv_sua",
     "ekfac",
+    "empirical",
+    "exact",
     "exact_sums",
+    "gradient",
     "gradient_sums",
     "intra_batch",
     "keep",
@@ -49,5 +54,6 @@ __all__ = [
     "per_example_gradients",
     "reset",
     "running_average",
+    "sampled",
     "transport",
 ]

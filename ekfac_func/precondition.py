@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import basis as eigenbasis
-from .capture import capture, plan
+from .capture import Captured, capture, plan
 from .checks import (
     check_batch,
     check_count,
@@ -20,7 +20,17 @@ from .checks import (
     check_randomness,
     check_state,
 )
-from .kronecker import average_factors, eigenvalue_product, factor_sums, out_of_basis, positions, unpack
+from .fisher import Fisher, empirical
+from .kronecker import (
+    average_factors,
+    eigenvalue_product,
+    factor_sums,
+    gradient,
+    into_basis,
+    out_of_basis,
+    positions,
+    unpack,
+)
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, refresh
 from .types import Basis, Batch, Factors, Info, Layer, LossFn, Moment, Number, Params, State, Sums, Term
@@ -42,6 +52,7 @@ def ekfac(
     *,
     damping: Number,
     second_moment: SecondMoment = intra_batch,
+    fisher: Fisher = empirical,
     basis_every: int = 1,
     at_refresh: AtRefresh | None = None,
     factor_decay: Number = 0.0,
@@ -59,6 +70,9 @@ def ekfac(
     damping: added to the second moment, in loss^2 / parameter^2; positive. A Python number or a 0-d tensor.
     second_moment: the estimator of `m2`: `intra_batch`, `averaged_intra_batch(decay)`, `running_average(decay)`,
         `kfac`, or a `SecondMoment` of your own.
+    fisher: which gradients make the factors and the moment: `empirical`, `sampled(model, likelihood, samples)`,
+        `exact(model, likelihood)`, `gradient(loss)`, or a `Fisher` of your own. The gradient that is rescaled is
+        always that of `loss_fn`. Under `torch.compile`, make it outside the compiled function.
     basis_every: steps from one refresh of factors and eigenbases to the next; the first step is one.
     at_refresh: what becomes of the moment when the basis changes: `reset`, `keep` or `transport`; by default the
         estimator's own.
@@ -81,6 +95,16 @@ def ekfac(
             f"second_moment={second_moment!r} is not an estimator: pass intra_batch, averaged_intra_batch(decay), "
             "running_average(decay), kfac or a SecondMoment"
         )
+    if not isinstance(fisher, Fisher):
+        raise TypeError(
+            f"fisher={fisher!r} is not a Fisher: pass empirical, sampled(model, likelihood), exact(model, likelihood), "
+            "gradient(loss) or a Fisher"
+        )
+    if second_moment.reads_mean and not fisher.draws:
+        raise ValueError(
+            f"second_moment={second_moment.name} reads the mean of gradients that are draws, which the {fisher.name} "
+            "Fisher does not have: use sampled(model, likelihood) with it, or another estimator"
+        )
     if at_refresh is not None and not callable(at_refresh):
         raise TypeError(f"at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
     if not isinstance(rules, Mapping):
@@ -91,35 +115,40 @@ def ekfac(
     check_randomness(randomness)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    curvature_loss = loss_fn if fisher.loss is None else fisher.loss
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
 
     def init(params: Mapping[str, Tensor], batch: Batch) -> State:
         check_params(params)
         check_batch(batch)
-        return _initial(plan(loss_fn, params, batch, rules).layers, params)
+        return _initial(plan(curvature_loss, params, fisher.examples(params, batch), rules).layers, params)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
-        n = check_batch(batch)
-        losses, layers, terms = capture(loss_fn, params, batch, rules, randomness, chunk_size)
+        check_batch(batch)
+        examples = fisher.examples(params, batch)
+        losses, layers, terms = capture(curvature_loss, params, examples, rules, randomness, chunk_size)
         check_state(state, layers.values())
 
         carried, kept = state, torch.zeros((), dtype=torch.int64, device=losses.device)
         if state.step % basis_every == 0:
             carried, kept = _refresh(state, terms, factor_decay, second_moment, carry)
         bases = carried.bases
+        n, loss = len(losses), losses.mean()
         means = {name: _mean(second_moment.sums(term, bases[name]), n) for name, term in terms.items()}
         updated = {name: second_moment.update(carried.second_moments[name], means[name], n) for name in layers}
-        rescaled = {name: _rescale(means[name].projected, updated[name], bases[name], damping) for name in layers}
+        slopes = {name: (mean.gradient, mean.projected) for name, mean in means.items()}
+        if fisher.loss is not None:
+            data = capture(loss_fn, params, batch, rules, randomness, chunk_size)
+            loss, slopes = _of_data(data, layers, bases, params)
+        rescaled = {name: _rescale(slopes[name][1], updated[name], bases[name], damping) for name in layers}
 
-        loss, new = losses.mean(), State(state.step + 1, carried.factors, bases, updated)
-        finite = _all_finite([loss, *rescaled.values(), *_learned(new, state)])
+        new = State(state.step + 1, carried.factors, bases, updated)
+        finite = _all_finite([loss, losses, *rescaled.values(), *_learned(new, state)])
         natural = {name: torch.where(finite, M, 0) for name, M in rescaled.items()}
-        gradient = {name: mean.gradient for name, mean in means.items()}
-        info = Info(
-            loss, _unpack(layers, gradient, params), ~finite, torch.where(finite, kept, 0), damping + loss.new_zeros(())
-        )
+        mean_gradient = _unpack(layers, {name: slope for name, (slope, _) in slopes.items()}, params)
+        info = Info(loss, mean_gradient, ~finite, torch.where(finite, kept, 0), damping + loss.new_zeros(()))
         return _unpack(layers, natural, params), _choose(finite, new, state), info
 
     return EKFAC(init, precondition)
@@ -156,6 +185,24 @@ def _refresh(
 def _mean(sums: Sums, n: int) -> Sums:
     """The one division of the sums over examples."""
     return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)
+
+
+def _of_data(
+    captured: Captured, layers: Mapping[str, Layer], bases: Mapping[str, Basis], params: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
+    n = len(captured.losses)
+    tree = _unpack(captured.layers, {name: gradient(term) / n for name, term in captured.terms.items()}, params)
+    packed = {name: pack(layer, tree) for name, layer in layers.items()}
+    return captured.losses.mean(), {name: (M, into_basis(M, bases[name])) for name, M in packed.items()}
+
+
+def pack(layer: Layer, tree: Mapping[str, Tensor]) -> Tensor:
+    """A layer's entries of a tree like params as `[b o i k]`: the inverse of `unpack`."""
+    b, o, i, k = layer.sizes
+    if layer.bias is None:
+        return tree[layer.weight].reshape(b, o, i, k)
+    return torch.cat([tree[layer.weight].reshape(b, o, i - 1, k), tree[layer.bias].reshape(b, o, 1, k)], dim=2)
 
 
 def _rescale(projected: Tensor, moment: Moment, basis: Basis, damping: Number) -> Tensor:
