@@ -1,13 +1,26 @@
 """Natural gradients from exact per-example gradients, as pure functions on `torch.func`."""
 
+from .compare import (
+    ESTIMATORS,
+    Estimator,
+    Record,
+    Seen,
+    compare,
+    own_coordinates,
+    split_batch,
+    summarise,
+    whole_batch,
+)
 from .contraction import exact_sums, gradient_sums
 from .fisher import Fisher, empirical, exact, gradient, sampled
 from .per_example import PerExampleGradients, per_example_gradients
 from .precondition import EKFAC, ekfac
+from .reference import Blocks, fisher_blocks, ggn_blocks
 from .rules import RULES, SUA, Call, Rule, Rules, conv, conv_sua, linear
 from .second_moment import (
     SecondMoment,
     averaged_intra_batch,
+    centred,
     intra_batch,
     keep,
     kfac,
@@ -20,11 +33,14 @@ from .types import Basis, Dense, Factored, Factors, Info, Layer, Moment, State, 
 
 __all__ = [
     "EKFAC",
+    "ESTIMATORS",
     "RULES",
     "SUA",
     "Basis",
+    "Blocks",
     "Call",
     "Dense",
+    "Estimator",
     "Factored",
     "Factors",
     "Fisher",
@@ -32,18 +48,24 @@ __all__ = [
     "Layer",
     "Moment",
     "PerExampleGradients",
+    "Record",
     "Rule",
     "Rules",
     "SecondMoment",
+    "Seen",
     "State",
     "Sums",
     "averaged_intra_batch",
+    "centred",
+    "compare",
     "conv",
     "conv_sua",
     "ekfac",
     "empirical",
     "exact",
     "exact_sums",
+    "fisher_blocks",
+    "ggn_blocks",
     "gradient",
     "gradient_sums",
     "intra_batch",
@@ -51,9 +73,13 @@ __all__ = [
     "kfac",
     "linear",
     "moving_average",
+    "own_coordinates",
     "per_example_gradients",
     "reset",
     "running_average",
     "sampled",
+    "split_batch",
+    "summarise",
     "transport",
+    "whole_batch",
 ]

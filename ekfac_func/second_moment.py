@@ -97,6 +97,15 @@ Until a first basis exists (its batch was skipped) there is no estimate, and the
 """
 
 
+def _variance(moment: Moment, mean: Sums, n: int) -> Moment:
+    assert mean.square is not None
+    return Moment((mean.square - mean.projected.square()).clamp(min=0), torch.ones_like(moment.weight))
+
+
+centred = SecondMoment("centred", exact_sums, _variance, keep, reads_mean=True)
+"""`intra_batch` less the square of the batch's mean gradient: the variance in place of the second moment."""
+
+
 def averaged_intra_batch(decay: Number) -> SecondMoment:
     """Bias-corrected moving average of `intra_batch`.
 
