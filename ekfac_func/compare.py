@@ -152,7 +152,7 @@ def compare(
     damping: float,
     estimators: Mapping[str, Estimator | SecondMoment] = ESTIMATORS,
     reference: Fisher = empirical,
-    step_sizes: Sequence[float] = (0.03, 0.1, 0.3, 1.0),
+    step_sizes: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     dense_limit: int = 2048,
     randomness: str = "different",
     chunk_size: int | None = None,

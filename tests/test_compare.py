@@ -270,7 +270,7 @@ def best_of(case: Case, everything: Any, loss: Tensor, by: Any, batches: list[An
             natural[layer.weight] = M[:, :, :-1].reshape(case.params[layer.weight].shape)
             natural[layer.bias] = M[:, :, -1:].reshape(case.params[layer.bias].shape)
     decreases = {0.0: 0.0}
-    for size in (0.03, 0.1, 0.3, 1.0):
+    for size in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
         moved = {k: p - size * natural[k] for k, p in case.params.items()}
         decreases[size] = (loss - loop(case.loss_fn, moved, everything)[0].mean()).item()
     best = max(decreases, key=lambda size: decreases[size])

@@ -115,7 +115,7 @@ def _png(figure: Figure) -> str:
 
 
 STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1em; }
 img { max-width: 100%; } code { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 12px; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #ccc; padding: 2px 6px; text-align: right; white-space: nowrap; }

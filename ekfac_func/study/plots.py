@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..compare import Record, summarise
-from .run import Row, Study, middle
+from .run import Row, Study, batch_sizes, middle
 
 SCATTERED = ("intra_batch", "kfac", "running 0.9", "sua kfac", "diagonal")
 POINTS = 1500  # of one layer in the scatter
+SMALLEST = 1e-9  # of the largest exact moment of a panel; below lies rounding, and the null space of small batches
 
 
 def draw(study: Study) -> dict[str, Figure]:
@@ -71,13 +72,13 @@ def eigenvalues(study: Study) -> Figure:
     layers = list(dict.fromkeys(seen.layer for _, seen in study.seen))
     for row, stage in zip(axes, study.stages, strict=True):
         for ax, name in zip(row, names, strict=True):
-            for steps, seen in study.seen:
-                if (steps, seen.estimator) != (stage.steps, name):
-                    continue
+            mine = [seen for steps, seen in study.seen if (steps, seen.estimator) == (stage.steps, name)]
+            floor = SMALLEST * max((seen.exact.max().item() for seen in mine if seen.exact.numel()), default=0.0)
+            for seen in mine:
                 exact, estimate = seen.exact.flatten(), seen.estimate.flatten()
                 shown = torch.linspace(0, len(exact) - 1, min(POINTS, len(exact))).long()
                 x, y = exact[shown], estimate[shown]
-                live = (x > 0) & (y > 0)
+                live = (x > floor) & (y > floor)
                 k = layers.index(seen.layer)
                 ax.scatter(x[live], y[live], s=2, linewidths=0, color=_color(k), label=seen.layer)
             ax.axline((1, 1), slope=1, color="black", linewidth=0.7)
@@ -99,8 +100,11 @@ def batch_size(study: Study) -> Figure:
         ("||m2 - exact|| / ||exact||", "||F - estimate|| / ||F||"),
         strict=True,
     ):
-        _lines(ax, [row for row in study.rows if row.part == "batch size"], "examples", field)
-        ax.set(xscale="log", yscale="log", xlabel="examples in a batch", ylabel=label)
+        rows = [row for row in study.rows if row.part == "batch size"]
+        _lines(ax, rows, "examples", field)
+        ax.set(xscale="log", xlabel="examples in a batch", ylabel=label, ylim=(0, None))
+        ax.set_xticks(batch_sizes(study.settings), batch_sizes(study.settings), minor=False)  # type: ignore[arg-type]
+        ax.minorticks_off()
         ax.legend(fontsize="small")
     return figure
 
