@@ -103,7 +103,7 @@ def batch_size(study: Study) -> Figure:
         rows = [row for row in study.rows if row.part == "batch size"]
         _lines(ax, rows, "examples", field)
         ax.set(xscale="log", xlabel="examples in a batch", ylabel=label, ylim=(0, None))
-        ax.set_xticks(batch_sizes(study.settings), batch_sizes(study.settings), minor=False)  # type: ignore[arg-type]
+        ax.set_xticks(batch_sizes(study.settings), batch_sizes(study.settings))
         ax.minorticks_off()
         ax.legend(fontsize="small")
     return figure
