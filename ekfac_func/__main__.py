@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from .study import command as study
 from .train import command as train
 
 
@@ -11,6 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ekfac_func", description="Natural gradients on torch.func.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add(commands)
+    study.add(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 

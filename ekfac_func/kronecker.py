@@ -284,6 +284,14 @@ def eigenvalue_product(factors: Factors, basis: Basis, positions: Number, like: 
     return product.clamp(max=torch.finfo(product.dtype).max)[..., None].expand_as(like)
 
 
+def pack(layer: Layer, tree: Mapping[str, Tensor]) -> Tensor:
+    """A layer's entries of a tree like params as `[b o i k]`: the inverse of `unpack`."""
+    b, o, i, k = layer.sizes
+    M = tree[layer.weight].reshape(layer.split).permute(layer.order)
+    M = M.reshape(b, o, i - (layer.bias is not None), k)
+    return M if layer.bias is None else torch.cat([M, tree[layer.bias].reshape(b, o, 1, k)], dim=2)
+
+
 def unpack(layer: Layer, M: Tensor, like: Mapping[str, Tensor]) -> Params:
     """`[... b o i k]` back to the layer's entries of a tree like params, leading axes kept."""
     weight = like[layer.weight]

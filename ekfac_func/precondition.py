@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import basis as eigenbasis
 from .basis import Blocks, Choices, check_choices, check_patterns, choose, moment_shape
-from .capture import capture, own
+from .capture import Captured, capture, own
 from .certify import certify
 from .checks import (
     check_batch,
@@ -26,14 +26,18 @@ from .checks import (
 )
 from .contraction import gradient_sums
 from .discovery import Options, plan
+from .fisher import Fisher, empirical
 from .kronecker import (
     WeightSharing,
     average_factors,
     eigenvalue_product,
     expand,
     factor_sums,
+    gradient,
+    into_basis,
     mean_factors,
     out_of_basis,
+    pack,
     unpack,
 )
 from .rules import RULES, Rules
@@ -84,6 +88,7 @@ def ekfac(
     damping: Number | Damping,
     exponent: Number = -1.0,
     second_moment: SecondMoment = intra_batch,
+    fisher: Fisher = empirical,
     basis_every: int = 1,
     moment_every: int = 1,
     at_refresh: AtRefresh | None = None,
@@ -109,6 +114,9 @@ def ekfac(
         (https://arxiv.org/abs/2409.11321) in the eigenbasis.
     second_moment: the estimator of `m2`: `intra_batch`, `averaged_intra_batch(decay)`, `running_average(decay)`,
         `kfac`, or a `SecondMoment` of your own.
+    fisher: which gradients make the factors and the moment: `empirical`, `sampled(model, likelihood, samples)`,
+        `exact(model, likelihood)`, `gradient(loss)`, or a `Fisher` of your own. The gradient that is rescaled is
+        always that of `loss_fn`. Under `torch.compile`, make it outside the compiled function.
     basis_every: steps from one refresh of factors and eigenbases to the next; the first step is one.
     moment_every: steps from one update of the second moment to the next, on a clock of its own; a refresh is always
         one too. Steps between need the gradient alone.
@@ -146,6 +154,16 @@ def ekfac(
             f"second_moment={second_moment!r} is not an estimator: pass intra_batch, averaged_intra_batch(decay), "
             "running_average(decay), kfac or a SecondMoment"
         )
+    if not isinstance(fisher, Fisher):
+        raise TypeError(
+            f"fisher={fisher!r} is not a Fisher: pass empirical, sampled(model, likelihood), exact(model, likelihood), "
+            "gradient(loss) or a Fisher"
+        )
+    if second_moment.reads_mean and not fisher.draws:
+        raise ValueError(
+            f"second_moment={second_moment.name} reads the mean of gradients that are draws, which the {fisher.name} "
+            "Fisher does not have: use sampled(model, likelihood) with it, or another estimator"
+        )
     if at_refresh is not None and not callable(at_refresh):
         raise TypeError(f"at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
     if not isinstance(rules, Mapping):
@@ -163,8 +181,15 @@ def ekfac(
         raise ValueError(
             f"chunk_size={chunk_size!r} with batched=True: the chunks of a coupled batch are other batches"
         )
+    if batched and fisher.loss is not None:
+        raise ValueError(
+            f"the {fisher.name} Fisher with batched=True: its loss is of one example, where the batch is taken as it "
+            "is, use empirical"
+        )
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
     options = Options(rules, randomness, chunk_size, has_aux, batched)
+    curvature_loss = loss_fn if fisher.loss is None else fisher.loss
+    of_curvature = options if fisher.loss is None else options._replace(has_aux=False)
     choices = {} if bases is None else bases
     check_choices(choices)
     damp: Damping = damping if callable(damping) else functools.partial(_constant, damping)
@@ -174,15 +199,15 @@ def ekfac(
         check_batch(batch)
         if check:
             certify(loss_fn, params, batch, options)
-        layers = plan(loss_fn, own(params), batch, options).layers
+        layers = plan(curvature_loss, own(params), fisher.examples(params, batch), of_curvature).layers
         check_patterns(layers, choices)
         return _initial(layers, choose(layers, choices), params)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
-        n = check_batch(batch)
-        losses, layers, terms, aux = capture(loss_fn, params, batch, options)
+        check_batch(batch)
+        losses, layers, terms, aux = capture(curvature_loss, params, fisher.examples(params, batch), of_curvature)
         chosen = choose(list(layers.values()), choices)
         check_state(state, {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()})
 
@@ -190,25 +215,29 @@ def ekfac(
         refreshing = state.step % basis_every == 0
         if refreshing:
             carried, kept = _refresh(state, terms, factor_decay, weight_sharing, second_moment, carry)
-        bases = carried.bases
+        bases, n, loss = carried.bases, len(losses), losses.mean()
         estimator = second_moment if refreshing or state.step % moment_every == 0 else _unchanged
         means = {name: _mean(estimator.sums(of_layer, bases[name]), n) for name, of_layer in terms.items()}
         updated = {name: estimator.update(carried.second_moments[name], means[name], n) for name in layers}
+        slopes = {name: (mean.gradient, mean.projected) for name, mean in means.items()}
+        if fisher.loss is not None:
+            data = capture(loss_fn, params, batch, options)
+            aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, params)
         dampings = damp(updated)
         check_dampings(dampings, layers)
         rescaled = {
-            name: _rescale(means[name].projected, updated[name], bases[name], dampings[name], exponent, layer.sizes)
+            name: _rescale(slopes[name][1], updated[name], bases[name], dampings[name], exponent, layer.sizes)
             for name, layer in layers.items()
         }
 
-        loss, new = losses.mean(), State(state.step + 1, carried.factors, bases, updated)
-        finite = _all_finite([loss, *rescaled.values(), *_learned(new, state)])
+        new = State(state.step + 1, carried.factors, bases, updated)
+        finite = _all_finite([loss, losses, *rescaled.values(), *_learned(new, state)])
         natural = {name: torch.where(finite, M, 0) for name, M in rescaled.items()}
-        gradient = {name: mean.gradient for name, mean in means.items()}
+        mean_gradient = {name: slope for name, (slope, _) in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
             loss,
-            _unpack(layers, gradient, params),
+            _unpack(layers, mean_gradient, params),
             ~finite,
             torch.where(finite, kept, 0),
             used if callable(damping) else used[0],
@@ -261,6 +290,16 @@ def _refresh(
 def _mean(sums: Sums, n: int) -> Sums:
     """The one division of the sums over examples."""
     return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)
+
+
+def _of_data(
+    captured: Captured, layers: Mapping[str, Layer], bases: Mapping[str, Basis], params: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
+    n = len(captured.losses)
+    tree = _unpack(captured.layers, {name: gradient(terms) / n for name, terms in captured.terms.items()}, params)
+    packed = {name: pack(layer, tree) for name, layer in layers.items()}
+    return captured.losses.mean(), {name: (M, into_basis(M, bases[name])) for name, M in packed.items()}
 
 
 def _constant(damping: Number, moments: Mapping[str, Moment]) -> dict[str, Tensor]:

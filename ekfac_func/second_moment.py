@@ -21,7 +21,8 @@ class SecondMoment(NamedTuple):
     """An estimator of the second moment of the gradient's coordinates in the eigenbasis.
 
     `sums(terms, basis)` is what it needs of a batch; `update(moment, mean, n)` takes that as means over the n
-    examples. Before the first observation it `starts_from_eigenvalues` of the factors or from nothing.
+    examples. Before the first observation it `starts_from_eigenvalues` of the factors or from nothing. One that
+    `reads_mean` takes the mean gradient for that of independent draws, which not every Fisher has.
     """
 
     name: str
@@ -29,6 +30,7 @@ class SecondMoment(NamedTuple):
     update: Callable[[Moment, Sums, int], Moment]
     at_refresh: AtRefresh
     starts_from_eigenvalues: bool = False
+    reads_mean: bool = False
 
 
 def reset(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
@@ -94,6 +96,15 @@ Until a first basis exists (its batch was skipped) there is no estimate, and the
 """
 
 
+def _variance(moment: Moment, mean: Sums, n: int) -> Moment:
+    assert mean.square is not None
+    return Moment((mean.square - mean.projected.square()).clamp(min=0), torch.ones_like(moment.weight))
+
+
+centred = SecondMoment("centred", exact_sums, _variance, keep, reads_mean=True)
+"""`intra_batch` less the square of the batch's mean gradient: the variance in place of the second moment."""
+
+
 def averaged_intra_batch(decay: Number) -> SecondMoment:
     """Bias-corrected moving average of `intra_batch`.
 
@@ -121,4 +132,4 @@ def running_average(decay: Number) -> SecondMoment:
     def update(moment: Moment, mean: Sums, n: int) -> Moment:
         return moving_average(moment, n * mean.projected.square(), decay)
 
-    return SecondMoment("running_average", gradient_sums, update, reset, starts_from_eigenvalues=True)
+    return SecondMoment("running_average", gradient_sums, update, reset, starts_from_eigenvalues=True, reads_mean=True)

@@ -36,6 +36,14 @@ def test_every_block_runs(names: dict[str, Any]) -> None:
     assert names["natural"].keys() == names["params"].keys()
 
 
+def test_the_dense_truth(names: dict[str, Any]) -> None:
+    assert names["F_dense"].matrices["2.weight"].shape == (1, 330, 330)
+    assert names["truth"].keys() == names["params"].keys()
+    blocks = names["ekfac_func"].fisher_blocks(names["loss_fn"], names["double"], names["small"], fisher=names["exact"])
+    for name, block in blocks.matrices.items():
+        close(names["gauss_newton"].matrices[name], block, 1e-9)
+
+
 def test_the_rule(names: dict[str, Any]) -> None:
     def loss_fn(params: Any, x: Any) -> Any:
         return names["square_linear"](x, params["w"]).cos().sum()
@@ -67,6 +75,6 @@ def test_the_mean_over_the_tokens_of_a_batch(names: dict[str, Any]) -> None:
 
 def test_the_estimator(names: dict[str, Any]) -> None:
     params, batch = {"w": torch.randn(4, 3)}, torch.randn(6, 3)
-    step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, second_moment=names["centred"])
+    step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, second_moment=names["shrunk"])
     _, state, _ = step.precondition(params, batch, step.init(params, batch))
     assert (state.second_moments["w"].value >= 0).all()

