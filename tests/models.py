@@ -60,7 +60,7 @@ def own_loss(call: Any, example: dict[str, Tensor]) -> Tensor:
 
 
 def next_token_loss(call: Any, example: dict[str, Tensor]) -> Tensor:
-    """The loss of a causal language model, from its logits."""
+    """The loss of a causal language model, from its logits: its own loss rounds them to float32."""
     logits = call(input_ids=example["input_ids"][None], attention_mask=example["attention_mask"][None], use_cache=False)
     return F.cross_entropy(logits.logits[0, :-1], example["labels"][1:], ignore_index=-100)
 
@@ -76,17 +76,12 @@ def additive(mask: Tensor) -> Tensor:
     return zero.masked_fill(mask == 0, torch.finfo(zero.dtype).min)
 
 
-def generative_loss(call: Any, example: dict[str, Tensor]) -> Tensor:
-    """`own_loss` of a model that would hand back what generation needs."""
-    return call(**{key: value[None] for key, value in example.items()}, use_cache=False).loss
-
-
 def cross_entropy(call: Any, example: Any) -> Tensor:
     x, y = example
     return F.cross_entropy(call(x[None]), y[None])
 
 
-def gpt2() -> Case:
+def gpt2(attention: str = "eager") -> Case:
     """Linear layers as `addmm`, a tied head."""
     config = transformers.GPT2Config(
         vocab_size=TOKENS,
@@ -96,7 +91,7 @@ def gpt2() -> Case:
         n_head=2,
         bos_token_id=1,
         eos_token_id=2,
-        attn_implementation="eager",
+        attn_implementation=attention,
     )
     return case(transformers.GPT2LMHeadModel(config).eval(), next_token_loss, sentences)
 
@@ -116,7 +111,7 @@ def llama(attention: str = "eager") -> Case:
         max_position_embeddings=16,
         attn_implementation=attention,
     )
-    return case(transformers.LlamaForCausalLM(config).eval(), generative_loss, sentences)
+    return case(transformers.LlamaForCausalLM(config).eval(), next_token_loss, sentences)
 
 
 def bert(loss: Callable[[Any, Any], Tensor] = prepared_loss) -> Case:
@@ -173,8 +168,11 @@ def t5() -> Case:
     return case(transformers.T5ForConditionalGeneration(config).eval(), prepared_loss, translated)
 
 
-def mixtral() -> Case:
-    """A mixture of experts with stacked weights, those of each token gathered and multiplied in one `bmm`."""
+def mixtral(experts: str = "batched_mm") -> Case:
+    """A mixture of experts with stacked weights, those of each token gathered and multiplied in one `bmm`.
+
+    The implementation "eager" loops over the experts that a token met: a branch on values.
+    """
     config = transformers.MixtralConfig(
         vocab_size=TOKENS,
         hidden_size=8,
@@ -186,16 +184,17 @@ def mixtral() -> Case:
         num_experts_per_tok=2,
         max_position_embeddings=16,
         attn_implementation="eager",
-        experts_implementation="batched_mm",
+        experts_implementation=experts,
     )
-    return case(transformers.MixtralForCausalLM(config).eval(), generative_loss, sentences)
+    ruled = () if experts == "batched_mm" else ("",)
+    return case(transformers.MixtralForCausalLM(config).eval(), next_token_loss, sentences, ruled)
 
 
 def mamba() -> Case:
     config = transformers.MambaConfig(
         vocab_size=TOKENS, hidden_size=8, state_size=4, num_hidden_layers=2, time_step_rank=3, conv_kernel=3
     )
-    return case(transformers.MambaForCausalLM(config).eval(), generative_loss, sentences, ("A_log",))
+    return case(transformers.MambaForCausalLM(config).eval(), next_token_loss, sentences, ("A_log",))
 
 
 class Translator(nn.Module):
@@ -274,8 +273,8 @@ class Residual(nn.Module):
         return F.relu(self.second(self.first(x)) + self.skip(x))
 
 
-def resnet() -> Case:
-    net = nn.Sequential(
+def residual_net() -> nn.Module:
+    return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False),
         norm(4),
         nn.ReLU(inplace=True),
@@ -286,7 +285,10 @@ def resnet() -> Case:
         nn.Flatten(),
         nn.Linear(8, 3),
     )
-    return case(net.eval(), cross_entropy, lambda n: images(n, 3, 8))
+
+
+def resnet() -> Case:
+    return case(residual_net().eval(), cross_entropy, lambda n: images(n, 3, 8))
 
 
 class UNet(nn.Module):
@@ -408,6 +410,7 @@ def pure() -> Case:
 
 MODELS: dict[str, Callable[[], Case]] = {
     "gpt2": gpt2,
+    "gpt2 as shipped": lambda: gpt2("sdpa"),
     "llama": llama,
     "llama as shipped": lambda: llama("sdpa"),
     "bert": bert,
@@ -415,6 +418,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "vit": vit,
     "t5": t5,
     "mixtral": mixtral,
+    "mixtral in a loop": lambda: mixtral("eager"),
     "mamba": mamba,
     "transformer": transformer,
     "transformer eval": lambda: transformer(training=False),
@@ -425,7 +429,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "graph": graph,
     "pure": pure,
 }
-UNCOMPILED = {"lstm", "transformer eval"}  # vmap has no rule for them, so neither has a compiled step
+UNCOMPILED = {"lstm", "transformer eval", "mixtral in a loop"}  # vmap cannot run them, so neither can a compiled step
 
 
 def make(name: str) -> Case:

@@ -29,7 +29,7 @@ from ekfac_func import (
 )
 from ekfac_func.types import Params
 
-from .cases import N, classifier, every_batched_case, make
+from .cases import BATCHED, N, classifier, make
 from .oracles import close, close_trees
 from .test_step import stack
 
@@ -50,17 +50,31 @@ def _fresh() -> None:
     counters.clear()
 
 
+# one of each kind; the others are traced alone, which takes a third of the time, and behind the marker in full
+IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "bag offsets", "slices", "experts", "layer norm"} | {
+    "transposed conv groups",
+    "not views",
+    "token losses",
+    "two biases",
+}
+EVERY_BACKEND = [
+    pytest.param(name, backend, marks=[pytest.mark.slow] if (backend == "aot_eager") != (name in IN_FULL) else [])
+    for name in BATCHED
+    for backend in ("eager", "aot_eager")
+]
+
+
 # Dynamo traces a graph with 0-d float64 tensors twice to see whether they are Python floats
 @torch._dynamo.config.patch(specialize_float=True)
-@every_batched_case
-def test_compiled_equals_eager(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), EVERY_BACKEND)
+def test_compiled_equals_eager(name: str, backend: str) -> None:
     """On one batch: the null space of a rank-deficient factor is arbitrary, and shows on the next one."""
     case = make(name)
     batch = case.batch(N)
     step = ekfac(case.loss_fn, damping=1e-2)
     initial = step.init(case.params, batch)
     natural, state, info = step.precondition(case.params, batch, initial)
-    found, other, report = compiled(step.precondition)(case.params, batch, initial)
+    found, other, report = compiled(step.precondition, backend)(case.params, batch, initial)
     close_trees(found, natural, 1e-8)
     close_trees(report, info, 1e-8)
     assert other.step == state.step
