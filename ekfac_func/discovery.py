@@ -224,13 +224,15 @@ def _run(
 
     def observed(params: Params) -> Tensor:
         marked = {name: _Mark.apply(p, name, reached) for name, p in params.items()}
-        known = {id(p): (p, views.whole(name, p.shape)) for name, p in marked.items()}  # held, so that no id is reused
+        # by the id of a tensor, which is held so that no id is reused, and its version: a changed copy is no view
+        known = {id(p): (p, p._version, views.whole(name, p.shape)) for name, p in marked.items()}
         level = depth()
         counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
 
         def view_of(tensor: Any) -> View | None:
-            return known[id(tensor)][1] if id(tensor) in known else None
+            _, version, view = known.get(id(tensor), (None, 0, None))
+            return view if view is not None and tensor._version == version else None
 
         def follow(func: Any, args: Any, made: Any) -> bool:
             view = view_of(args[0]) if args else None
@@ -238,7 +240,9 @@ def _run(
                 return True
             parts = [made] if isinstance(made, Tensor) else list(made)
             followed = views.follow(func, args, view, made)
-            known.update({id(t): (t, part) for t, part in zip(parts, followed, strict=True) if part is not None})
+            for t, part in zip(parts, followed, strict=True):
+                if part is not None:
+                    known[id(t)] = (t, t._version, part)
             ids = views.ids_of(func, args, picks)
             picks.extend((t, ids) for t in parts if ids is not None)
             return None not in followed
@@ -274,6 +278,8 @@ def _run(
                 laid = None if view is None else _lay_out(call, view)
                 if view is None or laid is None:
                     continue
+                if any(x is call.weight or x is call.bias for x in pytree.tree_leaves(call.input)):
+                    continue  # its own input, a path of its own
                 bias = None if call.bias is None else view_of(call.bias)
                 biased = bias is not None and _fits(bias, *laid)
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
@@ -506,6 +512,9 @@ def _is_spec(leaf: Any) -> bool:
 
 def _called(func: Any) -> str:
     """The name of a torch function as a person writes it."""
+    name = getattr(func, "__name__", "")
+    if getattr(torch, name, None) is func:  # `resolve_name` takes torch.mm for an alias of it
+        return f"torch.{name}"
     return str(resolve_name(func) or getattr(func, "__name__", func)).removeprefix("torch.nn.functional.")
 
 

@@ -105,11 +105,13 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Any:
     """`F.scaled_dot_product_attention` in full: `vmap` would run the fused kernels one example at a time.
 
     As there, a query that may see no key at all gives zero.
     """
+    if is_causal and attn_mask is not None:
+        return NotImplemented
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     if is_causal:

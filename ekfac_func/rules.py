@@ -63,9 +63,10 @@ def matmul(*operands: Tensor, **named: Any) -> list[Call]:
     return [call for call in calls if call is not None]
 
 
-def addmm(bias: Tensor, *operands: Tensor, beta: float = 1, alpha: float = 1, **named: Any) -> list[Call]:
+def addmm(*operands: Tensor, beta: float = 1, alpha: float = 1, **named: Any) -> list[Call]:
     """`torch.addmm` and `torch.baddbmm`; a vector added to `input @ weight` is its bias."""
-    calls = matmul(*operands, **named)
+    bias, *factors = (*operands, *named.values()) if "input" not in named else (named.pop("input"), *named.values())
+    calls = matmul(*factors)
     if alpha != 1:
         return []
     return [

@@ -256,6 +256,20 @@ def _not_views(params: Params, x: Tensor) -> Tensor:
     return (y + x @ e[:1].expand(4, 6)).cos().sum() + F.linear(x, f.T).detach().sum() + (x @ f).relu().sum() * f.sum()
 
 
+def _changed_copies(params: Params, x: Tensor) -> Tensor:
+    """Copies that were changed in place before they are multiplied with, and a matrix times itself."""
+    a, b, c, d = params.values()
+    masked = a.clone()
+    masked[0] = 0
+    turned = b.clone().T.mul_(x[0])
+    return (
+        F.linear(x, masked).cos().sum()
+        + F.linear(x, turned.T).sin().sum()
+        + F.linear(c, c).cos().sum() * x.sum()
+        + torch.addmm(d[0], d, d).sin().sum() * x.sum()
+    )
+
+
 def _experts(params: Params, x: Tensor) -> Tensor:
     """Stacked matrices: each with rows of its own, or all with the same."""
     a, b, c, d = params.values()
@@ -283,7 +297,8 @@ def _bilinear(params: Params, x: Tensor) -> Tensor:
 def _addmm(params: Params, x: Tensor) -> Tensor:
     w, b, c = params.values()
     y = torch.addmm(b, x, w).tanh() + torch.addmm(c, x, w, beta=0.5)
-    return (y + b.addmm(x.cos(), w)).cos().sum()
+    y = y + b.addmm(x.cos(), w) + torch.addmm(input=b, mat1=x.sin(), mat2=w) + torch.mm(x, mat2=w)
+    return y.cos().sum()
 
 
 def _metadata(params: Params, x: Tensor) -> Tensor:
@@ -498,6 +513,7 @@ CASES: dict[str, Callable[[], Case]] = {
         ruled={"packed", "bias", "experts", "rows"},
     ),
     "not views": lambda: function(_not_views, {name: randn(4, 6) for name in "abcdef"}, 3, 4, ruled=set()),
+    "changed copies": lambda: function(_changed_copies, {name: randn(4, 4) for name in "abcd"}, 3, 4, ruled=set()),
     "experts": lambda: function(
         _experts,
         {"a": randn(3, 4, 2), "b": randn(3, 5, 4), "c": randn(3, 4, 2), "d": randn(3, 1, 2)},
