@@ -7,8 +7,10 @@ Orders of `sum_n (Q_B^T G[n] Q_A)^2` for one layer, all exact:
 | one position, so that the square factors | 2n(o^2 + i^2) + 4noi | none |
 | project, then form G[n] | 2ns(o^2 + i^2) + 2nsoi | n o i |
 | form G[n], then project | 2nsoi + 2n(o i^2 + o^2 i) | n o i |
+| pairs of positions | 2ns(o^2 + i^2) + ns(s+1)oi | ns(s+1)(o + i)/2 |
 
-`opt_einsum` finds the last two, and those between, from the sizes; blocks of examples bound the n o i.
+`opt_einsum` finds the second and third, and those between, from the sizes; memory traffic decides the fourth; blocks of
+examples bound the extra memory.
 """
 
 import functools
@@ -25,7 +27,6 @@ from .kronecker import (
     gradient,
     into_basis,
     look_up,
-    out_of_basis,
     project_inputs,
     project_outputs,
 )
@@ -33,6 +34,8 @@ from .types import Basis, Dense, Factored, OneHot, Sums, Terms
 
 NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
 MAX_BYTES = 64 * 2**20  # of the per-example gradients that exist at a time
+CACHE_BYTES = 2 * 2**20  # of them on a CPU, in eager mode: what is not written to memory and read again
+MAX_PAIRED = 12  # positions; more pairs are more arithmetic than the memory traffic that they save
 
 
 def exact_sums(terms: Terms, basis: Basis) -> Sums:
@@ -48,13 +51,11 @@ def exact_sums(terms: Terms, basis: Basis) -> Sums:
             square = torch.einsum("nbso,nbsik->boik", g.square(), a.square())
             return Sums(gradient(terms), projected, square)
         case (Factored(a, g),):
-            projected, square = _sum_blocks((g, a), basis)
-            o, s, i = g.shape[3], g.shape[2], a.shape[3]
-            if NOMINAL_N * s <= o + i:  # fewer samples than dimensions
-                return Sums(gradient(terms), projected, square)
-            return Sums(out_of_basis(projected, basis, (a.shape[1], o, i, a.shape[4])), projected, square)
+            total = gradient(terms)
+            return Sums(total, into_basis(total, basis), _factored_square(g, a, basis))
         case (Dense(G),):
-            return Sums(gradient(terms), *_sum_blocks((G,), basis))
+            total = gradient(terms)
+            return Sums(total, into_basis(total, basis), _sum_squares((G,), basis))
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
@@ -82,11 +83,18 @@ def contraction(terms: Terms, basis: Basis) -> Contraction:
             operations = 2 * n * b * (i * k * turned_A + o * turned_B) + 4 * n * b * o * i * k
             return Contraction("project a and g, multiply the squares", operations, 1)
         case (Factored(a, g),):
+            n, b, s, i, k = a.shape
+            o = g.shape[3]
+            if _by_pairs(g, a):
+                operations = n * b * s * (2 * i * k * turned_A + 2 * o * turned_B + (s + 1) * o * i * k)
+                return Contraction("project a and g, multiply pairs of positions", operations, 1)
             steps = _path(*_product(g, a, basis)[1:])
-            operations = sum(step.operations for step in steps) * a.shape[0] // NOMINAL_N
-            return Contraction(", ".join(step.name for step in steps), operations, _block_count((g, a)))
+            operations = sum(step.operations for step in steps) * n // NOMINAL_N
+            return Contraction(", ".join(step.name for step in steps), operations, _block_count(g, _entries((g, a))))
         case (Dense(G),):
-            return Contraction("project G[n]", 2 * G.numel() * (turned_A + turned_B + 1), _block_count((G,)))
+            return Contraction(
+                "project G[n]", 2 * G.numel() * (turned_A + turned_B + 1), _block_count(G, _entries((G,)))
+            )
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
@@ -103,7 +111,8 @@ def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
 
 def _tied_sums(factored: Factored, table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     """A table that is a linear layer too: `sum (F + T)^2`, of which T and the product have a row an id."""
-    projected, square = _sum_blocks((factored.g, factored.a), basis)
+    projected = into_basis(gradient((factored,)), basis)
+    square = _factored_square(factored.g, factored.a, basis)
     ids, h = _once(table, basis)
     cross = 2 * look_up(Factored(project_inputs(factored.a, basis), factored.g), ids) * h
     return projected + add_rows(ids, h, table.size), square + add_rows(ids, h.square() + cross, table.size)
@@ -115,25 +124,58 @@ def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     return single.ids, project_inputs(single.g[:, None, :, :, None], basis)[:, 0, :, :, 0]
 
 
-def _sum_blocks(tensors: tuple[Tensor, ...], basis: Basis) -> tuple[Tensor, Tensor]:
-    """Sums of G in the basis and of its square, of (g, a) or of (G,), some examples at a time."""
-    projected = square = None
-    for block in zip(*(_split(t, _block_count(tensors)) for t in tensors), strict=True):
-        G = into_basis(block[0], basis) if len(block) == 1 else _contract(block[0], block[1], basis)
-        block_projected, block_square = G.sum(0), G.square().sum(0)
-        projected = block_projected if projected is None else projected + block_projected
-        square = block_square if square is None else square + block_square
-    assert projected is not None
+def _factored_square(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
+    return _pair_squares(g, a, basis) if _by_pairs(g, a) else _sum_squares((g, a), basis)
+
+
+def _by_pairs(g: Tensor, a: Tensor) -> bool:
+    """Whether pairs of positions are summed faster than gradients are written to memory and read again."""
+    s, o, i = g.shape[2], g.shape[3], a.shape[3] * a.shape[4]
+    return s <= MAX_PAIRED and s * (s + 1) // 2 * (o + i) <= o * i
+
+
+def _pair_squares(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
+    """`sum_n (sum_s g_s a_s)^2 = sum_n sum_st (g_s g_t) (a_s a_t)`, of a pair and its mirror one."""
+    s = g.shape[2]
+    one, other = torch.triu_indices(s, s, device=g.device)
+    twice = torch.where(one == other, 1, 2).to(g)[:, None]
+    size = max(1, s * (s + 1) // 2 * (g.shape[3] + a.shape[3] * a.shape[4]) * g.shape[1])
+    square = None
+    for of_g, of_a in zip(*(_split(t, _block_count(t, size)) for t in (g, a)), strict=True):
+        h, x = project_outputs(of_g, basis), project_inputs(of_a, basis)
+        pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
+        of_block = torch.einsum("nbso,nbsik->boik", pairs_h, pairs_x)
+        square = of_block if square is None else square + of_block
     assert square is not None
-    return projected, square
+    return square
 
 
-def _block_count(tensors: tuple[Tensor, ...]) -> int:
-    """Into how many blocks the examples of (g, a) or of (G,) are split."""
-    n = NOMINAL_N if torch.compiler.is_compiling() else tensors[0].shape[0]
-    b, k = tensors[-1].shape[1], tensors[-1].shape[-1]
-    o, i = (tensors[0].shape[3], tensors[1].shape[3]) if len(tensors) == 2 else tensors[0].shape[2:4]
-    return max(1, -(-n * b * o * i * k * tensors[0].element_size() // MAX_BYTES))
+def _sum_squares(tensors: tuple[Tensor, ...], basis: Basis) -> Tensor:
+    """The sum of the squares of G in the basis, of (g, a) or of (G,), some examples at a time."""
+    square = None
+    for block in zip(*(_split(t, _block_count(t, _entries(tensors))) for t in tensors), strict=True):
+        G = into_basis(block[0], basis) if len(block) == 1 else _contract(block[0], block[1], basis)
+        of_block = G.square().sum(0)
+        square = of_block if square is None else square + of_block
+    assert square is not None
+    return square
+
+
+def _entries(tensors: tuple[Tensor, ...]) -> int:
+    """Entries of the gradient of one example, of (g, a) or of (G,)."""
+    if len(tensors) == 1:
+        return tensors[0].shape[1:].numel()
+    g, a = tensors
+    return g.shape[1] * g.shape[3] * a.shape[3] * a.shape[4]
+
+
+def _block_count(t: Tensor, entries: int) -> int:
+    """Into how many blocks examples are split that need so many entries each."""
+    if torch.compiler.is_compiling():
+        n, most = NOMINAL_N, MAX_BYTES
+    else:
+        n, most = t.shape[0], min(MAX_BYTES, CACHE_BYTES) if t.device.type == "cpu" else MAX_BYTES
+    return min(n, max(1, -(-n * entries * t.element_size() // most)))
 
 
 def _split(t: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -439,6 +439,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "no bias": lambda: classifier(nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)), 4),
     "deep": lambda: classifier(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)], nn.Linear(4, 3)), 4),
     "positions": lambda: classifier(head(3, 10, nn.Linear(4, 3)), 2, 5, 4),
+    "pairs of positions": lambda: classifier(head(8, 2, nn.Linear(7, 8)), 2, 7),
+    "pairs of pixels": lambda: image(nn.Conv2d(4, 16, 3, stride=3), channels=16, pixels=4),
     "reused": lambda: classifier(Reused(), 5),
     "reused conv": lambda: classifier(ReusedConv(), 2, 6, 6),
     "conv": lambda: image(nn.Conv2d(4, 3, 3), channels=3, pixels=16),

@@ -54,6 +54,7 @@ def _fresh() -> None:
 IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "bag offsets", "slices", "experts", "layer norm"} | {
     "transposed conv groups",
     "not views",
+    "pairs of pixels",
     "token losses",
     "two biases",
 }

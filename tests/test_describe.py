@@ -47,6 +47,16 @@ def test_the_rows_of_a_small_net(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no rule: torch.Tensor.exp" in capsys.readouterr().out
 
 
+def test_how_the_moment_is_summed() -> None:
+    """Each way is taken by a case of the table, where every moment is compared with dense gradients."""
+    orders = set()
+    for name in ("mlp", "pairs of pixels", "positions", "ids", "tied", "not views"):
+        case = make(name)
+        orders |= {row.contraction.order for row in describe(case.loss_fn, case.params, case.batch(N))}
+    for order in ("pairs of positions", "multiply the squares", "form G[n]", "add up ids", "ids and their product"):
+        assert any(order in found for found in orders), orders
+
+
 def test_a_parameter_without_a_use_says_so() -> None:
     rows = describe(
         lambda p, x: F.linear(x, p["w"]).sum(), {"w": torch.randn(3, 4), "v": torch.ones(2)}, torch.ones(2, 4)
