@@ -124,11 +124,9 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
             seen.append(func)
             if not options.batched:
                 refuse_batch_statistics(func, args, kwargs, params)
-            expansion = expansions.of(func, options.batched)
-            if expansion is not None:
-                output = expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)
-                if output is not NotImplemented:
-                    return output
+            output = expansions.expanded(func, args, kwargs, handle, options.batched)
+            if output is not NotImplemented:
+                return output
             if func in views.VIEWS:
                 output = func(*args, **kwargs)
                 name = name_of(args[0], known) if len(args) > 0 else None
@@ -234,8 +232,8 @@ def _each(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, ra
 
 
 def _looped(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, randomness: str) -> Part:
-    """One example, without `vmap`."""
-    example = pytree.tree_map(lambda leaf: leaf[0], examples)
+    """One example, without `vmap`: a copy, for discovery may not have seen whether the loss changes it in place."""
+    example = pytree.tree_map(lambda leaf: leaf[0].clone(), examples)
     (outputs, dense), run = torch.func.grad(probed, argnums=(0, 1), has_aux=True)(_probes(found, n), free, example)
     return pytree.tree_map(lambda t: t[None], (outputs, dense, *run))
 

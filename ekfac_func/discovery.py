@@ -254,11 +254,9 @@ def _run(
                 raise _SecondOrder
             if func in OPEN and depth() != level:
                 nested.append(func)
-            expansion = expansions.of(func, n is not None)
-            if expansion is not None:
-                output = expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)
-                if output is not NotImplemented:
-                    return output
+            output = expansions.expanded(func, args, kwargs, handle, n is not None)
+            if output is not NotImplemented:
+                return output
             if func in views.VIEWS:
                 output = func(*args, **kwargs)
                 if not follow(func, args, output):

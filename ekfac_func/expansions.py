@@ -163,6 +163,27 @@ def embedding_bag(
     return torch.einsum("ms,msi->mi" if offsets is None else "ms,si->mi", share, rows)
 
 
+def grouped_mm(
+    call: Callable[..., Any],
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """`F.grouped_mm` of rows and a stack of matrices, as experts have: the matrix of each row picked, and one `bmm`.
+
+    Rows from `offs[-1]` on belong to no matrix: they give zero, where the kernel leaves them unwritten.
+    """
+    if mat_a.dim() != 2 or mat_b.dim() != 3 or offs is None or bias is not None:
+        return NotImplemented
+    ids = (offs[None] <= torch.arange(len(mat_a), device=offs.device)[:, None]).sum(1)
+    stack = call(Tensor.__getitem__, mat_b, ids.clamp(max=len(mat_b) - 1))
+    rows = call(torch.bmm, mat_a[:, None], stack)[:, 0]
+    rows = torch.where((ids < len(mat_b))[:, None], rows, 0)
+    return rows if out_dtype is None else rows.to(out_dtype)
+
+
 def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
     return (scores if mask is None else scores + mask).softmax(-1)
@@ -175,15 +196,23 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.where(mask, -torch.inf, torch.zeros((), dtype=like.dtype, device=like.device))
 
 
-_LAYERS: dict[Callable[..., Any], Expansion] = {
+_LAYERS: dict[Any, Expansion] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.embedding_bag: embedding_bag,
+    F.grouped_mm: grouped_mm,
+    torch._grouped_mm: grouped_mm,
+    "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
 }
-_FOR_VMAP: dict[Callable[..., Any], Expansion] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
+_FOR_VMAP: dict[Any, Expansion] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
 
 
-def of(func: Callable[..., Any], batched: bool) -> Expansion | None:
-    """The expansion of a function; batched: the loss runs without `vmap`."""
-    if func in _LAYERS:
-        return _LAYERS[func]
-    return None if batched else _FOR_VMAP.get(func)
+def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any], Any], batched: bool) -> Any:
+    """What the expansion of a function gives, each of its calls handed to handle; NotImplemented if it has none.
+
+    batched: the loss runs without `vmap`.
+    """
+    key = str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func
+    expansion = _LAYERS.get(key) or (None if batched else _FOR_VMAP.get(key))
+    if expansion is None:
+        return NotImplemented
+    return expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)

@@ -49,11 +49,12 @@ def reduce(term: Factored) -> Factored:
 
     K-FAC-reduce of Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636.
     """
+    x = None if term.x is None else term.x.mean(2, keepdim=True)
     if term.counted is None:
-        return Factored(term.a.mean(2, keepdim=True), term.g.sum(2, keepdim=True))
+        return Factored(term.a.mean(2, keepdim=True), term.g.sum(2, keepdim=True), x)
     used = term.counted.sum(2, keepdim=True)
     a = term.a.sum(2, keepdim=True) / used.clamp(min=1)[..., None, None]
-    return Factored(a, term.g.sum(2, keepdim=True), None, used > 0)
+    return Factored(a, term.g.sum(2, keepdim=True), x, used > 0)
 
 
 def factor_sums(terms: Terms, basis: Basis, sharing: WeightSharing = expand) -> tuple[FactorSums, ...]:
@@ -72,11 +73,10 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums
             a, g, x, counted = sharing(term)
             A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2)
             B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1)
-            if counted is not None:
-                used = counted.sum((0, 2))
-                return FactorSums(A, B, used, used, used / g.shape[0])
-            count = g.shape[0] * g.shape[2]
-            return FactorSums(A, B, count if x is None else x.shape[0] * x.shape[2], count, g.shape[2])
+            n, _, s, _ = g.shape
+            used = n * s if counted is None else counted.sum((0, 2))
+            inputs = used * a.shape[4] if x is None else n * x.shape[2]
+            return FactorSums(A, B, inputs, used, s if counted is None else used / n)
         case OneHot(ids, size, g, counted):
             seen = counted.sum()
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))

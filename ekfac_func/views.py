@@ -93,7 +93,8 @@ def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any)
     """What the tensors that a function of `VIEWS` made of a view, its first argument, show; None if that is unknown."""
     source = args[0]
     if func is Tensor.__getitem__ and not _basic(args[1]):
-        if not is_ids(args[1]) or view != whole(view.name, view.split) or len(view.shape) < 3 or len(made) < 2:
+        first = (view.shape[0], view.strides[0]) == (view.split[0], contiguous(view.split)[0])
+        if not is_ids(args[1]) or not first or not is_whole(view) or len(view.shape) < 3 or len(made) < 2:
             return [None]
         return [view._replace(shape=tuple(made.shape), picked=True)]
     if func in SAME:

@@ -9,9 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ekfac_func import DIAGONAL, FULL, Blocks, averaged_intra_batch, blocks, ekfac, expand, kfac, reduce, transport
+from ekfac_func import (
+    DIAGONAL,
+    FULL,
+    RULES,
+    SUA,
+    Blocks,
+    averaged_intra_batch,
+    blocks,
+    ekfac,
+    expand,
+    kfac,
+    reduce,
+    transport,
+)
 from ekfac_func.discovery import Options, plan
-from ekfac_func.rules import RULES
 from ekfac_func.types import Params
 
 from .cases import N, make
@@ -123,6 +135,29 @@ def test_weight_sharing(sharing: Any) -> None:
     _, state, _ = approximate.precondition(params, x, approximate.init(params, x))
     product = positions * torch.outer(torch.linalg.eigvalsh(B), torch.linalg.eigvalsh(A))
     close(state.second_moments["w"].value[0, :, :, 0], product)
+
+
+@pytest.mark.parametrize("sharing", [expand, reduce])
+def test_weight_sharing_with_sua(sharing: Any) -> None:
+    """A is of the pixels of the layer's input, one sample a pixel or their mean, and stands at every offset."""
+    params, x = {"w": torch.randn(3, 2, 2, 2)}, torch.randn(N, 2, 4, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.conv2d(x[None], params["w"]).cos().sum()
+
+    y = F.conv2d(x, params["w"]).requires_grad_()
+    g = torch.autograd.grad(y.cos().sum(), y)[0].flatten(2)  # [n o s]
+    pixels = x.flatten(2)  # [n c p]
+    if sharing is reduce:
+        pixels, g = pixels.mean(2, keepdim=True), g.sum(2, keepdim=True)
+    A = torch.einsum("ncp,ndp->cd", pixels, pixels) / N / pixels.shape[2]
+    B = torch.einsum("nos,nqs->oq", g, g) / N / g.shape[2]
+    step = ekfac(loss_fn, damping=1e-2, weight_sharing=sharing, second_moment=kfac, rules={**RULES, **SUA})
+    _, state, _ = step.precondition(params, x, step.init(params, x))
+    close(state.factors["w"].A[0], A)
+    close(state.factors["w"].B[0], B)
+    product = g.shape[2] * torch.outer(torch.linalg.eigvalsh(B), torch.linalg.eigvalsh(A))
+    close(state.second_moments["w"].value[0], product[..., None].expand(3, 2, 4))
 
 
 def test_the_factors_of_a_table_count_ids_and_leave_padding_out() -> None:

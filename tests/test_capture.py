@@ -129,6 +129,21 @@ def test_an_input_changed_in_place_after_the_call_is_refused() -> None:
         per_example_gradients(loss_fn, {"w": torch.randn(4, 4)}, torch.randn(N, 4))
 
 
+def test_an_example_changed_in_place_past_a_branch_on_values_is_a_copy() -> None:
+    """Discovery ends at the branch and cannot refuse it: the batch stays as it is all the same."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        sign = 1 if x.sum() > 0 else -1
+        return sign * F.linear(x.mul_(2), params["w"]).cos().sum()
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    before = batch.clone()
+    expected = loop(loss_fn, params, batch.clone())[1]
+    found = per_example_gradients(loss_fn, params, batch)
+    assert torch.equal(batch, before)
+    close(found.dense("w"), expected["w"])
+
+
 def test_a_derivative_inside_the_loss_is_one_more_path() -> None:
     def loss_fn(params: Params, x: Tensor) -> Tensor:
         h = F.linear(x, params["v"]).tanh()
