@@ -241,12 +241,22 @@ def _looped(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, 
 def _batched(probed: Probed, found: Plan, free: Params, batch: Batch, n: int, randomness: str) -> Part:
     """The batch as it is; a parameter without a rule takes a backward pass an example."""
 
-    def total(probes: list[Tensor], batch: Batch) -> tuple[Tensor, _Run]:
-        losses, run = probed(probes, free, batch, n)
-        return losses.sum(), run
-
     probes = _probes(found, n)
-    outputs, run = torch.func.grad(total, has_aux=True)(probes, batch)
+
+    def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], _Run]]:
+        def total(probes: list[Tensor]) -> tuple[Tensor, _Run]:
+            losses, run = probed(probes, free, batch, n)
+            return losses.sum(), run
+
+        outputs, run = torch.func.grad(total, has_aux=True)(probes)
+        return run.losses, (outputs, run)
+
+    dense: Params = {}
+    if len(free) > 0:  # in one forward pass, for a second one would draw other random numbers
+        losses, pull, (outputs, run) = torch.func.vjp(of_outputs, free, has_aux=True)
+        (dense,) = torch.func.vmap(pull)(torch.eye(n, dtype=losses.dtype, device=losses.device))
+    else:
+        outputs, run = of_outputs(free)[1]
     inputs = []
     for k, (call, tree) in enumerate(zip(found.calls, run.inputs, strict=True)):
         assert call.along is not None
@@ -254,10 +264,6 @@ def _batched(probed: Probed, found: Plan, free: Params, batch: Batch, n: int, ra
         outputs[k] = _examples_first(outputs[k], call.along[0], n)
         leaves = [_examples_first(x, along, n) for x, along in zip(leaves, call.along[1:], strict=True)]
         inputs.append(pytree.tree_unflatten(leaves, shape))
-    dense: Params = {}
-    if len(free) > 0:
-        losses, pull, *_ = torch.func.vjp(lambda free: probed(probes, free, batch, n)[0], free)
-        (dense,) = torch.func.vmap(pull)(torch.eye(n, dtype=losses.dtype, device=losses.device))
     return outputs, dense, run.losses, run.aux, inputs
 
 

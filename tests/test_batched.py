@@ -207,3 +207,15 @@ def test_losses_of_another_shape_are_refused(loss_fn: Any, message: str) -> None
 def test_chunks_of_a_coupled_batch_are_refused() -> None:
     with pytest.raises(ValueError, match=r"chunk_size=2.*batched=True"):
         ekfac(lambda p, x: x, damping=1.0, batched=True, chunk_size=2)
+
+
+def test_parameters_with_and_without_a_rule_see_the_same_dropout() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return (F.dropout(F.linear(x, params["w"], params["b"]), 0.5) * params["scale"]).sum(1)
+
+    params = {"w": torch.randn(20, 4), "b": torch.randn(20), "scale": torch.randn(20)}
+    found = per_example_gradients(loss_fn, params, torch.randn(N, 4), batched=True)
+    kept = found.dense("b") != 0
+    assert kept.any()
+    assert not kept.all()
+    assert torch.equal(found.dense("scale") != 0, kept)
