@@ -24,7 +24,7 @@ from . import expansions, views
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .discovery import Along, Options, Plan, Tapped, check_loss, plan, spec
 from .rules import Call
-from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, with_ids
+from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, unfused, with_ids
 from .types import Batch, Dense, Factored, Layer, LossFn, OneHot, Params, Terms, statistics_dtype
 
 
@@ -158,7 +158,7 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
             calls.append(with_ids(read, picks) if planned.picked else read)
             return output + probes[k]
 
-        with contextlib.nullcontext() if compiling else traced(), Tap(handle):
+        with contextlib.nullcontext() if compiling else traced(), unfused(), Tap(handle):
             loss = loss_fn({name: fixed[name] if name in fixed else free[name] for name in params}, example)
         if len(calls) != len(probes):
             raise StalePlan(
@@ -253,7 +253,8 @@ def _batched(probed: Probed, found: Plan, free: Params, batch: Batch, n: int, ra
 
     dense: Params = {}
     if len(free) > 0:  # in one forward pass, for a second one would draw other random numbers
-        losses, pull, (outputs, run) = torch.func.vjp(of_outputs, free, has_aux=True)
+        pulled: Any = torch.func.vjp(of_outputs, free, has_aux=True)
+        losses, pull, (outputs, run) = pulled
         (dense,) = torch.func.vmap(pull)(torch.eye(n, dtype=losses.dtype, device=losses.device))
     else:
         outputs, run = of_outputs(free)[1]

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .batching import OPEN
 from .rules import Call, Rules
-from .tap import Tap, depth, readings, refuse_batch_statistics, traced, with_ids
+from .tap import Tap, depth, readings, refuse_batch_statistics, traced, unfused, with_ids
 from .types import Batch, Layer, LossFn, Params
 from .views import View
 
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     calls: tuple[Tapped, ...]  # in the order of the loss
     second_order: bool  # the loss calls torch.autograd.grad, which vmap would hide from the gradient around it
     open: bool  # no loss of `batching.OPEN` stands inside a transform of the user's own
-    looped: bool = False  # vmap cannot run the loss: a recurrent net, for which it has no rule, a branch on values
+    looped: bool = False  # vmap cannot run the loss: a function for which it has no rule, a branch on values
 
 
 def plan(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -256,6 +256,8 @@ def _run(
                 nested.append(func)
             output = expansions.expanded(func, args, kwargs, handle, n is not None)
             if output is not NotImplemented:
+                if func in expansions.FOR_VMAP:  # its calls are not handed over
+                    note(func, (args, kwargs))
                 return output
             if func in views.VIEWS:
                 output = func(*args, **kwargs)
@@ -313,7 +315,7 @@ def _run(
         filled = fill(example, () if n is None else (n,))
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(filled)]
         try:
-            with traced(), Tap(handle):
+            with traced(), unfused(), Tap(handle):
                 loss = loss_fn(marked, filled)
         except RuntimeError as error:
             _refuse_checkpoint(error)

@@ -184,6 +184,77 @@ def grouped_mm(
     return rows if out_dtype is None else rows.to(out_dtype)
 
 
+Cell = Callable[..., tuple[Tensor, ...]]
+
+
+def _lstm_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: Tensor | None) -> tuple[Tensor, ...]:
+    take, forget, new, out = (i + h).chunk(4, -1)
+    c = forget.sigmoid() * state[1] + take.sigmoid() * new.tanh()
+    y = out.sigmoid() * c.tanh()
+    return (y if w_hr is None else F.linear(y, w_hr)), c
+
+
+def _gru_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
+    (i_reset, i_update, i_new), (h_reset, h_update, h_new) = i.chunk(3, -1), h.chunk(3, -1)
+    update = (i_update + h_update).sigmoid()
+    new = (i_new + (i_reset + h_reset).sigmoid() * h_new).tanh()
+    return ((1 - update) * new + update * state[0],)
+
+
+def _tanh_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
+    return ((i + h).tanh(),)
+
+
+def _relu_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
+    return ((i + h).relu(),)
+
+
+def recurrent(cell: Cell) -> Expansion:
+    """`torch.lstm`, `gru`, `rnn_tanh` and `rnn_relu` step by step: `vmap` has no rule for them."""
+
+    def unrolled(
+        call: Callable[..., Any],
+        input: Tensor,
+        hx: Any,
+        weights: Any,
+        has_biases: Any,
+        num_layers: int,
+        dropout: float,
+        training: bool,
+        bidirectional: bool,
+        batch_first: bool | None = None,
+    ) -> Any:
+        if batch_first is None or not isinstance(has_biases, bool):
+            raise ValueError(
+                "the loss hands a packed sequence to a recurrent net, which torch.func cannot differentiate: one "
+                "example needs no packing, pass the sequence as it is and mask what is padding"
+            )
+        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)  # each [(layers directions) m h]
+        directions = 2 if bidirectional else 1
+        each = len(weights) // (num_layers * directions)
+        x = input.transpose(0, 1) if batch_first else input  # [t m i]
+        last = []
+        for layer in range(num_layers):
+            if layer > 0 and dropout and training:
+                x = F.dropout(x, dropout)
+            sides = []
+            for at in range(layer * directions, (layer + 1) * directions):
+                w_ih, w_hh, *rest = weights[at * each : (at + 1) * each]
+                b_ih, b_hh = rest[:2] if has_biases else (None, None)
+                w_hr = rest[-1] if len(rest) % 2 else None
+                inputs = F.linear(x, w_ih, b_ih)
+                backwards, state, outputs = at % directions == 1, tuple(h[at] for h in states), []
+                for i in inputs.flip(0) if backwards else inputs:
+                    state = cell(i, F.linear(state[0], w_hh, b_hh), state, w_hr)
+                    outputs.append(state[0])
+                sides.append(torch.stack(outputs[::-1] if backwards else outputs))
+                last.append(state)
+            x = torch.cat(sides, -1)
+        return x.transpose(0, 1) if batch_first else x, *(torch.stack(h) for h in zip(*last, strict=True))
+
+    return unrolled
+
+
 def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
     return (scores if mask is None else scores + mask).softmax(-1)
@@ -203,7 +274,13 @@ _LAYERS: dict[Any, Expansion] = {
     torch._grouped_mm: grouped_mm,
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
 }
-_FOR_VMAP: dict[Any, Expansion] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
+FOR_VMAP: dict[Any, Expansion] = {
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    torch.lstm: recurrent(_lstm_cell),
+    torch.gru: recurrent(_gru_cell),
+    torch.rnn_tanh: recurrent(_tanh_cell),
+    torch.rnn_relu: recurrent(_relu_cell),
+}
 
 
 def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any], Any], batched: bool) -> Any:
@@ -212,7 +289,7 @@ def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any]
     batched: the loss runs without `vmap`.
     """
     key = str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func
-    expansion = _LAYERS.get(key) or (None if batched else _FOR_VMAP.get(key))
+    expansion = _LAYERS.get(key) or (None if batched else FOR_VMAP.get(key))
     if expansion is None:
         return NotImplemented
     return expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)

@@ -81,8 +81,11 @@ def einsum(equation: Any, *operands: Any) -> list[Call]:
     Axes that only the weight shares with the output are o, but its first axis is b where it has three or more (an
     expert dimension); axes that all three share are b; axes that are summed against the input are i.
     """
-    if not isinstance(equation, str) or "->" not in equation:
+    if not isinstance(equation, str):
         return []
+    if "->" not in equation:  # then what stands once is left, in the order of the alphabet
+        once = (letter for letter in sorted(set(equation)) if letter.isalpha() and equation.count(letter) == 1)
+        equation = f"{equation}->{'...' if '...' in equation else ''}{''.join(once)}"
     operands = tuple(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
     inputs, output = equation.replace(" ", "").split("->")
     parts = inputs.split(",")

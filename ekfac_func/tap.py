@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 
 from .rules import Call, Rules
@@ -35,6 +36,17 @@ def traced() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = flag
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Without the kernels of `nn.TransformerEncoder` in eval mode, which neither a rule nor `vmap` knows."""
+    enabled = mha._is_fastpath_enabled  # its setter is not traced
+    mha._is_fastpath_enabled = False
+    try:
+        yield
+    finally:
+        mha._is_fastpath_enabled = enabled
 
 
 def plain(func: Any) -> Any:

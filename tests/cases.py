@@ -286,7 +286,7 @@ def _einsum(params: Params, x: Tensor) -> Tensor:
     a, b, c, d, e, f = params.values()
     heads = torch.einsum("...d,dhk->...hk", x, a)
     y = torch.einsum("hkz,shk->sz", b, heads.tanh()).sum() + torch.einsum("sd, dk -> ks", [x, c]).cos().sum()
-    y = y + torch.einsum("sd,sd->s", x.sin(), d).cos().sum() + torch.einsum("sd,td->st", x, e).sin().sum()
+    y = y + torch.einsum("sd,sd->s", x.sin(), d).cos().sum() + torch.einsum("sd,td", x, e).sin().sum()
     return y + torch.einsum("sd,sd,sd", x, x, f).sum()
 
 
@@ -334,15 +334,23 @@ def _forward_mode(params: Params, x: Tensor) -> Tensor:
     return slope + F.linear(x, params["v"]).cos().sum()
 
 
+def _gru(params: Params, x: Tensor) -> Tensor:
+    """Two layers, in both directions, as a pure function of their weights."""
+    y, last = torch.gru(x[:, None], torch.ones(4, 1, 3), list(params.values()), True, 2, 0.0, False, True, False)
+    return y.sin().sum() + last.square().sum()
+
+
 class Recurrent(nn.Module):
     """A recurrent net, for which vmap has no rule, and a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module | None = None, width: int = 3) -> None:
         super().__init__()
-        self.recurrent, self.outer = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 3)
+        self.recurrent = nn.LSTM(4, 3, batch_first=True) if net is None else net
+        self.outer = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.recurrent(x)[0][:, -1])
+        y, last = self.recurrent(x)
+        return self.outer(y[:, -1]).sin() + (last[1] if isinstance(last, tuple) else last)[-1]
 
 
 def _keywords(params: Params, x: Tensor) -> Tensor:
@@ -547,6 +555,21 @@ CASES: dict[str, Callable[[], Case]] = {
         _in_turn, {"first": randn(4, 4), "second": randn(4, 4), "third": randn(4, 4)}, 4, ruled={"first", "third"}
     ),
     "recurrent": lambda: classifier(Recurrent(), 3, 4),
+    "recurrent projected": lambda: classifier(
+        Recurrent(nn.LSTM(4, 3, bias=False, proj_size=2, batch_first=True), 2), 3, 4
+    ),
+    "recurrent gru": lambda: function(
+        _gru,
+        {
+            f"{kind}{at}": randn(*shape)
+            for at in range(4)
+            for kind, shape in {"w_ih": (9, 4 if at < 2 else 6), "w_hh": (9, 3), "b_ih": (9,), "b_hh": (9,)}.items()
+        },
+        3,
+        4,
+        ruled=set(),
+    ),
+    "recurrent tanh": lambda: classifier(Recurrent(nn.RNN(4, 3, batch_first=True)), 3, 4),
     "forward mode": lambda: function(_forward_mode, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
     "no outputs": lambda: function(_in_turn, {"first": randn(3, 4), "last": randn(0, 3)}, 4, ruled={"first", "last"}),
     "keywords": lambda: function(_keywords, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
@@ -575,7 +598,7 @@ def make(name: str) -> Case:
     return CASES[name]()
 
 
-LOOPED = {"recurrent", "forward mode"}  # vmap has no rule for them, so neither has a compiled step
+LOOPED = {"forward mode"}  # vmap has no rule for it, so neither has a compiled step
 every_case = pytest.mark.parametrize("name", CASES)
 BATCHED = [name for name in CASES if name not in LOOPED]
 every_batched_case = pytest.mark.parametrize("name", BATCHED)

@@ -221,7 +221,7 @@ class Translator(nn.Module):
 
 
 def transformer(training: bool = True) -> Case:
-    """`nn.Transformer` without dropout; in eval() its encoder takes a fused path, for which vmap has no rule."""
+    """`nn.Transformer` without dropout; in eval() its encoder alone would take a fused path."""
 
     def loss(call: Any, example: dict[str, Tensor]) -> Tensor:
         ids, labels = example["input_ids"][None], example["labels"][None]
@@ -431,7 +431,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "graph": graph,
     "pure": pure,
 }
-UNCOMPILED = {"lstm", "transformer eval", "mixtral in a loop"}  # vmap cannot run them, so neither can a compiled step
+UNCOMPILED = {"mixtral in a loop"}  # vmap cannot run it, so neither can a compiled step
 TWINS = {"mixtral": "mixtral in a loop"}  # the same function, where an example alone has no kernel in float64
 
 

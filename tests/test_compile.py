@@ -57,16 +57,19 @@ IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "bag offsets"
     "pairs of pixels",
     "token losses",
     "two biases",
+    "recurrent gru",
 }
+TRACED = {"recurrent", "recurrent projected", "recurrent tanh"}  # torch's modules and `functional_call` are no graph
 EVERY_BACKEND = [
     pytest.param(name, backend, marks=[pytest.mark.slow] if (backend == "aot_eager") != (name in IN_FULL) else [])
     for name in BATCHED
     for backend in ("eager", "aot_eager")
+    if backend == "eager" or name not in TRACED
 ]
 
 
 # Dynamo traces a graph with 0-d float64 tensors twice to see whether they are Python floats
-@torch._dynamo.config.patch(specialize_float=True)
+@torch._dynamo.config.patch(specialize_float=True, allow_rnn=True)
 @pytest.mark.parametrize(("name", "backend"), EVERY_BACKEND)
 def test_compiled_equals_eager(name: str, backend: str) -> None:
     """On one batch: the null space of a rank-deficient factor is arbitrary, and shows on the next one."""

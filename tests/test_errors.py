@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ekfac_func import RULES, SUA, averaged_intra_batch, ekfac, per_example_gradients, running_average
@@ -200,3 +202,14 @@ def test_dropout_modes() -> None:
     assert per_example_gradients(noisy, W, batch, randomness="same").losses.unique().numel() == 1
     with pytest.raises(RuntimeError, match="randomness"):
         per_example_gradients(noisy, W, batch, randomness="error")
+
+
+def test_a_packed_sequence_is_refused_with_the_remedy() -> None:
+    net = nn.GRU(4, 3)
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return functional_call(net, params, (pack_sequence([x]),))[1].square().sum()
+
+    with pytest.raises(ValueError, match=r"packed sequence.*one example needs no packing"):
+        per_example_gradients(loss_fn, params, torch.randn(N, 3, 4))
