@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .discovery import Along, Options, Plan, Tapped, check_loss, plan, spec
+from .patches import Patches
 from .rules import Call
 from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, unfused, with_ids
 from .types import Batch, Dense, Factored, Layer, LossFn, OneHot, Params, Terms, statistics_dtype
@@ -290,14 +292,20 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
         g = F.pad(_within(term.g.to(dtype), i, -1), [0, one])
         return OneHot(term.ids + o.start, o.size, g, term.counted)
     a, g, x, counted = term.a.to(dtype), term.g.to(dtype), term.x, term.counted
+    last = float(planned.biased)  # 1 where the call added the bias
     if b.length < b.size:
         counted = _within(torch.ones_like(g[..., 0], dtype=torch.bool), b, 1)
-    a, g = _within(_within(a, i, 3), b, 1), _within(_within(g, o, 3), b, 1)
+    g = _within(_within(g, o, 3), b, 1)
     x = None if x is None else _within(x.to(dtype), i, 3)
+    if isinstance(a, Patches):
+        if b.length == b.size and i.length == i.size and not planned.turned:
+            return Factored(replace(a, last=last) if one else a, g, x, counted)
+        a = a.write()
+    a = _within(_within(a, i, 3), b, 1)
     if planned.turned:
         a, g = g[..., None], a[..., 0]
-    if one:  # 1 where the call added the bias
-        a = torch.cat([a, a.new_full((*a.shape[:3], 1, 1), float(planned.biased))], dim=3)
+    if one:
+        a = torch.cat([a, a.new_full((*a.shape[:3], 1, 1), last)], dim=3)
     return Factored(a, g, x, counted)
 
 
@@ -309,7 +317,7 @@ def _picked(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
     blocks = torch.arange(planned.windows[0].size, device=ids.device)
     counted = blocks[None, :, None] == ids[:, None]  # [n b p]
     counted = counted.repeat_interleave(term.g.shape[2], dim=2)
-    a, g = (t.flatten(1, 2)[:, None] for t in (term.a, term.g))  # [n 1 (p s) ...]
+    a, g = (t.flatten(1, 2)[:, None] for t in (term.inputs, term.g))  # [n 1 (p s) ...]
     return Factored(torch.where(counted[..., None, None], a, 0), torch.where(counted[..., None], g, 0), None, counted)
 
 
@@ -328,7 +336,9 @@ def _added(terms: Sequence[Factored | OneHot]) -> Terms:
     added: list[Factored | OneHot] = []
     if len(factored) > 0:
         samples = [term.x for term in factored if term.x is not None]
-        a, g = _cat([term.a for term in factored], 2), _cat([term.g for term in factored], 2)
+        a, g = factored[0].a, _cat([term.g for term in factored], 2)
+        if len(factored) > 1:
+            a = torch.cat([term.inputs for term in factored], 2)
         counted = None
         if any(term.counted is not None for term in factored):
             every = [

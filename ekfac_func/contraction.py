@@ -15,6 +15,7 @@ examples bound the extra memory.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import opt_einsum
@@ -22,19 +23,24 @@ import torch
 from torch import Tensor
 
 from .kronecker import (
+    NOMINAL_N,
     add_rows,
+    block_count,
     coalesce,
+    form,
     gradient,
+    in_blocks,
     into_basis,
     look_up,
+    out_of_basis,
     project_inputs,
     project_outputs,
+    turn_inputs,
+    turn_outputs,
 )
+from .patches import Patches
 from .types import Basis, Dense, Factored, OneHot, Sums, Terms
 
-NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
-MAX_BYTES = 64 * 2**20  # of the per-example gradients that exist at a time
-CACHE_BYTES = 2 * 2**20  # of them on a CPU, in eager mode: what is not written to memory and read again
 MAX_PAIRED = 12  # positions; more pairs are more arithmetic than the memory traffic that they save
 
 
@@ -45,17 +51,20 @@ def exact_sums(terms: Terms, basis: Basis) -> Sums:
             return Sums(gradient(terms), *_table_sums(table, basis))
         case (Factored() as factored, OneHot() as table):
             return Sums(gradient(terms), *_tied_sums(factored, table, basis))
-        case (Factored(a, g),) if g.shape[2] == 1:
-            a, g = project_inputs(a, basis), project_outputs(g, basis)
+        case (Factored() as term,) if term.g.shape[2] == 1:
+            a, g = project_inputs(term.inputs, basis), project_outputs(term.g, basis)
             projected = torch.einsum("nbso,nbsik->boik", g, a)
             square = torch.einsum("nbso,nbsik->boik", g.square(), a.square())
             return Sums(gradient(terms), projected, square)
-        case (Factored(a, g),):
+        case (Factored() as term,) if _by_pairs(term):
             total = gradient(terms)
-            return Sums(total, into_basis(total, basis), _factored_square(g, a, basis))
+            return Sums(total, into_basis(total, basis), _pair_squares(term, basis))
+        case (Factored() as term,):
+            projected, square = _formed_sums(term, basis)
+            return Sums(_turned_back(projected, term, basis), projected, square)
         case (Dense(G),):
             total = gradient(terms)
-            return Sums(total, into_basis(total, basis), _sum_squares((G,), basis))
+            return Sums(total, into_basis(total, basis), _dense_squares(G, basis))
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
@@ -82,18 +91,18 @@ def contraction(terms: Terms, basis: Basis) -> Contraction:
             o = g.shape[3]
             operations = 2 * n * b * (i * k * turned_A + o * turned_B) + 4 * n * b * o * i * k
             return Contraction("project a and g, multiply the squares", operations, 1)
-        case (Factored(a, g),):
+        case (Factored(a, g) as factored,):
             n, b, s, i, k = a.shape
             o = g.shape[3]
-            if _by_pairs(g, a):
+            if _by_pairs(factored):
                 operations = n * b * s * (2 * i * k * turned_A + 2 * o * turned_B + (s + 1) * o * i * k)
                 return Contraction("project a and g, multiply pairs of positions", operations, 1)
-            steps = _path(*_product(g, a, basis)[1:])
+            steps = _steps(g.shape, a.shape, basis)
             operations = sum(step.operations for step in steps) * n // NOMINAL_N
-            return Contraction(", ".join(step.name for step in steps), operations, _block_count(g, _entries((g, a))))
+            return Contraction(", ".join(step.name for step in steps), operations, block_count(g, _entries(factored)))
         case (Dense(G),):
             return Contraction(
-                "project G[n]", 2 * G.numel() * (turned_A + turned_B + 1), _block_count(G, _entries((G,)))
+                "project G[n]", 2 * G.numel() * (turned_A + turned_B + 1), block_count(G, G.shape[1:].numel())
             )
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
@@ -111,10 +120,11 @@ def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
 
 def _tied_sums(factored: Factored, table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     """A table that is a linear layer too: `sum (F + T)^2`, of which T and the product have a row an id."""
-    projected = into_basis(gradient((factored,)), basis)
-    square = _factored_square(factored.g, factored.a, basis)
+    projected, square = exact_sums((factored,), basis)[1:]
+    assert square is not None
     ids, h = _once(table, basis)
-    cross = 2 * look_up(Factored(project_inputs(factored.a, basis), factored.g), ids) * h
+    turned = Factored(project_inputs(factored.inputs, basis), factored.g)
+    cross = 2 * look_up(turned, ids) * h
     return projected + add_rows(ids, h, table.size), square + add_rows(ids, h.square() + cross, table.size)
 
 
@@ -124,24 +134,22 @@ def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     return single.ids, project_inputs(single.g[:, None, :, :, None], basis)[:, 0, :, :, 0]
 
 
-def _factored_square(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
-    return _pair_squares(g, a, basis) if _by_pairs(g, a) else _sum_squares((g, a), basis)
-
-
-def _by_pairs(g: Tensor, a: Tensor) -> bool:
+def _by_pairs(term: Factored) -> bool:
     """Whether pairs of positions are summed faster than gradients are written to memory and read again."""
-    s, o, i = g.shape[2], g.shape[3], a.shape[3] * a.shape[4]
-    return s <= MAX_PAIRED and s * (s + 1) // 2 * (o + i) <= o * i
+    s, i, k = term.a.shape[2:]
+    o = term.g.shape[3]
+    return s <= MAX_PAIRED and s * (s + 1) // 2 * (o + i * k) <= o * i * k
 
 
-def _pair_squares(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
+def _pair_squares(term: Factored, basis: Basis) -> Tensor:
     """`sum_n (sum_s g_s a_s)^2 = sum_n sum_st (g_s g_t) (a_s a_t)`, of a pair and its mirror one."""
+    g, a = term.g, term.inputs
     s = g.shape[2]
     one, other = torch.triu_indices(s, s, device=g.device)
     twice = torch.where(one == other, 1, 2).to(g)[:, None]
-    size = max(1, s * (s + 1) // 2 * (g.shape[3] + a.shape[3] * a.shape[4]) * g.shape[1])
+    entries = max(1, s * (s + 1) // 2 * (g.shape[3] + a.shape[3] * a.shape[4]) * g.shape[1])
     square = None
-    for of_g, of_a in zip(*(_split(t, _block_count(t, size)) for t in (g, a)), strict=True):
+    for of_g, of_a in zip(in_blocks(g, entries), in_blocks(a, entries), strict=True):
         h, x = project_outputs(of_g, basis), project_inputs(of_a, basis)
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
         of_block = torch.einsum("nbso,nbsik->boik", pairs_h, pairs_x)
@@ -150,97 +158,114 @@ def _pair_squares(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
     return square
 
 
-def _sum_squares(tensors: tuple[Tensor, ...], basis: Basis) -> Tensor:
-    """The sum of the squares of G in the basis, of (g, a) or of (G,), some examples at a time."""
-    square = None
-    for block in zip(*(_split(t, _block_count(t, _entries(tensors))) for t in tensors), strict=True):
-        G = into_basis(block[0], basis) if len(block) == 1 else _contract(block[0], block[1], basis)
-        of_block = G.square().sum(0)
-        square = of_block if square is None else square + of_block
-    assert square is not None
-    return square
-
-
-def _entries(tensors: tuple[Tensor, ...]) -> int:
-    """Entries of the gradient of one example, of (g, a) or of (G,)."""
-    if len(tensors) == 1:
-        return tensors[0].shape[1:].numel()
-    g, a = tensors
-    return g.shape[1] * g.shape[3] * a.shape[3] * a.shape[4]
-
-
-def _block_count(t: Tensor, entries: int) -> int:
-    """Into how many blocks examples are split that need so many entries each."""
-    if torch.compiler.is_compiling():
-        n, most = NOMINAL_N, MAX_BYTES
+def _formed_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
+    """The sums of G in the basis and of its square, some examples at a time."""
+    g, a = term.g, term.a
+    if isinstance(a, Patches) and not a.apart and basis.Q_A.dim() == 3:
+        basis, write = basis._replace(Q_A=basis.Q_A[:, a.inverse()]), Patches.write_fast
     else:
-        n, most = t.shape[0], min(MAX_BYTES, CACHE_BYTES) if t.device.type == "cpu" else MAX_BYTES
-    return min(n, max(1, -(-n * entries * t.element_size() // most)))
+        write = Patches.write
+    entries, sums = _entries(term), None
+    for of_g, of_a in zip(in_blocks(g, entries), in_blocks(a, entries), strict=True):
+        sums = _added(sums, _contract(of_g, write(of_a) if isinstance(of_a, Patches) else of_a, basis))
+    assert sums is not None
+    return sums
 
 
-def _split(t: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Blocks of examples; in a graph filled up with zero ones, since blocks of the traced batch's size would fix it."""
-    if count == 1 or not torch.compiler.is_compiling():
-        return t.tensor_split(count)
-    n = t.shape[0]
-    size = n // count + 2  # two more than needed, for a size of 0 or 1 would be a graph of its own
-    return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
+def _added(sums: tuple[Tensor, Tensor] | None, G: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over examples of G and of its square, with those of a block `[n b o i k]`."""
+    if torch.compiler.is_compiling() or G.device.type != "cpu":
+        total, square = G.sum(0), G.square().sum(0)
+        return (total, square) if sums is None else (sums[0] + total, sums[1] + square)
+    total, square = (torch.zeros_like(G[0]) for _ in range(2)) if sums is None else sums
+    for of_one in G:  # one pass each, where a sum over a short leading axis is slow
+        total.add_(of_one)
+        square.addcmul_(of_one, of_one)
+    return total, square
+
+
+def _turned_back(projected: Tensor, term: Factored, basis: Basis) -> Tensor:
+    """The sum of the gradients from what it is in the basis, where that is less work than from the term."""
+    s, i = term.a.shape[2:4]
+    o = term.g.shape[3]
+    whole = all(Q.shape[-1] == Q.shape[-2] for Q in basis)
+    if not whole or o + i > NOMINAL_N * s:
+        return gradient((term,))
+    return out_of_basis(projected, basis, (term.g.shape[1], o, i, term.a.shape[4]))
+
+
+def _dense_squares(G: Tensor, basis: Basis) -> Tensor:
+    """The sum of the squares of G in the basis, some examples at a time."""
+    sums = None
+    for block in in_blocks(G, G.shape[1:].numel()):
+        sums = _added(sums, into_basis(block, basis))
+    assert sums is not None
+    return sums[1]
+
+
+def _entries(term: Factored) -> int:
+    """Entries of what is written of one example: its gradient, and its patches where they are unwritten."""
+    _, b, s, i, k = term.a.shape
+    return b * i * k * (term.g.shape[3] + (s if isinstance(term.a, Patches) else 0))
 
 
 def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
-    """`Q_B^T G[n] Q_A`, `[n b O I k]`, pair by pair in the cheapest order."""
-    operands, equation, sizes = _product(g, a, basis)
-    for step in _path(equation, sizes):
-        operands.append(torch.einsum(step.equation, *(operands.pop(index) for index in step.pair)))
-    return operands[0]
-
-
-def _product(g: Tensor, a: Tensor, basis: Basis) -> tuple[list[Tensor], str, tuple[int, ...]]:
-    """The product of both with the full sides of the basis: operands, equation, and the sizes of n b s o i k."""
-    full_A, full_B = (Q.dim() == 3 and Q.shape[-1] > 1 for Q in basis)
-    a = a if full_A else project_inputs(a, basis)  # blocks cost little
-    g = g if full_B else project_outputs(g, basis)
-    operands, letters = [g, a], ["nbso", "nbsik"]
-    if full_B:
-        operands.append(basis.Q_B)
-        letters.append("boO")
-    if full_A:
-        operands.append(basis.Q_A)
-        letters.append("biI")
-    result = f"nb{'O' if full_B else 'o'}{'I' if full_A else 'i'}k"
-    _, b, s, i, k = a.shape
-    return operands, ",".join(letters) + "->" + result, (NOMINAL_N, b, s, g.shape[-1], i, k)
+    """`Q_B^T G[n] Q_A`, `[n b O I k]`, in the cheapest order."""
+    G = g  # overwritten by the step that forms it
+    for step in _steps(g.shape, a.shape, basis):
+        match step.name:
+            case "project g":
+                g = project_outputs(g, basis)
+            case "project a":
+                a = project_inputs(a, basis)
+            case "form G[n]":
+                G = form(g, a)
+            case "project G[n] Q_A":
+                G = turn_inputs(G, basis.Q_A)
+            case "project G[n] Q_B":
+                G = turn_outputs(G, basis.Q_B)
+    return G
 
 
 class Step(NamedTuple):
-    """One product of a path."""
+    """One product."""
 
     name: str
-    pair: tuple[int, ...]  # of the operands, in the order to take them
-    equation: str
     operations: int
 
 
+def _steps(g: Sequence[int], a: Sequence[int], basis: Basis) -> tuple[Step, ...]:
+    """The products that make `Q_B^T G[n] Q_A` of output gradients and inputs of these shapes."""
+    full_A, full_B = (Q.dim() == 3 and Q.shape[-1] > 1 for Q in basis)
+    early = [Step("project a", 0)] * (not full_A) + [Step("project g", 0)] * (not full_B)  # blocks cost little
+    return (*early, *_path((NOMINAL_N, *a[1:3], g[3], *a[3:]), full_A, full_B))
+
+
 @torch.compiler.assume_constant_result
-def _path(equation: str, sizes: tuple[int, ...]) -> tuple[Step, ...]:
-    return _cheapest(equation, sizes)
+def _path(sizes: tuple[int, ...], full_A: bool, full_B: bool) -> tuple[Step, ...]:
+    return _cheapest(sizes, full_A, full_B)
 
 
 @functools.lru_cache
-def _cheapest(equation: str, sizes: tuple[int, ...]) -> tuple[Step, ...]:
+def _cheapest(sizes: tuple[int, ...], full_A: bool, full_B: bool) -> tuple[Step, ...]:
+    """The order that `opt_einsum` finds for the product of g and a with the full sides of the basis."""
     size = dict(zip("nbsoik", sizes, strict=True))
     size |= {"O": size["o"], "I": size["i"]}
-    parts = equation.split("->")[0].split(",")
+    parts = ["nbso", "nbsik", *["boO"] * full_B, *["biI"] * full_A]
+    equation = f"{','.join(parts)}->nb{'O' if full_B else 'o'}{'I' if full_A else 'i'}k"
     shapes = [tuple(size[letter] for letter in part) for part in parts]
     _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
-    names = ["g", "a", *("Q_B" if "O" in part else "Q_A" for part in parts[2:])]
+    names = ["g", "a", *["Q_B"] * full_B, *["Q_A"] * full_A]
     steps = []
     for contracted in info.contraction_list:
-        pair = tuple(sorted(contracted[0], reverse=True))
-        left, right = sorted(names.pop(at) for at in pair)
-        made = {("Q_B", "g"): "g", ("Q_A", "a"): "a"}.get((left, right), "G[n]")
-        names.append(made)
+        pair = {names.pop(at) for at in sorted(contracted[0], reverse=True)}
         letters = set(contracted[2]) & size.keys()
-        name = "form G[n]" if (left, right) == ("a", "g") else f"project {made}"
-        steps.append(Step(name, pair, contracted[2], 2 * math.prod(size[letter] for letter in letters)))
+        operations = 2 * math.prod(size[letter] for letter in letters)
+        made = next((x for x in ("g", "a") if x in pair and pair & {"Q_A", "Q_B"}), "G[n]")
+        names.append(made)
+        if pair == {"g", "a"}:
+            steps.append(Step("form G[n]", operations))
+        else:
+            (side,) = pair & {"Q_A", "Q_B"}
+            steps.append(Step(f"project {made}" + f" {side}" * (made == "G[n]"), operations))
     return tuple(steps)

@@ -16,14 +16,46 @@ follow the weight's axes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .patches import Patches
 from .types import Basis, Dense, Factored, Factors, Layer, Number, OneHot, Params, Term, Terms
+
+NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
+MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
+CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
+
+
+def block_count(t: Tensor | Patches, entries: int) -> int:
+    """Into how many blocks examples are split that need so many entries each."""
+    x = t.x if isinstance(t, Patches) else t
+    if torch.compiler.is_compiling():
+        n, most = NOMINAL_N, MAX_BYTES
+    else:
+        n, most = x.shape[0], min(MAX_BYTES, CACHE_BYTES) if x.device.type == "cpu" else MAX_BYTES
+    return min(n, max(1, -(-n * entries * x.element_size() // most)))
+
+
+def in_blocks(t: Any, entries: int) -> Sequence[Any]:
+    """A tensor or patches in blocks of examples that need so many entries each.
+
+    In a graph filled up with examples of zeros, since blocks of the traced batch's size would fix it.
+    """
+    if isinstance(t, Patches):
+        return [replace(t, x=x) for x in in_blocks(t.x, entries)]
+    count = block_count(t, entries)
+    if count == 1 or not torch.compiler.is_compiling():
+        return t.tensor_split(count)
+    n = t.shape[0]
+    size = n // count + 2  # two more than needed, for a size of 0 or 1 would be a graph of its own
+    return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
 
 
 class FactorSums(NamedTuple):
@@ -51,9 +83,9 @@ def reduce(term: Factored) -> Factored:
     """
     x = None if term.x is None else term.x.mean(2, keepdim=True)
     if term.counted is None:
-        return Factored(term.a.mean(2, keepdim=True), term.g.sum(2, keepdim=True), x)
+        return Factored(term.inputs.mean(2, keepdim=True), term.g.sum(2, keepdim=True), x)
     used = term.counted.sum(2, keepdim=True)
-    a = term.a.sum(2, keepdim=True) / used.clamp(min=1)[..., None, None]
+    a = term.inputs.sum(2, keepdim=True) / used.clamp(min=1)[..., None, None]
     return Factored(a, term.g.sum(2, keepdim=True), x, used > 0)
 
 
@@ -71,7 +103,11 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums
     match term:
         case Factored():
             a, g, x, counted = sharing(term)
-            A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2)
+            if x is None and isinstance(a, Patches) and basis.Q_A.dim() == 3:
+                A = _patch_gram(a)
+            else:
+                a = a.write() if isinstance(a, Patches) else a
+                A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2)
             B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1)
             n, _, s, _ = g.shape
             used = n * s if counted is None else counted.sum((0, 2))
@@ -93,6 +129,21 @@ def _gram(x: Tensor, equation: str, Q: Tensor, axis: int) -> Tensor:
     x = _blocks(x, Q, axis)
     C = torch.einsum(equation, x, x)
     return C.squeeze(1) if Q.dim() == 3 else C
+
+
+def _patch_gram(a: Patches) -> Tensor:
+    """The second moment of patches `[b i i]`, some examples at a time; a last input stands beside them."""
+    n, b, s, i, _ = a.shape
+    ones = a.x.new_full((n,), float(s)).sum()
+    rows = replace(a, last=None)
+    last, at = a.last, rows.order()
+    samples = [block.write_fast()[..., 0].transpose(0, 1).flatten(1, 2) for block in in_blocks(rows, b * s * i)]
+    gram = functools.reduce(torch.add, (x.mT @ x for x in samples))[:, at][:, :, at]
+    if last is None:
+        return gram
+    beside = last * functools.reduce(torch.add, (x.sum(1) for x in samples))[:, at, None]
+    corner = (ones * last * last).expand(b, 1, 1)
+    return torch.cat([torch.cat([gram, beside], 2), torch.cat([beside.mT, corner], 2)], 1)
 
 
 def _blocks(x: Tensor, Q: Tensor, axis: int) -> Tensor:
@@ -173,13 +224,18 @@ def dense(terms: Terms) -> Tensor:
 
 def _dense(term: Term) -> Tensor:
     match term:
-        case Factored(a, g):
-            return torch.einsum("nbso,nbsik->nboik", g, a)
+        case Factored(_, g):
+            return form(g, term.inputs)
         case OneHot(ids, size, g):
             table = g.new_zeros(g.shape[0], size, g.shape[2])
             return table.scatter_add(1, ids[..., None].expand(g.shape), g)[:, None, :, :, None]
         case Dense(G):
             return G
+
+
+def form(g: Tensor, a: Tensor) -> Tensor:
+    """Per-example gradients `[n b o i k]` of output gradients `[n b s o]` and inputs `[n b s i k]`."""
+    return (g.mT @ a.flatten(3)).unflatten(3, a.shape[3:])
 
 
 def gradient(terms: Terms) -> Tensor:
@@ -189,8 +245,12 @@ def gradient(terms: Terms) -> Tensor:
 
 def _gradient(term: Term) -> Tensor:
     match term:
-        case Factored(a, g):
-            return torch.einsum("nbso,nbsik->boik", g, a)
+        case Factored(Patches() as a, g) if not a.apart:
+            blocks = zip(in_blocks(g, entries := math.prod(a.shape[1:])), in_blocks(a, entries), strict=True)
+            parts = (torch.einsum("nbso,nbsik->boik", of_g, of_a.write_fast()) for of_g, of_a in blocks)
+            return functools.reduce(torch.add, parts)[:, :, a.order()]
+        case Factored(_, g):
+            return torch.einsum("nbso,nbsik->boik", g, term.inputs)
         case OneHot(ids, size, g):
             return add_rows(ids, g, size)
         case Dense(G):
@@ -216,7 +276,7 @@ def coalesce(term: OneHot) -> OneHot:
 def look_up(term: Factored, ids: Tensor) -> Tensor:
     """The rows `[n s i]` at ids `[n s]` of the gradients `[n o i]` of a layer with b = k = 1."""
     g = term.g[:, 0].gather(2, ids[:, None].expand(-1, term.g.shape[2], -1))  # [n t s]
-    return torch.einsum("nts,nti->nsi", g, term.a[:, 0, :, :, 0])
+    return torch.einsum("nts,nti->nsi", g, term.inputs[:, 0, :, :, 0])
 
 
 def square_norms(terms: Terms) -> Tensor:
@@ -235,7 +295,8 @@ def _square_norms(term: Term) -> Tensor:
         s, i, k = term.a.shape[2:]
         o = term.g.shape[3]
         if s * (i * k + o) <= o * i * k:
-            pairs_a = torch.einsum("nbsik,nbtik->nbst", term.a, term.a)
+            a = term.inputs
+            pairs_a = torch.einsum("nbsik,nbtik->nbst", a, a)
             pairs_g = torch.einsum("nbso,nbto->nbst", term.g, term.g)
             return torch.einsum("nbst,nbst->n", pairs_a, pairs_g)
     return _dense(term).square().sum((1, 2, 3, 4))
@@ -249,10 +310,28 @@ def _turn(x: Tensor, Q: Tensor, equation: str, axis: int) -> Tensor:
     return y.flatten(axis - 1, axis)
 
 
+def _is_matrix(M: Tensor, Q: Tensor) -> bool:
+    """Whether `[... b o i k]` is one matrix of each example, and the side one that `matmul` takes as it is."""
+    return Q.dim() == 3 and Q.shape[0] == M.shape[-1] == 1 and Q.shape[-1] > 1
+
+
+def turn_inputs(M: Tensor, Q: Tensor) -> Tensor:
+    """`M Q_A`: `[... b o i k]` to `[... b o I k]`; inputs `[n b s i k]` alike."""
+    if _is_matrix(M, Q):
+        return (M[..., 0] @ Q[0])[..., None]
+    return _turn(M, Q, "...bomdk,bmdD->...bomDk", -2)
+
+
+def turn_outputs(M: Tensor, Q: Tensor) -> Tensor:
+    """`Q_B^T M`: `[... b o i k]` to `[... b O i k]`."""
+    if _is_matrix(M, Q):
+        return (Q[0].mT @ M[..., 0])[..., None]
+    return _turn(M, Q, "...bmdik,bmdD->...bmDik", -3)
+
+
 def into_basis(M: Tensor, basis: Basis) -> Tensor:
     """`Q_B^T M Q_A`: `[... b o i k]` to `[... b O I k]`."""
-    M = _turn(M, basis.Q_A, "...bomdk,bmdD->...bomDk", -2)
-    return _turn(M, basis.Q_B, "...bmdik,bmdD->...bmDik", -3)
+    return turn_outputs(turn_inputs(M, basis.Q_A), basis.Q_B)
 
 
 def out_of_basis(M: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> Tensor:
@@ -262,12 +341,12 @@ def out_of_basis(M: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> T
 
 def project_inputs(a: Tensor, basis: Basis) -> Tensor:
     """Inputs in the basis: `[n b s i k]` to `[n b s I k]`."""
-    return _turn(a, basis.Q_A, "nbsmdk,bmdD->nbsmDk", -2)
+    return turn_inputs(a, basis.Q_A)
 
 
 def project_outputs(g: Tensor, basis: Basis) -> Tensor:
     """Output gradients in the basis: `[n b s o]` to `[n b s O]`."""
-    return _turn(g, basis.Q_B, "nbsmd,bmdD->nbsmD", -1)
+    return turn_inputs(g[..., None], basis.Q_B)[..., 0]
 
 
 def eigenvalue_product(factors: Factors, basis: Basis, positions: Number, like: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def gram(x: Terms, y: Terms) -> Tensor:
         s, i, k = x[0].a.shape[2:]
         o, t = x[0].g.shape[3], y[0].g.shape[2]
         if s * t * (i * k + o) <= o * i * k:
-            a = torch.einsum("nbsik,mbtik->bnmst", x[0].a.to(torch.float64), y[0].a.to(torch.float64))
+            a = torch.einsum("nbsik,mbtik->bnmst", x[0].inputs.to(torch.float64), y[0].inputs.to(torch.float64))
             g = torch.einsum("nbso,mbto->bnmst", x[0].g.to(torch.float64), y[0].g.to(torch.float64))
             return torch.einsum("bnmst,bnmst->bnm", a, g)
     rows = []

@@ -6,6 +6,7 @@ recognises is differentiated as it is: rules are speed and a better basis, never
 
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .patches import Patches
 from .types import Factored, OneHot
 
 
@@ -127,8 +129,8 @@ def conv(
     nd = weight.dim() - 2
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        patches = _patches(padded(_batched(x, nd), weight.shape[2:], padding, dilation), weight, stride, dilation)
-        return Factored(_samples(patches, groups, nd), _pixels(_batched(g, nd), groups))
+        x = padded(_batched(x, nd), weight.shape[2:], padding, dilation)
+        return Factored(_patches(x, weight, stride, dilation, groups), _pixels(_batched(g, nd), groups))
 
     c_out = weight.shape[0]
     return Call(weight, "boi" + "i" * nd, input, read, bias, (groups, c_out // groups, *weight.shape[1:]))
@@ -151,14 +153,12 @@ def conv_sua(
     """
     nd = weight.dim() - 2
     dense = conv(input, weight, None, stride, padding, dilation, groups)
-    c, offsets = weight.shape[1], weight[0, 0].numel()
 
     def read(x: Tensor, g: Tensor) -> Factored:
         term = dense.read(x, g)
         assert isinstance(term, Factored)
-        return Factored(
-            term.a.unflatten(3, (c, offsets)).squeeze(5), term.g, _pixels(_batched(x, nd), groups).to(term.a)
-        )
+        assert isinstance(term.a, Patches)
+        return Factored(replace(term.a, apart=True), term.g, _pixels(_batched(x, nd), groups))
 
     return dense._replace(letters="boi" + "k" * nd, read=read)
 
@@ -187,8 +187,9 @@ def conv_transpose(
             inner, side = [0, 0] * (nd - 1 - axis), d * (k - 1) - p
             x = F.pad(x.unsqueeze(4 + axis), [*inner, 0, s - 1]).flatten(3 + axis, 4 + axis)  # s - 1 zeros after each
             x = F.pad(x, [*inner, side, side + e - (s - 1)])
-        patches = _patches(x, weight, 1, dilation).flip([-1 - axis for axis in range(nd)])
-        return Factored(_samples(patches, groups, nd), _pixels(_batched(g, nd), groups))
+        a = _patches(x, weight, 1, dilation, groups).write().unflatten(3, (-1, *kernel))
+        a = a.flip([-2 - axis for axis in range(nd)]).flatten(3, -2)
+        return Factored(a, _pixels(_batched(g, nd), groups))
 
     split = (groups, weight.shape[0] // groups, *weight.shape[1:])
     return Call(weight, "bio" + "i" * nd, input, read, bias, split)
@@ -272,8 +273,6 @@ def batch_norm(
 
 
 _LETTERS = string.ascii_letters
-_OUT = ("", "x", "x y", "x y z")
-_KERNEL = ("", "u", "u v", "u v w")
 
 
 def _product(
@@ -343,22 +342,16 @@ def _pixels(x: Tensor, groups: int) -> Tensor:
     return rearrange(x, "n m (b c) ... -> n b (m ...) c", b=groups)
 
 
-def _samples(patches: Tensor, groups: int, nd: int) -> Tensor:
-    """Patches `[n m (b c) *output *kernel]` to `[n b s (c kernel) 1]`."""
-    return rearrange(patches, f"n m (b c) {_OUT[nd]} {_KERNEL[nd]} -> n b (m {_OUT[nd]}) (c {_KERNEL[nd]}) 1", b=groups)
-
-
 def _batched(x: Tensor, nd: int) -> Tensor:
     """`[n (m) c ...]` with the convolution's own batch axis m written out."""
     return x.unsqueeze(1) if x.dim() == nd + 2 else x
 
 
-def _patches(x: Tensor, weight: Tensor, stride: int | tuple[int, ...], dilation: int | tuple[int, ...]) -> Tensor:
-    """`[n m c ...]` to a view `[n m c *output *kernel]` of what each output pixel sees."""
-    kernel = weight.shape[2:]
-    for axis, (k, s, d) in enumerate(zip(kernel, each(stride, kernel), each(dilation, kernel), strict=True)):
-        x = x.unfold(3 + axis, d * (k - 1) + 1, s)[..., ::d]
-    return x
+def _patches(x: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: int) -> Patches:
+    """What each output pixel sees of an input `[n m (b c) ...]`."""
+    kernel = tuple(weight.shape[2:])
+    x = x.unflatten(2, (groups, -1)).movedim(3, -1).contiguous()
+    return Patches(x, kernel, tuple(each(stride, kernel)), tuple(each(dilation, kernel)))
 
 
 def padded(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .patches import Patches
+
 Params = dict[str, Tensor]
 Batch = Any  # the tree of one example, each tensor with a leading axis n
 LossFn = Callable[[Params, Any], Tensor]  # (params, example) -> scalar loss
@@ -17,10 +19,15 @@ Number = float | Tensor  # a Python number or a 0-d tensor
 class Factored(NamedTuple):
     """Per-example gradients `G[n] = sum_s g[n, s] a[n, s]^T`, never formed."""
 
-    a: Tensor  # [n b s i k] inputs
+    a: Tensor | Patches  # [n b s i k] inputs
     g: Tensor  # [n b s o] output gradients
     x: Tensor | None = None  # [n b p i] samples of the factor A where they are not a's own (SUA)
     counted: Tensor | None = None  # [n b s] which positions of a block are one of its own, where not all are
+
+    @property
+    def inputs(self) -> Tensor:
+        """a, written out."""
+        return self.a.write() if isinstance(self.a, Patches) else self.a
 
 
 class OneHot(NamedTuple):

@@ -173,7 +173,7 @@ def test_number_of_graphs_of_a_classifier(rules: Any) -> None:
 def test_number_of_graphs_with_blocks_of_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven batch sizes, each in four blocks."""
     case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
-    monkeypatch.setattr("ekfac_func.contraction.MAX_BYTES", 256 * 3 * 19 * 8 // 4)
+    monkeypatch.setattr("ekfac_func.kronecker.MAX_BYTES", 256 * 3 * 19 * 8 // 4)
     step = ekfac(case.loss_fn, damping=1e-2, basis_every=10)
     precondition, state = compiled(step.precondition), step.init(case.params, case.batch(8))
     for size in (16, 24, 9, 33, 12, 64, 7):

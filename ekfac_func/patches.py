@@ -1,0 +1,83 @@
+"""What the output pixels of a convolution see, unwritten: written some examples at a time, where they stay in cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The inputs `[n b s i k]` of a convolution: an output pixel is a position, a patch its input."""
+
+    x: Tensor  # [n m b *spatial c], padded; m: inputs of an example
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    last: float | None = None  # one more input, the same at every position
+    apart: bool = False  # the offsets of the kernel on k, not with the channels on i
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """`n b s i k`."""
+        n, m, b, *spatial, c = self.x.shape
+        reach = (d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+        pixels = ((size - r) // s + 1 for size, r, s in zip(spatial, reach, self.stride, strict=True))
+        offsets = math.prod(self.kernel)
+        i, k = (c, offsets) if self.apart else (c * offsets, 1)
+        return n, b, m * math.prod(pixels), i + (self.last is not None), k
+
+    def to(self, dtype: torch.dtype) -> Patches:
+        return replace(self, x=self.x.to(dtype))
+
+    def write(self) -> Tensor:
+        """`[n b s i k]`, channels before kernel offsets on i, as in the weight."""
+        nd = len(self.kernel)
+        return self._written(self._windows().movedim(3, 3 + nd))  # [n b m *output c *kernel]
+
+    def write_fast(self) -> Tensor:
+        """`[n b s i 1]`, kernel offsets before channels on i, as in memory: `order` leads back. Not where apart."""
+        return self._written(self._windows().movedim(3, -1))  # [n b m *output *kernel c]
+
+    def _written(self, windows: Tensor) -> Tensor:
+        """Windows `[n b m *output ... ]` in the shape of the inputs, with the last one beside them."""
+        shape = self.shape
+        if self.last is None:
+            return windows.reshape(shape)
+        a = windows.new_empty(shape)
+        a[..., -1, :] = self.last
+        split = windows.shape[2 : 3 + len(self.kernel)], windows.shape[3 + len(self.kernel) :]
+        a[..., :-1, 0].unflatten(3, split[1]).unflatten(2, split[0]).copy_(windows)
+        return a
+
+    def _windows(self) -> Tensor:
+        """A view `[n b m c *output *kernel]`."""
+        x = self.x.movedim(-1, 3).transpose(1, 2)
+        for axis, (k, s, d) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            x = x.unfold(4 + axis, d * (k - 1) + 1, s)[..., ::d]
+        return x
+
+    def order(self) -> Tensor:
+        """Where `write_fast` has each input of `write`."""
+        return self._turned(math.prod(self.kernel), self.x.shape[-1])
+
+    def inverse(self) -> Tensor:
+        """Where `write` has each input of `write_fast`."""
+        return self._turned(self.x.shape[-1], math.prod(self.kernel))
+
+    def _turned(self, outer: int, inner: int) -> Tensor:
+        one = torch.arange(outer * inner, device=self.x.device)
+        turned = one.reshape(outer, inner).T.flatten()
+        return turned if self.last is None else torch.cat([turned, one.new_full((1,), outer * inner)])
+
+
+pytree.register_pytree_node(
+    Patches,
+    lambda patches: ([patches.x], (patches.kernel, patches.stride, patches.dilation, patches.last, patches.apart)),
+    lambda children, constants: Patches(*children, *constants),
+    serialized_type_name="ekfac_func.Patches",
+)
