@@ -137,11 +137,14 @@ def _patch_gram(a: Patches) -> Tensor:
     ones = a.x.new_full((n,), float(s)).sum()
     rows = replace(a, last=None)
     last, at = a.last, rows.order()
-    samples = [block.write_fast()[..., 0].transpose(0, 1).flatten(1, 2) for block in in_blocks(rows, b * s * i)]
-    gram = functools.reduce(torch.add, (x.mT @ x for x in samples))[:, at][:, :, at]
+    gram, total = a.x.new_zeros(b, len(at), len(at)), a.x.new_zeros(b, len(at))
+    for block in in_blocks(rows, b * s * i):
+        x = block.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
+        gram, total = gram + x.mT @ x, total + x.sum(1)
+    gram = gram[:, at][:, :, at]
     if last is None:
         return gram
-    beside = last * functools.reduce(torch.add, (x.sum(1) for x in samples))[:, at, None]
+    beside = last * total[:, at, None]
     corner = (ones * last * last).expand(b, 1, 1)
     return torch.cat([torch.cat([gram, beside], 2), torch.cat([beside.mT, corner], 2)], 1)
 
@@ -246,9 +249,10 @@ def gradient(terms: Terms) -> Tensor:
 def _gradient(term: Term) -> Tensor:
     match term:
         case Factored(Patches() as a, g) if not a.apart:
-            blocks = zip(in_blocks(g, entries := math.prod(a.shape[1:])), in_blocks(a, entries), strict=True)
-            parts = (torch.einsum("nbso,nbsik->boik", of_g, of_a.write_fast()) for of_g, of_a in blocks)
-            return functools.reduce(torch.add, parts)[:, :, a.order()]
+            total, entries = g.new_zeros(a.shape[1], g.shape[3], *a.shape[3:]), math.prod(a.shape[1:])
+            for of_g, of_a in zip(in_blocks(g, entries), in_blocks(a, entries), strict=True):
+                total = total + torch.einsum("nbso,nbsik->boik", of_g, of_a.write_fast())
+            return total[:, :, a.order()]
         case Factored(_, g):
             return torch.einsum("nbso,nbsik->boik", g, term.inputs)
         case OneHot(ids, size, g):

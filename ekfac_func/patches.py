@@ -25,8 +25,8 @@ class Patches:
     def shape(self) -> tuple[int, int, int, int, int]:
         """`n b s i k`."""
         n, m, b, *spatial, c = self.x.shape
-        reach = (d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
-        pixels = ((size - r) // s + 1 for size, r, s in zip(spatial, reach, self.stride, strict=True))
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        pixels = [(size - r) // s + 1 for size, r, s in zip(spatial, reach, self.stride, strict=True)]
         offsets = math.prod(self.kernel)
         i, k = (c, offsets) if self.apart else (c * offsets, 1)
         return n, b, m * math.prod(pixels), i + (self.last is not None), k
