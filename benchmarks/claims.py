@@ -27,6 +27,17 @@ def errors(rows: Rows, *keys: str) -> dict[tuple[str, ...], list[float]]:
     return found
 
 
+def basis_alone(rows: Rows) -> None:
+    """The error that the stale basis leaves to a moment of all the data: the root of the share off its diagonal."""
+    found = defaultdict(list)
+    for row in rows:
+        if (row["part"], row["layer"], row["estimator"]) == ("refresh", "all", "stale basis, fresh moment"):
+            found[int(row["since_refresh"])].append(math.sqrt(float(row["off_diagonal"])))
+    print(
+        f"    {'stale basis, moment of all data':32} " + " | ".join(mean(values) for _, values in sorted(found.items()))
+    )
+
+
 def nearer(rows: Rows) -> None:
     """On how many layers at how many stages the exact moment is nearer to F than the eigenvalues' product."""
     for part in ("all data", "batches"):
@@ -63,3 +74,4 @@ for path in sys.argv[1:]:
     table(records, "all data", "stage")
     table(records, "batches", "stage")
     table(records, "refresh", "since_refresh")
+    basis_alone(records)
