@@ -14,6 +14,7 @@ from .compare import (
     whole_batch,
 )
 from .contraction import exact_sums, gradient_sums
+from .curvature import Curvature, curvature
 from .describe import Description, Row, describe
 from .fisher import Fisher, empirical, exact, gradient, sampled
 from .kronecker import WeightSharing, expand, reduce
@@ -47,6 +48,7 @@ __all__ = [
     "Blocks",
     "Call",
     "Choices",
+    "Curvature",
     "Damping",
     "Dense",
     "DenseBlocks",
@@ -75,6 +77,7 @@ __all__ = [
     "blocks",
     "centred",
     "compare",
+    "curvature",
     "describe",
     "ekfac",
     "empirical",

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import capture
 from .discovery import Options, check_loss
-from .kronecker import dense, unpack
+from .kronecker import dense, unpack_all
 from .types import Batch, LossFn, Params
 
 
@@ -20,9 +20,8 @@ def certify(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options
     """
     params = dict(params)
     captured = capture(loss_fn, params, batch, options)
-    found: Params = {}
-    for name, layer in captured.layers.items():
-        found |= unpack(layer, dense(captured.terms[name]), params)
+    gradients_of = {name: dense(terms) for name, terms in captured.terms.items()}
+    found = unpack_all(captured.layers.values(), gradients_of, params)
 
     def loss(params: Params, example: Batch) -> Tensor:
         return check_loss(loss_fn(params, example), options.has_aux, 2 if options.batched else None)[0].mean()

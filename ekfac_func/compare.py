@@ -15,13 +15,14 @@ from torch.utils import _pytree as pytree
 from . import basis as eigenbasis
 from .capture import Captured, capture
 from .checks import check_batch, check_count, check_decay, check_params, check_positive, check_randomness
-from .contraction import exact_sums
+from .contraction import exact_sums, mean_sums
 from .discovery import Options
 from .fisher import Fisher, empirical
 from .kronecker import (
     FactorSums,
     Means,
     average_factors,
+    count,
     eigenvalue_product,
     factor_sums,
     gradient,
@@ -29,8 +30,9 @@ from .kronecker import (
     mean_factors,
     pack,
     unpack,
+    unpack_all,
 )
-from .precondition import _initial, _mean, _rescale
+from .precondition import initial_state, rescale
 from .reference import exact_block, part
 from .rules import RULES, SUA, Rules
 from .second_moment import (
@@ -66,7 +68,7 @@ def split_batch(terms: OfLayers, n: int) -> tuple[OfLayers, OfLayers]:
         raise ValueError(f"a batch of {n} example cannot be split: give at least 2 examples a batch")
 
     def halved(term: Terms, first: bool) -> Terms:
-        total = next(leaf for leaf in pytree.tree_leaves(term) if isinstance(leaf, Tensor)).shape[0]
+        total = count(term)
         middle = n // 2 * (total // n)  # an example's draws stay together
         return part(term, 0, middle) if first else part(term, middle, total)
 
@@ -315,10 +317,8 @@ class _Data:
         own = self.captures[empirical, next(iter(tables))]
         n = sum(len(captured.losses) for captured in own)
         self.loss = sum(captured.losses.double().sum().item() for captured in own) / n
-        self.slope: Params = {}
-        for name, layer in own[0].layers.items():
-            total = _total([gradient(captured.terms[name]) for captured in own]) / n
-            self.slope |= unpack(layer, total, self.params)
+        slopes = {name: _total([gradient(captured.terms[name]) for captured in own]) / n for name in own[0].layers}
+        self.slope = unpack_all(own[0].layers.values(), slopes, self.params)
         for table in tables:
             self.truths[table] = self._truth(table)
 
@@ -367,13 +367,13 @@ class _Data:
 def exact_means(terms: Sequence[Terms], basis: Basis) -> Sums:
     """Means over the examples of all terms of G, of G in the basis and of its square."""
     sums = [exact_sums(term, basis) for term in terms]
-    n = sum(next(leaf for leaf in pytree.tree_leaves(term) if isinstance(leaf, Tensor)).shape[0] for term in terms)
-    return _mean(Sums(*(_total(list(field)) for field in zip(*sums, strict=True))), n)
+    n = sum(map(count, terms))
+    return mean_sums(Sums(*(_total(list(field)) for field in zip(*sums, strict=True))), n)
 
 
 def _started(layers: tuple[Layer, ...], params: Params) -> State:
     """The state before the first step, with whole bases."""
-    return _initial(layers, eigenbasis.choose(layers, {}), params)
+    return initial_state(layers, eigenbasis.choose(layers, {}), params)
 
 
 def _factors(terms: Terms, basis: Basis) -> Means:
@@ -381,7 +381,7 @@ def _factors(terms: Terms, basis: Basis) -> Means:
 
 
 def _scaled(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
-    return _rescale(projected, moment, basis, projected.new_tensor(damping), -1.0, layer.sizes)
+    return rescale(projected, moment, basis, projected.new_tensor(damping), -1.0, layer.sizes)
 
 
 class _Frame(NamedTuple):
@@ -427,8 +427,10 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
     for member, estimator in members.items():
         rule = estimator.second_moment
         if rule.sums not in sums:
-            n = {name: _count(term) for name, term in for_moment.items()}
-            sums[rule.sums] = {name: _mean(rule.sums(term, bases[name]), n[name]) for name, term in for_moment.items()}
+            n = {name: count(term) for name, term in for_moment.items()}
+            sums[rule.sums] = {
+                name: mean_sums(rule.sums(term, bases[name]), n[name]) for name, term in for_moment.items()
+            }
         carry = rule.at_refresh if estimator.at_refresh is None else estimator.at_refresh
         moments[member] = {}
         for name, term in for_moment.items():
@@ -437,7 +439,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
                 positions = _factors(term, bases[name]).positions
                 product = functools.partial(eigenvalue_product, factors[name], bases[name], positions, moment.value)
                 moment = refresh(rule, carry, moment, frame.bases[name], bases[name], product)
-            moments[member][name] = rule.update(moment, sums[rule.sums][name], _count(term))
+            moments[member][name] = rule.update(moment, sums[rule.sums][name], count(term))
     exact, noise = frame.exact, frame.noise
     if turn or not exact or frame.at is not data:
         exact, noise = {}, {}
@@ -576,10 +578,6 @@ def _losses(loss_fn: LossFn, params: Params, batch: Batch, randomness: str, chun
 def _square(means: Sums) -> Tensor:
     assert means.square is not None
     return means.square
-
-
-def _count(term: Terms) -> int:
-    return next(leaf for leaf in pytree.tree_leaves(term) if isinstance(leaf, Tensor)).shape[0]
 
 
 def _total(values: list[Any]) -> Any:

@@ -68,6 +68,11 @@ def exact_sums(terms: Terms, basis: Basis) -> Sums:
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
+def mean_sums(sums: Sums, n: int) -> Sums:
+    """The one division of the sums over examples."""
+    return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)
+
+
 class Contraction(NamedTuple):
     """How `exact_sums` sums the second moment of one layer."""
 

@@ -433,7 +433,9 @@ def _arrange(
         if name in tapped:
             funcs = " + ".join(dict.fromkeys(use.func for use in uses[name]))
             table = any(use.table for use in uses[name])
-            layers.append(_layer(name, owned.get(name), tapped[name], table, funcs))
+            bias = owned.get(name)
+            bias_shape = () if bias is None else param_specs[bias].shape
+            layers.append(_layer(name, param.shape, bias, bias_shape, tapped[name], table, funcs))
         elif name not in owned.values():
             hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else "no call"]
             layers.append(_dense_layer(name, param.shape, " + ".join(hidden)))
@@ -467,20 +469,28 @@ def _agreed(uses: Sequence[_Use]) -> _Groups | None:
     return first.groups
 
 
-def _layer(name: str, bias: str | None, groups: _Groups, table: bool, rule: str) -> Layer:
+def _layer(
+    name: str,
+    shape: tuple[int, ...],
+    bias: str | None,
+    bias_shape: tuple[int, ...],
+    groups: _Groups,
+    table: bool,
+    rule: str,
+) -> Layer:
     b, o, i, k = (math.prod(size for size, _ in group) for group in groups)
     axes = [axis for group in groups for axis in group]
     by_stride = sorted(range(len(axes)), key=lambda axis: -axes[axis][1])
     split = tuple(axes[axis][0] for axis in by_stride)
     order = tuple(by_stride.index(axis) for axis in range(len(axes)))
-    return Layer(name, bias, (b, o, i + (bias is not None), k), split, order, table, rule)
+    return Layer(name, bias, (b, o, i + (bias is not None), k), split, order, shape, bias_shape, table, rule)
 
 
 def _dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
     """A vector or scalar is one block an element; of a matrix or more, o is the first axis and i the rest."""
     elements = math.prod(shape)
     sizes = (elements, 1, 1, 1) if len(shape) < 2 else (1, shape[0], elements // max(shape[0], 1), 1)
-    return Layer(name, None, sizes, sizes, (0, 1, 2, 3), hidden_by=hidden_by)
+    return Layer(name, None, sizes, sizes, (0, 1, 2, 3), shape, (), hidden_by=hidden_by)
 
 
 def _without_gradient(tree: Any, *held: Tensor | None) -> Any:

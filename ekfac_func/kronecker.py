@@ -17,7 +17,7 @@ follow the weight's axes.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -212,6 +212,11 @@ def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     return Factors(share * factors.A + (1 - share) * mean.A, share * factors.B + (1 - share) * mean.B, total)
 
 
+def count(terms: Terms) -> int:
+    """How many examples, or pseudo-examples of a Fisher."""
+    return next(leaf for leaf in terms[0] if isinstance(leaf, Tensor)).shape[0]
+
+
 def positions(term: Term) -> int:
     """How often an example uses the weight."""
     match term:
@@ -339,8 +344,8 @@ def into_basis(M: Tensor, basis: Basis) -> Tensor:
 
 
 def out_of_basis(M: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> Tensor:
-    """`Q_B M Q_A^T`: `[b O I k]` to `[b o i k]`."""
-    return into_basis(M, Basis(basis.Q_A.mT, basis.Q_B.mT))[:, : sizes[1], : sizes[2]]
+    """`Q_B M Q_A^T`: `[... b O I k]` to `[... b o i k]`."""
+    return into_basis(M, Basis(basis.Q_A.mT, basis.Q_B.mT))[..., : sizes[1], : sizes[2], :]
 
 
 def project_inputs(a: Tensor, basis: Basis) -> Tensor:
@@ -368,24 +373,33 @@ def eigenvalue_product(factors: Factors, basis: Basis, positions: Number, like: 
 
 
 def pack(layer: Layer, tree: Mapping[str, Tensor]) -> Tensor:
-    """A layer's entries of a tree like params as `[b o i k]`: the inverse of `unpack`."""
+    """A layer's entries of a tree like params as `[... b o i k]`, leading axes kept: the inverse of `unpack`."""
     b, o, i, k = layer.sizes
-    M = tree[layer.weight].reshape(layer.split).permute(layer.order)
-    M = M.reshape(b, o, i - (layer.bias is not None), k)
-    return M if layer.bias is None else torch.cat([M, tree[layer.bias].reshape(b, o, 1, k)], dim=2)
+    weight = tree[layer.weight]
+    lead = weight.dim() - len(layer.shape)
+    ahead = weight.shape[:lead]
+    M = weight.reshape(*ahead, *layer.split).permute(*range(lead), *(lead + axis for axis in layer.order))
+    M = M.reshape(*ahead, b, o, i - (layer.bias is not None), k)
+    return M if layer.bias is None else torch.cat([M, tree[layer.bias].reshape(*ahead, b, o, 1, k)], dim=-2)
 
 
 def unpack(layer: Layer, M: Tensor, like: Mapping[str, Tensor]) -> Params:
-    """`[... b o i k]` back to the layer's entries of a tree like params, leading axes kept."""
-    weight = like[layer.weight]
+    """`[... b o i k]` back to the layer's entries of a tree like params, in its dtypes, leading axes kept."""
     bias = None if layer.bias is None else M[..., -1, 0]
     M = M if bias is None else M[..., :-1, :]
     lead = M.dim() - 4
     M = M.reshape((*M.shape[:lead], *(layer.split[axis] for axis in layer.order)))
     inverse = sorted(range(len(layer.order)), key=layer.order.__getitem__)
     M = M.permute((*range(lead), *(lead + axis for axis in inverse)))
-    tree = {layer.weight: M.reshape((*M.shape[:lead], *weight.shape)).to(weight.dtype)}
+    tree = {layer.weight: M.reshape((*M.shape[:lead], *layer.shape)).to(like[layer.weight].dtype)}
     if layer.bias is not None and bias is not None:
-        like_bias = like[layer.bias]
-        tree[layer.bias] = bias.reshape((*M.shape[:lead], *like_bias.shape)).to(like_bias.dtype)
+        tree[layer.bias] = bias.reshape((*M.shape[:lead], *layer.bias_shape)).to(like[layer.bias].dtype)
     return tree
+
+
+def unpack_all(layers: Iterable[Layer], blocks: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Params:
+    """`[... b o i k]` of every layer as a tree like params, in its order and dtypes, leading axes kept."""
+    tree: Params = {}
+    for layer in layers:
+        tree |= unpack(layer, blocks[layer.weight], like)
+    return {name: tree[name] for name in like}

@@ -10,7 +10,7 @@ from torch import Tensor
 from .capture import Captured, capture
 from .checks import check_batch, check_count, check_params, check_randomness
 from .discovery import Options
-from .kronecker import dense, gradient, square_norms, unpack
+from .kronecker import dense, gradient, square_norms, unpack, unpack_all
 from .rules import RULES, Rules
 from .types import Batch, LossFn, Params
 
@@ -43,10 +43,8 @@ class PerExampleGradients:
 
     def mean(self) -> Params:
         """Mean over the examples, a tree like params."""
-        tree: Params = {}
-        for name, layer in self.captured.layers.items():
-            tree |= unpack(layer, gradient(self.captured.terms[name]) / len(self.losses), self.params)
-        return {name: tree[name] for name in self.params}
+        means = {name: gradient(terms) / len(self.losses) for name, terms in self.captured.terms.items()}
+        return unpack_all(self.captured.layers.values(), means, self.params)
 
     def norms(self) -> Tensor:
         """Euclidean norm over all parameters of each example's gradient, `[n]`."""

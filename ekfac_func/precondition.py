@@ -24,7 +24,7 @@ from .checks import (
     check_randomness,
     check_state,
 )
-from .contraction import gradient_sums
+from .contraction import gradient_sums, mean_sums
 from .discovery import Options, plan
 from .fisher import Fisher, empirical
 from .kronecker import (
@@ -38,7 +38,7 @@ from .kronecker import (
     mean_factors,
     out_of_basis,
     pack,
-    unpack,
+    unpack_all,
 )
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, refresh
@@ -53,7 +53,6 @@ from .types import (
     Number,
     Params,
     State,
-    Sums,
     Terms,
     statistics_dtype,
 )
@@ -201,7 +200,7 @@ def ekfac(
             certify(loss_fn, params, batch, options)
         layers = plan(curvature_loss, own(params), fisher.examples(params, batch), of_curvature).layers
         check_patterns(layers, choices)
-        return _initial(layers, choose(layers, choices), params)
+        return initial_state(layers, choose(layers, choices), params)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
@@ -217,7 +216,7 @@ def ekfac(
             carried, kept = _refresh(state, terms, factor_decay, weight_sharing, second_moment, carry)
         bases, n, loss = carried.bases, len(losses), losses.mean()
         estimator = second_moment if refreshing or state.step % moment_every == 0 else _unchanged
-        means = {name: _mean(estimator.sums(of_layer, bases[name]), n) for name, of_layer in terms.items()}
+        means = {name: mean_sums(estimator.sums(of_layer, bases[name]), n) for name, of_layer in terms.items()}
         updated = {name: estimator.update(carried.second_moments[name], means[name], n) for name in layers}
         slopes = {name: (mean.gradient, mean.projected) for name, mean in means.items()}
         if fisher.loss is not None:
@@ -226,24 +225,24 @@ def ekfac(
         dampings = damp(updated)
         check_dampings(dampings, layers)
         rescaled = {
-            name: _rescale(slopes[name][1], updated[name], bases[name], dampings[name], exponent, layer.sizes)
+            name: rescale(slopes[name][1], updated[name], bases[name], dampings[name], exponent, layer.sizes)
             for name, layer in layers.items()
         }
 
-        new = State(state.step + 1, carried.factors, bases, updated)
+        new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
         finite = _all_finite([loss, losses, *rescaled.values(), *_learned(new, state)])
         natural = {name: torch.where(finite, M, 0) for name, M in rescaled.items()}
         mean_gradient = {name: slope for name, (slope, _) in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
             loss,
-            _unpack(layers, mean_gradient, params),
+            unpack_all(layers.values(), mean_gradient, params),
             ~finite,
             torch.where(finite, kept, 0),
             used if callable(damping) else used[0],
             aux,
         )
-        return _unpack(layers, natural, params), _choose(finite, new, state), info
+        return unpack_all(layers.values(), natural, params), _choose(finite, new, state), info
 
     return EKFAC(init, precondition)
 
@@ -252,7 +251,7 @@ _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: mo
 """The estimator of a step between two updates."""
 
 
-def _initial(layers: tuple[Layer, ...], chosen: Mapping[str, Blocks], params: Mapping[str, Tensor]) -> State:
+def initial_state(layers: tuple[Layer, ...], chosen: Mapping[str, Blocks], params: Mapping[str, Tensor]) -> State:
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
@@ -263,7 +262,7 @@ def _initial(layers: tuple[Layer, ...], chosen: Mapping[str, Blocks], params: Ma
         bases[layer.weight] = basis
         factors[layer.weight] = Factors(torch.zeros_like(basis.Q_A), torch.zeros_like(basis.Q_B), zero)
         second_moments[layer.weight] = Moment(zero.repeat(*moment_shape(layer, blocks)), zero.clone())
-    return State(0, factors, bases, second_moments)
+    return State(0, factors, bases, second_moments, tuple(layers))
 
 
 def _refresh(
@@ -287,17 +286,13 @@ def _refresh(
     return State(state.step, factors, bases, second_moments), torch.stack(kept).sum()
 
 
-def _mean(sums: Sums, n: int) -> Sums:
-    """The one division of the sums over examples."""
-    return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)
-
-
 def _of_data(
     captured: Captured, layers: Mapping[str, Layer], bases: Mapping[str, Basis], params: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
     n = len(captured.losses)
-    tree = _unpack(captured.layers, {name: gradient(terms) / n for name, terms in captured.terms.items()}, params)
+    means = {name: gradient(terms) / n for name, terms in captured.terms.items()}
+    tree = unpack_all(captured.layers.values(), means, params)
     packed = {name: pack(layer, tree) for name, layer in layers.items()}
     return captured.losses.mean(), {name: (M, into_basis(M, bases[name])) for name, M in packed.items()}
 
@@ -307,7 +302,7 @@ def _constant(damping: Number, moments: Mapping[str, Moment]) -> dict[str, Tenso
     return {name: damping + moment.weight.new_zeros(()) for name, moment in moments.items()}
 
 
-def _rescale(
+def rescale(
     projected: Tensor,
     moment: Moment,
     basis: Basis,
@@ -346,12 +341,5 @@ def _choose(finite: Tensor, new: State, old: State) -> State:
         {name: Factors(*map(choose, new.factors[name], old.factors[name])) for name in new.factors},
         {name: Basis(*map(choose, new.bases[name], old.bases[name])) for name in new.bases},
         {name: Moment(*map(choose, new.second_moments[name], old.second_moments[name])) for name in new.second_moments},
+        new.layers,
     )
-
-
-def _unpack(layers: Mapping[str, Layer], blocks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Params:
-    """`[b o i k]` of each layer as a tree like params, in its order."""
-    tree: Params = {}
-    for name, layer in layers.items():
-        tree |= unpack(layer, blocks[name], params)
-    return {name: tree[name] for name in params}

@@ -20,7 +20,7 @@ from .capture import capture
 from .checks import check_batch, check_params, check_positive
 from .discovery import Options
 from .fisher import Fisher, Model, empirical
-from .kronecker import dense, pack, unpack
+from .kronecker import count, dense, pack, unpack_all
 from .rules import RULES, Rules
 from .types import Batch, Factored, Layer, LossFn, Params, Terms
 
@@ -43,12 +43,12 @@ class DenseBlocks:
 
     def multiply(self, tree: Mapping[str, Tensor]) -> Params:
         """The matrix times a tree like params, in the dtypes of the tree."""
-        product: Params = {}
+        products: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             v = pack(layer, tree)
             Fv = torch.einsum("bde,be->bd", self.matrices[name], v.flatten(1).to(torch.float64))
-            product |= unpack(layer, Fv.reshape(v.shape), tree)
-        return {name: product[name] for name in tree}
+            products[name] = Fv.reshape(v.shape)
+        return unpack_all(self.layers.values(), products, tree)
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def ggn_blocks(
     captured = capture(element, params, each, Options(rules))
     matrices = {}
     for name, layer in captured.layers.items():
-        _refuse_large(layer)
+        refuse_large(layer)
         J = dense(captured.terms[name]).to(torch.float64).flatten(2).unflatten(0, (n, outputs))  # [n e b d]
         matrices[name] = torch.einsum("nebp,nef,nfbq->bpq", J, H, J) / n
     return DenseBlocks(captured.layers, matrices)
@@ -125,7 +125,7 @@ class Exact(NamedTuple):
 
 def second_moment_block(terms: Sequence[Terms], layer: Layer) -> Tensor:
     """`mean_n vec(G[n]) vec(G[n])^T` over the examples of several batches, `[b d d]` in float64."""
-    _refuse_large(layer)
+    refuse_large(layer)
     total: Tensor | float = 0.0
     n = 0
     for G in _dense(terms):
@@ -143,7 +143,7 @@ def exact_block(terms: Sequence[Terms], layer: Layer, slope: Tensor, damping: fl
 
     limit: the largest matrix that is solved; where both d and N exceed it there is a norm alone.
     """
-    n = sum(_examples(term) for term in terms)
+    n = sum(count(term) for term in terms)
     d = math.prod(layer.sizes[1:])
     v = slope.flatten(1).to(torch.float64)
     if d <= min(n, limit):
@@ -189,14 +189,10 @@ def part(terms: Terms, start: int, stop: int) -> Terms:
 def _dense(terms: Sequence[Terms]) -> Iterator[Tensor]:
     """Per-example gradients `[n b d]` in float64, a few examples at a time."""
     for term in terms:
-        n = _examples(term)
+        n = count(term)
         size = max(1, MAX_BYTES // max(1, 8 * dense(part(term, 0, 1)).numel()))
         for start in range(0, n, size):
             yield dense(part(term, start, start + size)).flatten(2).to(torch.float64)
-
-
-def _examples(terms: Terms) -> int:
-    return next(leaf for leaf in pytree.tree_leaves(terms) if isinstance(leaf, Tensor)).shape[0]
 
 
 def _upto(terms: Sequence[Terms], j: int) -> Iterator[tuple[int, Terms]]:
@@ -207,7 +203,8 @@ def _eye(F: Tensor) -> Tensor:
     return torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
 
 
-def _refuse_large(layer: Layer) -> None:
+def refuse_large(layer: Layer) -> None:
+    """Raise ValueError for blocks that need more than MAX_BLOCK_BYTES."""
     b, d = layer.sizes[0], math.prod(layer.sizes[1:])
     if 8 * b * d * d > MAX_BLOCK_BYTES:
         raise ValueError(

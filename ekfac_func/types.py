@@ -1,6 +1,6 @@
 """The trees that flow through a step. Shape comments use the letters of `kronecker.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,6 +68,8 @@ class Layer(NamedTuple):
     sizes: tuple[int, int, int, int]  # b, o, i, k; i counts the bias
     split: tuple[int, ...]
     order: tuple[int, ...]
+    shape: tuple[int, ...]  # of the weight
+    bias_shape: tuple[int, ...]  # () where there is no bias
     table: bool = False  # o counts the rows of a lookup table: its factor is diagonal
     rule: str | None = None  # the torch functions that a rule read; None where the gradients are taken as they are
     hidden_by: str | None = None  # the torch functions that kept the weight from a rule
@@ -115,6 +117,7 @@ class State:
     factors: dict[str, Factors]
     bases: dict[str, Basis]
     second_moments: dict[str, Moment]
+    layers: tuple[Layer, ...] = ()  # constants, for who reads a state: `precondition` finds them anew
 
 
 class Info(NamedTuple):
@@ -130,14 +133,20 @@ class Info(NamedTuple):
 
 _CHILDREN = ("factors", "bases", "second_moments")
 
+
+def _unflattened(children: Iterable[Any], constants: Any) -> State:
+    (step, layers), (factors, bases, second_moments) = constants, children
+    return State(step, factors, bases, second_moments, layers)
+
+
 pytree.register_pytree_node(
     State,
-    lambda state: ([getattr(state, field) for field in _CHILDREN], state.step),
-    lambda children, step: State(step, *children),
+    lambda state: ([getattr(state, field) for field in _CHILDREN], (state.step, state.layers)),
+    _unflattened,
     serialized_type_name="ekfac_func.State",
     flatten_with_keys_fn=lambda state: (
         [(pytree.GetAttrKey(field), getattr(state, field)) for field in _CHILDREN],
-        state.step,
+        (state.step, state.layers),
     ),
 )
-torch.serialization.add_safe_globals([State, Factors, Basis, Moment])
+torch.serialization.add_safe_globals([State, Factors, Basis, Moment, Layer])

@@ -499,7 +499,7 @@ def dense_curvature(state: Any, weight: str, power: Callable[[Tensor], Tensor]) 
     return Q @ torch.diag(power(m2[0, :, :, 0].flatten())) @ Q.T
 
 
-LINEAR = Layer("weight", "bias", (1, 3, 5, 1), (3, 4), (0, 1))
+LINEAR = Layer("weight", "bias", (1, 3, 5, 1), (3, 4), (0, 1), (3, 4), (3,))
 
 
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, -0.75])

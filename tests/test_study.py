@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from matplotlib.image import imread
 
 from ekfac_func import Record
 from ekfac_func.__main__ import main
-from ekfac_func.train.data import load
+from ekfac_func.train.data import ALPHABET, LENGTH, load
 from ekfac_func.train.models import make
 
 PICTURES = ("error_by_layer", "eigenvalues", "batch_size", "refresh", "step_quality")
@@ -163,6 +164,31 @@ def test_other_models_from_saved_parameters(model: str, tmp_path: Path) -> None:
     assert "--load" in (tmp_path / "new" / "report.html").read_text()
 
 
+def test_a_transformer_on_text(tmp_path: Path) -> None:
+    done = study(
+        "--model", "transformer", "--data", "text", "--examples", "24", "--batch-size", "12", "--stages", "0",
+        "--estimators", "intra_batch", "kfac", "sampled", "--step-sizes", "--stride", "2", "--refresh-batch", "8",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path)
+    assert {row["examples"] for row in found if row["part"] == "refresh"} == {"8"}
+    assert {row["decrease"] for row in found} == {"0.0"}
+    assert "--step-sizes --stride 2" in (tmp_path / "report.html").read_text()
+    names = {row["layer"] for row in found}
+    assert {"characters.weight", "blocks.0.qkv.weight", "blocks.1.down.weight", "norm.weight", "head.weight"} < names
+
+
+def test_text_is_that_of_the_help_topics() -> None:
+    ids, following = load("text", 0).train
+    assert ids.shape == following.shape
+    assert ids.shape[1] == LENGTH
+    assert torch.equal(ids[:, 1:], following[:, :-1])
+    pieces = ["".join(ALPHABET[k] for k in row) for row in ids[:50].tolist()]
+    text = "".join(c if c in ALPHABET else "?" for topic in topics.values() for c in topic)
+    assert sum(piece in text for piece in pieces) > 45  # all but those across two topics
+
+
 @pytest.mark.parametrize(
     ("options", "named", "remedy"),
     [
@@ -171,6 +197,7 @@ def test_other_models_from_saved_parameters(model: str, tmp_path: Path) -> None:
         (["--estimators", "best"], "--estimators", "intra_batch"),
         (["--examples", "5000"], "--examples", "1438"),
         (["--batch-size", "300"], "--batch-size", "two batches"),
+        (["--data", "text"], "--data", "give text with transformer"),
         (["--load", "nowhere.pt"], "--load", "torch.save"),
     ],
 )

