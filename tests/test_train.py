@@ -199,7 +199,9 @@ def test_ekfac_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     for batch in run.batches(loaded.train, 500, 6, 1):
         before.step(batch)
     checkpoint.write(tmp_path / "file", before.state_dict())
-    after.load_state_dict(checkpoint.read(tmp_path / "file"))
+    saved = checkpoint.read(tmp_path / "file")
+    assert saved is not None
+    after.load_state_dict(saved)
     for batch in run.batches(loaded.train, 500, 9, 1, start=6):
         after.step(batch)
     found, expected = (pytree.tree_leaves(t.state_dict()) for t in (after, whole))
