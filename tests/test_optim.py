@@ -637,6 +637,7 @@ def test_metrics() -> None:
         close(found["cosine"], F.cosine_similarity(flat, direction, dim=0))
         close(found["kl"], 0.125 * flat @ direction)
         assert found["skipped"] == found["kept_bases"] == 0
+        assert "refresh" not in found
         for k, (name, moment) in enumerate(state.second_moments.items()):
             used = info.damping if info.damping.dim() == 0 else info.damping[k]
             close(found["damping" if info.damping.dim() == 0 else f"damping/{name}"], used)
@@ -657,6 +658,17 @@ def test_metrics_of_a_first_step_that_was_skipped() -> None:
     found = metrics(natural, info, state)
     assert found["skipped"] == 1
     assert found["natural_norm"] == found["effective_rank/0.weight"] == 0
+
+
+def test_metrics_tell_a_refresh() -> None:
+    case = make("mlp")
+    x, y = case.batch(N)
+    step = ekfac(case.loss_fn, damping=0.1, basis_every=3)
+    state, found = step.init(case.params, (x, y)), []
+    for t in range(7):
+        natural, state, info = step.precondition(case.params, (x * math.nan if t == 3 else x, y), state)
+        found.append(float(metrics(natural, info, state, basis_every=3)["refresh"]))
+    assert found == [1, 0, 0, 0, 0, 0, 1]  # that of step 3 was skipped
 
 
 @pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac])

@@ -78,3 +78,13 @@ def test_the_estimator(names: dict[str, Any]) -> None:
     step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, second_moment=names["shrunk"])
     _, state, _ = step.precondition(params, batch, step.init(params, batch))
     assert (state.second_moments["w"].value >= 0).all()
+
+
+def test_the_loops_of_frameworks(names: dict[str, Any]) -> None:
+    assert torch.isfinite(names["mean_loss"])
+    assert names["plain"].ekfac_state.step == 8
+    losses = names["language_losses"]
+    assert losses[-1] < 0.6 * losses[0]
+    assert names["trainer"].global_step == 8
+    assert torch.isfinite(names["trainer"].callback_metrics["loss"])
+    assert names["lit"].optimizers().optimizer.ekfac_state.step == 8

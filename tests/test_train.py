@@ -2,22 +2,27 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from matplotlib.image import imread
+from torch.utils import _pytree as pytree
 
+from ekfac_func import averaged_intra_batch
 from ekfac_func.__main__ import main
-from ekfac_func.train.run import heavy_ball
+from ekfac_func.train import checkpoint, data, models, run
 from ekfac_func.train.settings import SECOND_MOMENTS
 
 Losses = dict[str, list[float]]
 
 
-def run(*program: str) -> subprocess.CompletedProcess[str]:
+def call(*program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *program],
         capture_output=True,
@@ -28,7 +33,7 @@ def run(*program: str) -> subprocess.CompletedProcess[str]:
 
 
 def train(*options: str, out: Path) -> subprocess.CompletedProcess[str]:
-    return run("-W", "error", "-m", "ekfac_func", "train", *options, "--out", str(out))
+    return call("-W", "error", "-m", "ekfac_func", "train", *options, "--out", str(out))
 
 
 def losses(output: str) -> Losses:
@@ -74,7 +79,7 @@ for name in {SECOND_MOMENTS[1:]}:
     main(["train", *options, "--second-moment", name])
     print("====")
 """
-    done = run("-W", "error", "-c", code)
+    done = call("-W", "error", "-c", code)
     assert done.returncode == 0, done.stderr
     for part in done.stdout.split("====")[: len(SECOND_MOMENTS) - 1]:
         assert losses(part)["EKFAC"][-1] < losses(part)["EKFAC"][0]
@@ -117,12 +122,104 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_missing_package_is_named_with_its_extra() -> None:
-    done = run("-c", "import sys; sys.modules['sklearn'] = None; from ekfac_func.__main__ import main; main(['train'])")
+    done = call(
+        "-c", "import sys; sys.modules['sklearn'] = None; from ekfac_func.__main__ import main; main(['train'])"
+    )
     assert done.returncode == 1
     assert done.stderr.strip() == 'train needs sklearn, which is not installed: pip install "ekfac_func[train]"'
 
 
-def test_heavy_ball() -> None:
-    velocity, direction = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([10.0, 20.0])}
-    assert torch.equal(heavy_ball(velocity, direction, 0.5)["w"], torch.tensor([10.5, 21.0]))
-    assert torch.equal(velocity["w"], torch.tensor([1.0, 2.0]))
+def interrupted(number: int, row: str, out: Path, *options: str) -> subprocess.Popen[str]:
+    """A training that got the signal after that row of its metrics."""
+    program = [sys.executable, "-m", "ekfac_func", "train", *options, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=out.parent
+    )
+    metrics = out / "digits-mlp-metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and row in metrics.read_text()):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    running.send_signal(number)
+    return running
+
+
+def test_goes_on_after_a_kill_and_after_ctrl_c(tmp_path: Path) -> None:
+    """Killed, resumed, stopped by Ctrl-C, resumed: the metrics are those of one go, byte for byte."""
+    options = ("--model", "mlp", "--steps", "70", "--checkpoint-every", "7", "--metrics-every", "4")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = train(*options, out=whole)
+    expected = (whole / "digits-mlp-metrics.csv").read_bytes()
+    assert expected.count(b"refresh") == 70 // 4
+    assert not (whole / "digits-mlp.checkpoint.pt").exists()
+
+    killed = interrupted(signal.SIGKILL, "SGD,40,loss", parts, *options)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    saved = checkpoint.read(parts / "digits-mlp.checkpoint.pt")
+    assert saved is not None
+    assert saved["training"] == "SGD"
+    (parts / "digits-mlp.checkpoint.pt.part").write_bytes(b"half")  # of a write that was killed
+    with (parts / "digits-mlp-metrics.csv").open("a") as file:
+        file.write("SGD,99,lo")
+
+    stopped = interrupted(signal.SIGINT, "AdamW,12,loss", parts, *options)
+    output, errors = stopped.communicate()
+    assert stopped.returncode == 130, errors
+    assert "by the same command" in output
+    assert "Traceback" not in errors
+
+    other = train(*options, "--lr", "0.01", out=parts)
+    assert other.returncode == 2
+    assert "with lr 0.1, here it is 0.01: give that, --restart" in other.stderr
+
+    resumed = train(*options, out=parts)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(resumed.stdout) == losses(done.stdout)
+    assert (parts / "digits-mlp-metrics.csv").read_bytes() == expected
+    assert imread(parts / "digits-mlp-metrics.png").std() > 0.01
+
+
+def test_ekfac_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """Between two refreshes, with momentum: parameters, velocity and state have the bits of an uninterrupted run."""
+    torch.set_default_dtype(torch.float32)
+    loaded = data.load("digits", 0)
+    task = models.make("mlp", loaded.train[0], 0)
+
+    def trainer() -> run.NaturalGradient:
+        return run.NaturalGradient(
+            task, lr=0.1, momentum_decay=0.9, damping=0.3, basis_every=4, second_moment=averaged_intra_batch(0.9)
+        )
+
+    whole, before, after = trainer(), trainer(), trainer()
+    for batch in run.batches(loaded.train, 500, 9, 1):
+        whole.step(batch)
+    for batch in run.batches(loaded.train, 500, 6, 1):
+        before.step(batch)
+    checkpoint.write(tmp_path / "file", before.state_dict())
+    saved = checkpoint.read(tmp_path / "file")
+    assert saved is not None
+    after.load_state_dict(saved)
+    for batch in run.batches(loaded.train, 500, 9, 1, start=6):
+        after.step(batch)
+    found, expected = (pytree.tree_leaves(t.state_dict()) for t in (after, whole))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    assert checkpoint.read(path) is None
+    checkpoint.write(path, {"x": torch.ones(3)})
+
+    def half(tree: object, file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError("killed")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="killed"):
+        checkpoint.write(path, {"x": torch.zeros(3)})
+    saved = checkpoint.read(path)
+    assert saved is not None
+    assert torch.equal(saved["x"], torch.ones(3))

@@ -11,12 +11,18 @@ from .norms import dots, squares, total
 
 @torch.no_grad()
 def metrics(
-    natural: Mapping[str, Tensor], info: Info, state: State, *, learning_rate: Number = 1.0
+    natural: Mapping[str, Tensor],
+    info: Info,
+    state: State,
+    *,
+    learning_rate: Number = 1.0,
+    basis_every: int | None = None,
 ) -> dict[str, Tensor]:
     """Scalars of a step by name, 0-d tensors on the device, for a logger to read when it wants to.
 
     natural, state, info: what `precondition` returned.
     learning_rate: of the step, for `kl` alone.
+    basis_every: as given to `ekfac`, for `refresh` alone.
 
     | name | meaning |
     |---|---|
@@ -28,6 +34,7 @@ def metrics(
     | effective_rank/LAYER | exponential of the entropy of the shares of `m2`, 1 to their number; 0 without any |
     | condition/LAYER | largest over smallest entry of `m2 + damping` |
     | skipped | 1 where the step was not finite, else 0; loss, norms and cosine then say what was found |
+    | refresh | 1 where the step refreshed the eigenbases, else 0; where basis_every is given |
     | kept_bases | eigenbases that could not be refreshed |
 
     The effective rank is that of Roy & Vetterli 2007, https://ieeexplore.ieee.org/document/7098875.
@@ -44,6 +51,9 @@ def metrics(
         "skipped": info.skipped.to(info.loss.dtype),
         "kept_bases": info.kept_bases,
     }
+    if basis_every is not None:
+        due = (state.step - 1) % basis_every == 0  # the state's step is the next one
+        found["refresh"] = torch.where(info.skipped, 0.0, float(due))
     dampings = info.damping.expand(len(state.second_moments)).unbind()
     if info.damping.dim() == 0:
         found["damping"] = info.damping

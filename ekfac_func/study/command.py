@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..train.command import EXTRA, count, positive
+from ..options import count, extra, make_directory, positive, steps
 from .settings import DATA, ESTIMATOR_NAMES, MODELS, TEXT, TRANSFORMER, Settings
 
 
@@ -75,11 +75,6 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=lambda options: study(options, parser.error))
 
 
-def steps(text: str) -> int:
-    """A whole number of at least 0."""
-    return 0 if text.strip() == "0" else count(text)
-
-
 def command_line(settings: Settings, threads: int, out: Path) -> str:
     """The command that repeats a study, every option written out."""
     words = ["python", "-m", "ekfac_func", "study"]
@@ -92,14 +87,9 @@ def command_line(settings: Settings, threads: int, out: Path) -> str:
 
 def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     """Run the study that the options ask for; `error` reports an option that cannot be right and leaves."""
-    try:
+    with extra("study"):
         from ..train import data
         from . import page, plots, run
-    except ModuleNotFoundError as missing:
-        package = (missing.name or "").partition(".")[0]
-        if package not in EXTRA:
-            raise
-        raise SystemExit(f'study needs {package}, which is not installed: pip install "ekfac_func[train]"') from None
 
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     settings = settings._replace(
@@ -122,10 +112,7 @@ def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
         )
     if settings.load is not None and not settings.load.is_file():
         error(f"argument --load: {settings.load} is not a file: give one that torch.save wrote")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        error(f"argument --out: {reason}: give a directory that can be written")
+    make_directory(options.out, error)
 
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)

@@ -14,7 +14,7 @@ from ..fisher import exact, sampled
 from ..second_moment import averaged_intra_batch, keep, kfac, reset, transport
 from ..train.data import Data, Examples
 from ..train.models import Task, loss_of, make
-from ..train.run import batches, torch_steps
+from ..train.run import TorchOptimizer, batches
 from ..types import Params
 from .settings import Settings
 
@@ -125,12 +125,13 @@ def _trajectory_steps(settings: Settings) -> range:
 def trained(task: Task, data: Data, settings: Settings, wanted: list[int]) -> Iterator[tuple[int, Params]]:
     """Parameters in float64 after each wanted number of steps of AdamW."""
     given = batches(data.train, min(TRAINING_BATCH, len(data.train[0])), wanted[-1], settings.seed)
-    steps = torch_steps(task, given, lambda p: torch.optim.AdamW(p, lr=settings.lr))
+    trainer = TorchOptimizer(task, lambda p: torch.optim.AdamW(p, lr=settings.lr))
     if 0 in wanted:
-        yield 0, _double(dict(task.net.named_parameters()))
-    for step, (_, params) in enumerate(steps, 1):
+        yield 0, _double(trainer.params)
+    for step, batch in enumerate(given, 1):
+        trainer.step(batch)
         if step in wanted:
-            yield step, _double(params)
+            yield step, _double(trainer.params)
 
 
 def _double(params: Params) -> Params:

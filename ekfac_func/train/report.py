@@ -1,5 +1,6 @@
 """Curves as a table and as a plot."""
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,3 +39,30 @@ def plot(curves: Sequence[Curve], title: str, path: Path) -> None:
     left.legend(title="training; dashed: test")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def plot_metrics(metrics: Path, title: str, path: Path) -> None:
+    """The rows of `optimizer, step, metric, value` as curves against steps, written as a PNG.
+
+    A panel for each metric; those of the layers, `metric/LAYER`, share one.
+    """
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    with metrics.open(newline="") as file:
+        for row in csv.DictReader(file):
+            panel, _, layer = row["metric"].partition("/")
+            curve = f"{row['optimizer']} {layer}".strip()
+            panels.setdefault(panel, {}).setdefault(curve, []).append((int(row["step"]), float(row["value"])))
+    columns = 3
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(5 * columns, 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (panel, curves) in zip(grid, panels.items(), strict=False):
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), label=name)
+        positive = all(value > 0 for points in curves.values() for _, value in points)
+        axes.set(title=panel, xlabel="steps", yscale="log" if positive else "linear")
+        axes.legend(fontsize="x-small")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)

@@ -1,23 +1,23 @@
-"""Training loops: each is an iterator of (loss of the batch, parameters after the step)."""
+"""Training: optimizers with one face, and the loop that steps, evaluates, logs and saves."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from ..optim import apply_updates, chain, learning_rate, metrics, momentum
 from ..precondition import ekfac
 from ..second_moment import SecondMoment
-from ..types import Params
+from ..types import Info, Params, State
 from .data import Data, Examples
 from .models import Task, loss_of
-
-Steps = Iterator[tuple[Tensor, Params]]
 
 
 class Point(NamedTuple):
@@ -37,8 +37,11 @@ class Curve(NamedTuple):
     points: list[Point]
 
 
-def batches(examples: Examples, batch_size: int, steps: int, seed: int) -> Iterator[Examples]:
-    """Batches of one size, every epoch in a new order of the seed; what does not fill a batch is left out."""
+def batches(examples: Examples, batch_size: int, steps: int, seed: int, start: int = 0) -> Iterator[Examples]:
+    """Batches of one size, every epoch in a new order of the seed; what does not fill a batch is left out.
+
+    Those before `start` are passed over.
+    """
     generator = torch.Generator().manual_seed(seed)
     images, labels = examples
     given = 0
@@ -48,70 +51,146 @@ def batches(examples: Examples, batch_size: int, steps: int, seed: int) -> Itera
                 return
             if len(index) == batch_size:
                 given += 1
-                yield images[index], labels[index]
+                if given > start:
+                    yield images[index], labels[index]
 
 
-def heavy_ball(velocity: Params, direction: Params, momentum: float) -> Params:
-    """`velocity <- momentum velocity + direction`."""
-    return {name: momentum * v + direction[name] for name, v in velocity.items()}
+class Trainer(Protocol):
+    """An optimizer and the parameters that it trains."""
+
+    @property
+    def params(self) -> Params: ...
+
+    def step(self, batch: Examples) -> Tensor:
+        """One step; the batch's loss before it."""
+        ...
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What there is to plot of the last step beside its loss."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None: ...
 
 
-def natural_gradient_steps(
-    task: Task,
-    given: Iterable[Examples],
-    *,
-    lr: float,
-    momentum: float,
-    damping: float,
-    basis_every: int,
-    second_moment: SecondMoment,
-    compiled: bool = False,
-) -> Steps:
+class NaturalGradient:
     """Heavy-ball momentum on the natural gradient of `ekfac`. The task's own network stays as it is."""
-    optimizer = ekfac(loss_of(task), damping=damping, basis_every=basis_every, second_moment=second_moment)
-    precondition = torch.compile(optimizer.precondition, fullgraph=True) if compiled else optimizer.precondition
-    params = {name: p.detach() for name, p in task.net.named_parameters()}
-    velocity = {name: torch.zeros_like(p) for name, p in params.items()}
-    state = None
-    for batch in given:
-        state = optimizer.init(params, batch) if state is None else state
-        natural, state, info = precondition(params, batch, state)
-        velocity = heavy_ball(velocity, natural, momentum)
-        params = {name: p - lr * velocity[name] for name, p in params.items()}
-        yield info.loss, params
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        lr: float,
+        momentum_decay: float,
+        damping: float,
+        basis_every: int,
+        second_moment: SecondMoment,
+        compiled: bool = False,
+    ) -> None:
+        self._ekfac = ekfac(loss_of(task), damping=damping, basis_every=basis_every, second_moment=second_moment)
+        self._precondition = (
+            torch.compile(self._ekfac.precondition, fullgraph=True) if compiled else self._ekfac.precondition
+        )
+        self._optimizer = chain(momentum(momentum_decay), learning_rate(lr))
+        self._lr, self._basis_every = lr, basis_every
+        self.params: Params = {name: p.detach() for name, p in task.net.named_parameters()}
+        self._opt_state = self._optimizer.init(self.params)
+        self._state: State | None = None
+        self._last: tuple[Params, Info] | None = None
+
+    def step(self, batch: Examples) -> Tensor:
+        state = self._ekfac.init(self.params, batch) if self._state is None else self._state
+        natural, self._state, info = self._precondition(self.params, batch, state)
+        updates, self._opt_state = self._optimizer.update(natural, self._opt_state, self.params, info)
+        self.params = apply_updates(self.params, updates)
+        self._last = natural, info
+        return info.loss
+
+    def metrics(self) -> dict[str, Tensor]:
+        assert self._last is not None
+        assert self._state is not None
+        return metrics(*self._last, self._state, learning_rate=self._lr, basis_every=self._basis_every)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"params": self.params, "optimizer": self._opt_state, "ekfac": self._state}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        device = next(iter(self.params.values())).device
+        on_device = pytree.tree_map(lambda t: t.to(device), saved)
+        self.params, self._opt_state, self._state = (on_device[key] for key in ("params", "optimizer", "ekfac"))
 
 
-def torch_steps(
-    task: Task, given: Iterable[Examples], make: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
-) -> Steps:
+class TorchOptimizer:
     """An optimizer of `torch.optim` on a copy of the task's network."""
-    net = copy.deepcopy(task.net)
-    optimizer = make(net.parameters())
-    for images, labels in given:
-        optimizer.zero_grad()
-        loss = task.losses(net(images), images, labels).mean()
+
+    def __init__(self, task: Task, make: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]) -> None:
+        self._task, self._net = task, copy.deepcopy(task.net)
+        self._optimizer = make(self._net.parameters())
+
+    @property
+    def params(self) -> Params:
+        return dict(self._net.named_parameters())
+
+    def step(self, batch: Examples) -> Tensor:
+        images, labels = batch
+        self._optimizer.zero_grad()
+        loss = self._task.losses(self._net(images), images, labels).mean()
         loss.backward()
-        optimizer.step()
-        yield loss.detach(), dict(net.named_parameters())
+        self._optimizer.step()
+        return loss.detach()
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self._net.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._net.load_state_dict(saved["net"])
+        self._optimizer.load_state_dict(saved["optimizer"])
 
 
-def record(name: str, steps: Steps, total: int, task: Task, data: Data, points: int = 20) -> Curve:
-    """Take the steps behind a progress bar and evaluate at evenly spaced ones; stops at a loss that is not finite."""
+class Progress(NamedTuple):
+    """How far one optimizer is; the seconds are those of the steps alone."""
+
+    step: int
+    seconds: float
+    points: list[Point]
+
+
+def record(
+    name: str,
+    trainer: Trainer,
+    given: Iterator[Examples],
+    total: int,
+    task: Task,
+    data: Data,
+    before: Progress | None = None,
+    after_step: Callable[[Progress, Tensor], None] = lambda progress, loss: None,
+    points: int = 20,
+) -> Progress:
+    """Take the steps behind a progress bar and evaluate at evenly spaced ones; stops at a loss that is not finite.
+
+    before: where an interrupted training stood; `given` and `trainer` go on from there.
+    after_step: called after each step with the progress and the batch's loss.
+    """
     marks = {math.ceil(total * k / points) for k in range(1, points + 1)}
-    curve = Curve(name, [evaluate(task, dict(task.net.named_parameters()), data, 0, 0.0)])
-    seconds, started = 0.0, time.perf_counter()
-    with tqdm(total=total, desc=f"{name:>8}", unit="step", dynamic_ncols=True) as bar:
-        for step, (loss, params) in enumerate(steps, 1):
+    now = before or Progress(0, 0.0, [evaluate(task, trainer.params, data, 0, 0.0)])
+    with tqdm(total=total, initial=now.step, desc=f"{name:>8}", unit="step", dynamic_ncols=True) as bar:
+        for batch in given:
+            started = time.perf_counter()
+            loss = trainer.step(batch)
             value = loss.item()  # waits for the device
-            seconds += time.perf_counter() - started
+            step, seconds, finite = now.step + 1, now.seconds + time.perf_counter() - started, math.isfinite(value)
             bar.set_postfix(loss=f"{value:.4g}", refresh=False)
             bar.update()
-            if step in marks or not math.isfinite(value):
-                curve.points.append(evaluate(task, params, data, step, seconds))
-            if not math.isfinite(value):
+            seen = [evaluate(task, trainer.params, data, step, seconds)] if step in marks or not finite else []
+            now = Progress(step, seconds, [*now.points, *seen])
+            after_step(now, loss)
+            if not finite:
                 break
-            started = time.perf_counter()
-    return curve
+    return now
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     adamw_lr: float
 
 
-# The lowest training loss after 100 steps of benchmarks/autoencoder.py, or the next best where a neighbour in the grid
+# The lowest training loss of twelve settings each after 100 steps, or the next best where a neighbour in the grid
 # or the long run was unstable; AdamW keeps the weight decay of torch.
 DEFAULTS = {
     ("digits", "mlp"): Settings(300, 128, 0.1, 0.9, 0.3, 5, 0.3, 0.8, 0.01),

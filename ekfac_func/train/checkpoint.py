@@ -1,0 +1,56 @@
+"""Files that are whole or not there, and Ctrl-C between two steps."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed, and what was done is in the checkpoint."""
+
+
+def write(path: Path, tree: Any) -> None:
+    """Save a tree of tensors: in a temporary file of the same directory, which takes the place of the old one.
+
+    Whenever the process is killed, `path` is the whole old file or the whole new one.
+    """
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        torch.save(tree, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> Any | None:
+    """What `write` saved, on the CPU; None where there is nothing."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+class Flag:
+    """Whether something happened."""
+
+    def __init__(self) -> None:
+        self.up = False
+
+
+@contextmanager
+def interruptible() -> Iterator[Flag]:
+    """The first Ctrl-C inside raises the flag, for the loop to read between two steps; the second one interrupts."""
+    flag = Flag()
+
+    def raise_flag(number: int, frame: FrameType | None) -> None:
+        flag.up = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, raise_flag)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
