@@ -30,6 +30,7 @@ from .kronecker import (
     project_inputs,
     project_outputs,
 )
+from .subspace import incomplete, outside_squares
 from .types import Basis, Dense, Factored, OneHot, Sums, Terms
 
 NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
@@ -40,6 +41,13 @@ MAX_PAIRED = 12  # positions; more pairs are more arithmetic than the memory tra
 
 def exact_sums(terms: Terms, basis: Basis) -> Sums:
     """Sums over the examples of G, of G in the basis, and of its square, `[b o i k]` each."""
+    sums = _inside_sums(terms, basis)
+    if not incomplete(basis) or sums.square is None:
+        return sums
+    return sums._replace(square=sums.square + outside_squares(terms, basis))
+
+
+def _inside_sums(terms: Terms, basis: Basis) -> Sums:
     match terms:
         case (OneHot() as table,):
             return Sums(gradient(terms), *_table_sums(table, basis))
@@ -197,8 +205,8 @@ def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
 
 def _product(g: Tensor, a: Tensor, basis: Basis) -> tuple[list[Tensor], str, tuple[int, ...]]:
     """The product of both with the full sides of the basis: operands, equation, and the sizes of n b s o i k."""
-    full_A, full_B = (Q.dim() == 3 and Q.shape[-1] > 1 for Q in basis)
-    a = a if full_A else project_inputs(a, basis)  # blocks cost little
+    full_A, full_B = (Q.dim() == 3 and Q.shape[-1] == Q.shape[-2] > 1 for Q in basis)
+    a = a if full_A else project_inputs(a, basis)  # blocks, and few columns, cost little
     g = g if full_B else project_outputs(g, basis)
     operands, letters = [g, a], ["nbso", "nbsik"]
     if full_B:
