@@ -22,7 +22,7 @@ eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail o
 
 ORTHONORMAL = {torch.float64: 1e-6, torch.float32: 1e-4}  # largest entry of |Q^T Q - I| of a good basis, as solved
 MAX_GROUPS = 4  # each is a graph of its own, beside those of the first step and of no refresh; Dynamo's limit is eight
-RANK_ITERATIONS = 2  # multiplications by the factor at a refresh of a rank(r) side
+RANK_ITERATIONS = 1  # multiplications by the factor at a refresh of a rank(r) side, one more at the first step
 
 
 class Blocks(NamedTuple):
@@ -58,9 +58,10 @@ def rank(r: int) -> Rank:
 
     For layers so wide that their eigendecomposition costs more than all else. Inside, the moment is that of the full
     basis; outside it is the mean over the complement: a number for both sides outside, a vector along the inside
-    coordinates where one side is. A refresh is a subspace iteration from the old eigenvectors, `U <- qr(C U)` twice
-    (or as often as `qr(iterations)` says), then the eigenvectors of `U^T C U` (Rayleigh-Ritz): Halko, Martinsson &
-    Tropp 2011, https://arxiv.org/abs/0909.4061. The start is a Gaussian matrix of a fixed seed, orthonormalised.
+    coordinates where one side is. A refresh is a subspace iteration from the old eigenvectors, `U <- qr(C U)` once (or
+    as often as `qr(iterations)` says; at the first step once more), then the eigenvectors of `U^T C U` (Rayleigh-Ritz):
+    Halko, Martinsson & Tropp 2011, https://arxiv.org/abs/0909.4061. The start is a Gaussian matrix of a fixed seed,
+    orthonormalised.
 
     With `factor_decay=0` the factor is never formed, `C U = X^T (X U)` of the samples X, and the state keeps none; an
     average needs it in full, `[i i]`. Of fewer samples than r, the basis holds them all, and the rest of its columns
@@ -80,8 +81,9 @@ thin = Thin()
 
 The natural gradient is that of the full basis, for the price of a QR of the samples `[n s, i]` and an eigenvalue
 problem of n s dimensions in place of i. It is exact for the batch that made the basis, so that it takes
-`basis_every=1`, `factor_decay=0` and an estimator that carries nothing from step to step (`intra_batch`, `centred`, `kfac`). A side with
-`n s >= i`, one whose factor has samples of its own (SUA) and one of gradients that are taken as they are are full.
+`basis_every=1`, `factor_decay=0` and an estimator that carries nothing from step to step (`intra_batch`, `centred`,
+`kfac`). A side with `n s >= i` is full, and so are one whose factor has samples of its own (SUA) and one of gradients
+that are taken as they are.
 
 The state carries nothing of such a layer: its factors, basis and moment there have no entries. A compiled step takes
 graphs of its own for each batch size.
@@ -317,7 +319,7 @@ def refresh(
 
 def _refresh(C: Factor, old: Tensor, how: Refresh, first: bool) -> tuple[Tensor, Tensor]:
     if outside(old):
-        return _iterate(C, old, how.iterations)
+        return _iterate(C, old, how.iterations + first)
     assert isinstance(C, Tensor)
     dim = C.shape[-1]
     if dim <= 1:  # nothing to rotate

@@ -30,7 +30,7 @@ from .kronecker import (
     project_inputs,
     project_outputs,
 )
-from .subspace import incomplete, outside_squares
+from .subspace import incomplete, outside_squares, single_sums
 from .types import Basis, Dense, Factored, OneHot, Sums, Terms
 
 NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
@@ -41,10 +41,14 @@ MAX_PAIRED = 12  # positions; more pairs are more arithmetic than the memory tra
 
 def exact_sums(terms: Terms, basis: Basis) -> Sums:
     """Sums over the examples of G, of G in the basis, and of its square, `[b o i k]` each."""
-    sums = _inside_sums(terms, basis)
-    if not incomplete(basis) or sums.square is None:
-        return sums
-    return sums._replace(square=sums.square + outside_squares(terms, basis))
+    if not incomplete(basis):
+        return _inside_sums(terms, basis)
+    match terms:
+        case (Factored(a, g),) if g.shape[2] == 1:
+            return Sums(gradient(terms), *single_sums(g, a, basis))
+    total, projected, square = _inside_sums(terms, basis)
+    assert square is not None
+    return Sums(total, projected, square + outside_squares(terms, basis))
 
 
 def _inside_sums(terms: Terms, basis: Basis) -> Sums:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import basis as eigenbasis
 from .basis import (
-    FULL,
     Choice,
     Choices,
     Rank,
@@ -346,20 +345,20 @@ def _in_span(state: State, layer: Layer, span: Span) -> tuple[State, tuple[int, 
     name = layer.weight
     b, o, i, k = layer.sizes
     o, i = (dim if U is None else U.shape[-1] for dim, U in zip((o, i), (span.U_B, span.U_A), strict=True))
-    small = layer._replace(sizes=(b, o, i, k))
     zero = state.second_moments[name].weight.new_zeros(())
-    basis = eigenbasis.identity(small, FULL._replace(outputs=1) if layer.table else FULL, zero)
-    empty = Factors(torch.zeros_like(basis.Q_A), torch.zeros_like(basis.Q_B), zero)
-    O, I = (Q.shape[1] * (Q.shape[-1] if Q.dim() == 4 else 1) for Q in (basis.Q_B, basis.Q_A))  # noqa: E741
-    moment = Moment(zero.new_zeros(b, O, I, k), zero)
+    Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
+    if layer.table:
+        Q_B = zero.new_ones(b, o, 1, 1)
+    else:
+        Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
     return (
         State(
             state.step,
-            {**state.factors, name: empty},
-            {**state.bases, name: basis},
-            {**state.second_moments, name: moment},
+            {**state.factors, name: Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)},
+            {**state.bases, name: Basis(Q_A, Q_B)},
+            {**state.second_moments, name: Moment(zero.new_zeros(b, o, i, k), zero)},
         ),
-        small.sizes,
+        (b, o, i, k),
     )
 
 

@@ -39,7 +39,10 @@ def incomplete(basis: Basis) -> bool:
 
 
 def outside_squares(terms: Terms, basis: Basis) -> Tensor:
-    """Sums over the examples of the squares outside of a basis, `[b O I k]`: zero where both coordinates are inside."""
+    """Sums over the examples of the squares outside of a basis, `[b O I k]`: zero where both coordinates are inside.
+
+    Of samples at several positions; `single_sums` is for one.
+    """
     match terms:
         case (Factored(a, g),):
             return _of_samples(g, a, basis)
@@ -56,14 +59,6 @@ def _of_samples(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
     c_i, c_o = map(outside, basis)
     g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
     g_p, a_p = _rest_outputs(g, g_O, basis), _rest_inputs(a, a_I, basis)
-    if g.shape[2] == 1:
-        h, x = g_O.square(), a_I.square()
-        if c_o:
-            h = _replace_last(h, g_p.square().sum(-1, keepdim=True) / c_o, -1)
-        if c_i:
-            x = _replace_last(x, a_p.square().sum(-2, keepdim=True) / c_i, -2)
-        square = torch.einsum("nbso,nbsik->boik", h, x)
-        return square - F.pad(square[:, : -1 if c_o else None, : -1 if c_i else None], _padding(c_o, c_i))
     sizes = g_O.shape[-1], a_I.shape[-2]
     on_i = _norms_inputs(g_O, a_p) / c_i if c_i else None
     on_o = _norms_outputs(g_p, a_I) / c_o if c_o else None
@@ -71,8 +66,16 @@ def _of_samples(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
     return _assembled(on_i, on_o, both, sizes, g_O)
 
 
-def _padding(c_o: int, c_i: int) -> list[int]:
-    return [0, 0, 0, int(c_i > 0), 0, int(c_o > 0)]
+def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Sums over the examples of G and its squares, inside and outside, `[b O I k]`, of one position: squares factor."""
+    c_i, c_o = map(outside, basis)
+    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
+    h, x = g_O.square(), a_I.square()
+    if c_o:
+        h = _replace_last(h, _rest_outputs(g, g_O, basis).square().sum(-1, keepdim=True) / c_o, -1)
+    if c_i:
+        x = _replace_last(x, _rest_inputs(a, a_I, basis).square().sum(-2, keepdim=True) / c_i, -2)
+    return torch.einsum("nbso,nbsik->boik", g_O, a_I), torch.einsum("nbso,nbsik->boik", h, x)
 
 
 def _of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Tensor:
