@@ -1,7 +1,23 @@
 """Natural gradients from exact per-example gradients, as pure functions on `torch.func`."""
 
 from . import optim
-from .basis import DIAGONAL, FULL, Blocks, Choices, blocks
+from .basis import (
+    DIAGONAL,
+    FULL,
+    Blocks,
+    Choice,
+    Choices,
+    Rank,
+    Refresh,
+    Thin,
+    adaptive,
+    blocks,
+    eigh,
+    qr,
+    rank,
+    staggered,
+    thin,
+)
 from .compare import (
     ESTIMATORS,
     Estimator,
@@ -35,7 +51,7 @@ from .second_moment import (
     running_average,
     transport,
 )
-from .types import Basis, Dense, Factored, Factors, Info, Layer, Moment, OneHot, State, Sums, Terms
+from .types import Basis, Dense, Factored, Factors, Info, Layer, Means, Moment, OneHot, Spectrum, State, Sums, Terms
 
 __all__ = [
     "DIAGONAL",
@@ -47,6 +63,7 @@ __all__ = [
     "Basis",
     "Blocks",
     "Call",
+    "Choice",
     "Choices",
     "Curvature",
     "Damping",
@@ -60,25 +77,32 @@ __all__ = [
     "Fisher",
     "Info",
     "Layer",
+    "Means",
     "Moment",
     "OneHot",
     "PerExampleGradients",
+    "Rank",
     "Record",
+    "Refresh",
     "Row",
     "Rule",
     "Rules",
     "SecondMoment",
     "Seen",
+    "Spectrum",
     "State",
     "Sums",
     "Terms",
+    "Thin",
     "WeightSharing",
+    "adaptive",
     "averaged_intra_batch",
     "blocks",
     "centred",
     "compare",
     "curvature",
     "describe",
+    "eigh",
     "ekfac",
     "empirical",
     "exact",
@@ -95,13 +119,17 @@ __all__ = [
     "optim",
     "own_coordinates",
     "per_example_gradients",
+    "qr",
+    "rank",
     "reduce",
     "reset",
     "running_average",
     "sampled",
     "set_grads",
     "split_batch",
+    "staggered",
     "summarise",
+    "thin",
     "transport",
     "whole_batch",
 ]

@@ -63,8 +63,12 @@ def check_batch(batch: Batch) -> int:
     return n
 
 
-def check_state(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """state: made by `init` for these params, loss_fn, rules and bases; shapes: of the second moments they need."""
+def check_state(
+    state: State,
+    shapes: Mapping[str, tuple[int, ...]],
+    factor_shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """state: made by `init` for these params, loss_fn, rules and bases; shapes: of what they need."""
     if not isinstance(state, State):
         raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
     for name, shape in shapes.items():
@@ -75,6 +79,13 @@ def check_state(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise ValueError(
                 f"state has a second moment of shape {found} for the layer {name!r}, params, rules and bases need "
                 f"{shape} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
+            )
+        A, B, _ = state.factors[name]
+        if (tuple(A.shape), tuple(B.shape)) != factor_shapes[name]:
+            raise ValueError(
+                f"state has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for the layer {name!r}, bases and "
+                f"factor_decay need {factor_shapes[name][0]} and {factor_shapes[name][1]}: make it with "
+                "init(params, batch)"
             )
     for name in state.second_moments:
         if name not in shapes:

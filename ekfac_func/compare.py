@@ -20,7 +20,6 @@ from .discovery import Options
 from .fisher import Fisher, empirical
 from .kronecker import (
     FactorSums,
-    Means,
     average_factors,
     count,
     eigenvalue_product,
@@ -32,7 +31,7 @@ from .kronecker import (
     unpack,
     unpack_all,
 )
-from .precondition import initial_state, rescale
+from .precondition import initial_state, rescaled
 from .reference import exact_block, part
 from .rules import RULES, SUA, Rules
 from .second_moment import (
@@ -45,7 +44,8 @@ from .second_moment import (
     refresh,
     running_average,
 )
-from .types import Basis, Batch, Factors, Layer, LossFn, Moment, Params, State, Sums, Terms
+from .subspace import Mean
+from .types import Basis, Batch, Factors, Layer, LossFn, Means, Moment, Params, State, Sums, Terms
 
 try:
     from tqdm import tqdm
@@ -381,7 +381,8 @@ def _factors(terms: Terms, basis: Basis) -> Means:
 
 
 def _scaled(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
-    return rescale(projected, moment, basis, projected.new_tensor(damping), -1.0, layer.sizes)
+    mean = Mean(projected, projected, None, 1)  # of a whole basis, for which the gradient itself is not read
+    return rescaled(mean, moment, basis, projected.new_tensor(damping), -1.0, layer.sizes)
 
 
 class _Frame(NamedTuple):

@@ -39,6 +39,7 @@ from .kronecker import (
     turn_outputs,
 )
 from .patches import Patches
+from .subspace import incomplete, outside_squares, single_sums
 from .types import Basis, Dense, Factored, OneHot, Sums, Terms
 
 MAX_PAIRED = 12  # positions; more pairs are more arithmetic than the memory traffic that they save
@@ -46,6 +47,17 @@ MAX_PAIRED = 12  # positions; more pairs are more arithmetic than the memory tra
 
 def exact_sums(terms: Terms, basis: Basis) -> Sums:
     """Sums over the examples of G, of G in the basis, and of its square, `[b o i k]` each."""
+    if not incomplete(basis):
+        return _inside_sums(terms, basis)
+    match terms:
+        case (Factored() as term,) if term.g.shape[2] == 1:
+            return Sums(gradient(terms), *single_sums(term.g, term.inputs, basis))
+    total, projected, square = _inside_sums(terms, basis)
+    assert square is not None
+    return Sums(total, projected, square + outside_squares(terms, basis))
+
+
+def _inside_sums(terms: Terms, basis: Basis) -> Sums:
     match terms:
         case (OneHot() as table,):
             return Sums(gradient(terms), *_table_sums(table, basis))
@@ -241,8 +253,8 @@ class Step(NamedTuple):
 
 def _steps(g: Sequence[int], a: Sequence[int], basis: Basis) -> tuple[Step, ...]:
     """The products that make `Q_B^T G[n] Q_A` of output gradients and inputs of these shapes."""
-    full_A, full_B = (Q.dim() == 3 and Q.shape[-1] > 1 for Q in basis)
-    early = [Step("project a", 0)] * (not full_A) + [Step("project g", 0)] * (not full_B)  # blocks cost little
+    full_A, full_B = (Q.dim() == 3 and Q.shape[-1] == Q.shape[-2] > 1 for Q in basis)
+    early = [Step("project a", 0)] * (not full_A) + [Step("project g", 0)] * (not full_B)  # as they cost little
     return (*early, *_path((NOMINAL_N, *a[1:3], g[3], *a[3:]), full_A, full_B))
 
 

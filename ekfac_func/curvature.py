@@ -161,7 +161,7 @@ def curvature(state: State) -> Curvature:
     `vec(G) vec(G)^T` with G the gradient of an example's loss, of the Fisher that `ekfac` was given: not of the sum,
     and with a bias joined to its weight. A moment of nothing (each batch so far was skipped) is NaN.
 
-    Raises ValueError for a state before its first step.
+    Raises ValueError for a state before its first step, and for a layer with a basis of `rank(r)` or `thin`.
     """
     if not isinstance(state, State):
         raise TypeError(f"state is a {type(state).__name__}: pass what precondition returned")
@@ -170,10 +170,20 @@ def curvature(state: State) -> Curvature:
     values, real = {}, {}
     for layer in state.layers:
         moment = state.second_moments[layer.weight]
+        _refuse_few_columns(layer, state.bases[layer.weight])
         real[layer.weight] = _real(state.bases[layer.weight], layer)
         seen = torch.where(moment.weight > 0, moment.value, torch.nan)
         values[layer.weight] = torch.where(real[layer.weight], seen, 1)
     return Curvature(state.layers, state.bases, values, real)
+
+
+def _refuse_few_columns(layer: Layer, basis: Basis) -> None:
+    for Q, dim in ((basis.Q_A, layer.sizes[2]), (basis.Q_B, layer.sizes[1])):
+        if Q.dim() == 3 and Q.shape[-1] < dim and not (layer.table and Q is basis.Q_B):
+            raise ValueError(
+                f"the basis of {layer.weight!r} has {Q.shape[-1]} columns on a side of {dim}, as rank(r) and thin "
+                "leave it: an operator needs a full basis, or one of blocks(max_dim)"
+            )
 
 
 def _real(basis: Basis, layer: Layer) -> Tensor:

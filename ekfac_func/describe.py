@@ -9,14 +9,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import basis as eigenbasis
-from .basis import Blocks, Choices, check_choices, check_patterns, choose, moment_shape
+from .basis import FULL, Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
 from .capture import shapes
 from .checks import check_batch, check_params
 from .contraction import Contraction, contraction
 from .discovery import Options
 from .kronecker import positions
 from .rules import RULES, Rules
-from .types import Batch, Layer, LossFn, Terms, statistics_dtype
+from .subspace import compress
+from .types import Batch, Layer, LossFn, Number, Terms, statistics_dtype
 
 
 class Row(NamedTuple):
@@ -31,8 +32,10 @@ class Row(NamedTuple):
     i: int
     o: int
     k: int
-    factor_A: tuple[int, ...]
+    factor_A: tuple[int, ...]  # as the state has it; none of a thin layer, nor of one of some rank without an average
     factor_B: tuple[int, ...]
+    basis_A: tuple[int, ...]
+    basis_B: tuple[int, ...]
     factor_bytes: int
     basis_bytes: int
     moment_bytes: int
@@ -47,8 +50,8 @@ class Description(tuple[Row, ...]):
             "parameter",
             "read by",
             "b s i o k",
-            "A",
-            "B",
+            "Q_A",
+            "Q_B",
             "factors",
             "basis",
             "moment",
@@ -69,6 +72,7 @@ def describe(
     *,
     rules: Rules = RULES,
     bases: Choices | None = None,
+    factor_decay: Number = 0.0,
     has_aux: bool = False,
     batched: bool = False,
 ) -> Description:
@@ -83,28 +87,39 @@ def describe(
     captured = shapes(loss_fn, params, batch, options)
     check_patterns(list(captured.layers.values()), choices)
     chosen = choose(list(captured.layers.values()), choices)
+    averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
     rows = Description(
-        _row(layer, captured.terms[name], chosen[name], params[name]) for name, layer in captured.layers.items()
+        _row(layer, captured.terms[name], chosen[name], params[name], averaged)
+        for name, layer in captured.layers.items()
     )
     print(rows)
     return rows
 
 
-def _row(layer: Layer, terms: Terms, chosen: Blocks, p: Tensor) -> Row:
+def _row(layer: Layer, terms: Terms, chosen: Choice, p: Tensor, averaged: bool) -> Row:
     b, o, i, k = layer.sizes
-    A, B = (b, *eigenbasis.side(i, chosen.inputs)), (b, *eigenbasis.side(o, chosen.outputs))
+    A, B = factor_shapes(layer, chosen, averaged)
+    Q_A, Q_B = eigenbasis.shapes(layer, chosen)
     size = statistics_dtype(p).itemsize
-    sides = size * (math.prod(A) + math.prod(B))
+    factors, basis = (size * (math.prod(x) + math.prod(y)) for x, y in ((A, B), (Q_A, Q_B)))
     moment = size * math.prod(moment_shape(layer, chosen))
     s = sum(map(positions, terms))
-    how = contraction(terms, eigenbasis.identity(layer.sizes, chosen, p))
-    return Row(layer.weight, layer.bias, layer.rule, layer.hidden_by, b, s, i, o, k, A, B, sides, sides, moment, how)
+    if isinstance(chosen, Thin):
+        terms, span = compress(terms)
+        i, o = (dim if U is None else U.shape[-1] for dim, U in zip((i, o), span, strict=True))
+        in_span = layer._replace(sizes=(b, o, i, k))
+        how = contraction(terms, eigenbasis.empty(in_span, FULL._replace(outputs=1 if layer.table else None), p))
+        _, o, i, _ = layer.sizes
+    else:
+        how = contraction(terms, eigenbasis.empty(layer, chosen, p))
+    head = (layer.weight, layer.bias, layer.rule, layer.hidden_by, b, s, i, o, k)
+    return Row(*head, A, B, Q_A, Q_B, factors, basis, moment, how)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     axes = " ".join(str(size) for size in (row.b, row.s, row.i, row.o, row.k))
     rule = row.rule or f"no rule: {row.hidden_by}"
-    sides = ("x".join(map(str, shape)) for shape in (row.factor_A, row.factor_B))
+    sides = ("x".join(map(str, shape)) for shape in (row.basis_A, row.basis_B))
     memory = map(_bytes, (row.factor_bytes, row.basis_bytes, row.moment_bytes))
     name = row.name if row.bias is None else f"{row.name}, {row.bias.rpartition('.')[2]}"
     return (name, rule, axes, *sides, *memory, row.contraction.order, f"{row.contraction.operations:.1e}")

@@ -26,7 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .patches import Patches
-from .types import Basis, Dense, Factored, Factors, Layer, Number, OneHot, Params, Term, Terms
+from .types import (
+    Basis,
+    Dense,
+    Factor,
+    Factored,
+    Factors,
+    Gram,
+    Layer,
+    Means,
+    Number,
+    OneHot,
+    Params,
+    Term,
+    Terms,
+    outside,
+)
 
 NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
 MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
@@ -61,8 +76,8 @@ def in_blocks(t: Any, entries: int) -> Sequence[Any]:
 class FactorSums(NamedTuple):
     """Kronecker factors of one term as sums over examples and positions, with what they are divided by."""
 
-    A: Tensor  # [b i i], or its diagonal blocks [b m d d]
-    B: Tensor  # [b o o], or its diagonal blocks [b m d d]
+    A: Factor
+    B: Factor
     count_A: Number  # inputs summed in A
     count_B: Number  # output gradients summed in B, or of dense gradients the trace of B
     positions: Number  # uses an example, of the weight or of each block [b]: `E[G^2]` over the product of the factors
@@ -89,26 +104,30 @@ def reduce(term: Factored) -> Factored:
     return Factored(a, term.g.sum(2, keepdim=True), x, used > 0)
 
 
-def factor_sums(terms: Terms, basis: Basis, sharing: WeightSharing = expand) -> tuple[FactorSums, ...]:
+def factor_sums(
+    terms: Terms, basis: Basis, sharing: WeightSharing = expand, formed: bool = True
+) -> tuple[FactorSums, ...]:
     """`A = sum a a^T` and `B = sum g g^T` of each term; of dense gradients `sum G^T G` and `sum G G^T`.
 
     Martens & Grosse 2015, https://arxiv.org/abs/1503.05671. For dense gradients (as Shampoo, Gupta et al. 2018,
     https://arxiv.org/abs/1802.09568, but per example) B has unit trace, so that the product of eigenvalues has the
     scale of `E[G^2]`, which the product of both factors has squared. The basis says which blocks of a side are kept.
+
+    formed: whether those of a side of `rank(r)` are wanted as they are, or left as the samples that they are sums of.
     """
-    return tuple(_factor_sums(term, basis, sharing) for term in terms)
+    return tuple(_factor_sums(term, basis, sharing, formed) for term in terms)
 
 
-def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums:
+def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool) -> FactorSums:
     match term:
         case Factored():
             a, g, x, counted = sharing(term)
-            if x is None and isinstance(a, Patches) and basis.Q_A.dim() == 3:
-                A = _patch_gram(a)
+            if x is None and formed and isinstance(a, Patches) and basis.Q_A.dim() == 3:
+                A: Factor = _patch_gram(a)
             else:
                 a = a.write() if isinstance(a, Patches) else a
-                A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2)
-            B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1)
+                A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2, formed)
+            B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, formed)
             n, _, s, _ = g.shape
             used = n * s if counted is None else counted.sum((0, 2))
             inputs = used * a.shape[4] if x is None else n * x.shape[2]
@@ -116,7 +135,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums
         case OneHot(ids, size, g, counted):
             seen = counted.sum()
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
-            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1)
+            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, formed)
             return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0])
         case Dense(G):
             A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
@@ -124,8 +143,10 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing) -> FactorSums
             return FactorSums(A, B, G.shape[0], _trace(B), 1)
 
 
-def _gram(x: Tensor, equation: str, Q: Tensor, axis: int) -> Tensor:
+def _gram(x: Tensor, equation: str, Q: Tensor, axis: int, formed: bool = True) -> Factor:
     """The second moment of samples along an axis, in the blocks of a side of the basis."""
+    if not formed and outside(Q):
+        return Gram(x.movedim((1, axis), (0, -1)).flatten(1, -2))
     x = _blocks(x, Q, axis)
     C = torch.einsum(equation, x, x)
     return C.squeeze(1) if Q.dim() == 3 else C
@@ -161,14 +182,6 @@ def _blocks(x: Tensor, Q: Tensor, axis: int) -> Tensor:
     return x.reshape(*x.shape[:axis], m, d, *x.shape[axis + 1 :])
 
 
-class Means(NamedTuple):
-    """Kronecker factors of one batch."""
-
-    A: Tensor  # [b i i], or its diagonal blocks [b m d d]
-    B: Tensor  # [b o o], or its diagonal blocks [b m d d]
-    positions: Number  # as in `FactorSums`
-
-
 def mean_factors(sums: Sequence[FactorSums]) -> Means:
     """The one division of the sums.
 
@@ -182,16 +195,27 @@ def mean_factors(sums: Sequence[FactorSums]) -> Means:
     shares = [mean.positions * tr_A * tr_B for mean, (tr_A, tr_B) in zip(means, traces, strict=True)]
     parts_A, parts_B = [], []
     for mean, (tr_A, tr_B), share in zip(means, traces, shares, strict=True):
-        parts_A.append(_ratio(mean.A, tr_A) * _along(share, mean.A))
-        parts_B.append(_ratio(mean.B, tr_B) * _along(share, mean.B))
-    return Means(_ratio(torch.stack(parts_A).sum(0), torch.stack(shares).sum(0)), torch.stack(parts_B).sum(0), 1)
+        parts_A.append(_times(_ratio(mean.A, tr_A), share))
+        parts_B.append(_times(_ratio(mean.B, tr_B), share))
+    return Means(_ratio(_sum(parts_A), torch.stack(shares).sum(0)), _sum(parts_B), 1)
 
 
-def _ratio(C: Tensor, by: Number) -> Tensor:
+def _ratio(C: Factor, by: Number) -> Factor:
     """A quotient, zero where there was nothing; of each block b where there are several numbers."""
     if not isinstance(by, Tensor):
-        return C / by
-    return C / _along(torch.where(by > 0, by, 1), C)
+        return Gram(C.x / by**0.5) if isinstance(C, Gram) else C / by
+    return _times(C, 1 / torch.where(by > 0, by, 1))
+
+
+def _times(C: Factor, by: Tensor) -> Factor:
+    return Gram(C.x * _along(by.sqrt(), C.x)) if isinstance(C, Gram) else C * _along(by, C)
+
+
+def _sum(parts: Sequence[Factor]) -> Factor:
+    """Of factors of one layer, that are formed all or none."""
+    if isinstance(parts[0], Gram):
+        return Gram(torch.cat([part.x for part in parts if isinstance(part, Gram)], dim=1))
+    return torch.stack([part for part in parts if isinstance(part, Tensor)]).sum(0)
 
 
 def _along(numbers: Tensor, C: Tensor) -> Tensor:
@@ -199,8 +223,10 @@ def _along(numbers: Tensor, C: Tensor) -> Tensor:
     return numbers.reshape(-1, *(1,) * (C.dim() - 1))
 
 
-def _trace(C: Tensor) -> Tensor:
+def _trace(C: Factor) -> Tensor:
     """Of each block, `[b]`."""
+    if isinstance(C, Gram):
+        return C.x.square().sum((1, 2))
     return C.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1)
 
 
@@ -209,6 +235,8 @@ def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     past = decay * factors.weight
     total = past + (1 - decay)
     share = past / torch.where(total > 0, total, 1)
+    assert isinstance(mean.A, Tensor)
+    assert isinstance(mean.B, Tensor)
     return Factors(share * factors.A + (1 - share) * mean.A, share * factors.B + (1 - share) * mean.B, total)
 
 
@@ -358,18 +386,28 @@ def project_outputs(g: Tensor, basis: Basis) -> Tensor:
     return turn_inputs(g[..., None], basis.Q_B)[..., 0]
 
 
-def eigenvalue_product(factors: Factors, basis: Basis, positions: Number, like: Tensor) -> Tensor:
+def eigenvalue_product(factors: Factors | Means, basis: Basis, positions: Number, like: Tensor) -> Tensor:
     """`lambda_B x lambda_A x positions`, the K-FAC estimate of `E[G^2]`, at each offset: shaped as like, `[b O I k]`.
 
     The eigenvalues are read as `diag(Q^T A Q)`: of a basis that could not be refreshed, its own best ones.
     """
-    lambda_A, lambda_B = (
-        torch.einsum("...de,...dD,...eD->...D", C, Q, Q).flatten(1).clamp(min=0)
-        for C, Q in ((factors.A, basis.Q_A), (factors.B, basis.Q_B))
-    )
+    lambda_A, lambda_B = _eigenvalues(factors.A, basis.Q_A), _eigenvalues(factors.B, basis.Q_B)
     uses = _along(positions, lambda_B) if isinstance(positions, Tensor) else positions
     product = torch.einsum("bO,bI->bOI", uses * lambda_B, lambda_A)
     return product.clamp(max=torch.finfo(product.dtype).max)[..., None].expand_as(like)
+
+
+def _eigenvalues(C: Factor, Q: Tensor) -> Tensor:
+    """`[b I]`; of what lies outside of a basis of some rank their mean."""
+    if isinstance(C, Gram):
+        inside = (C.x @ Q).square().sum(1)
+    else:
+        inside = torch.einsum("...de,...dD,...eD->...D", C, Q, Q).flatten(1).clamp(min=0)
+    left = outside(Q)
+    if not left:
+        return inside
+    rest = (_trace(C) - inside.sum(1)).clamp(min=0) / left
+    return torch.cat([inside[:, :-1], rest[:, None]], dim=1)
 
 
 def pack(layer: Layer, tree: Mapping[str, Tensor]) -> Tensor:

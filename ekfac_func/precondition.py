@@ -3,6 +3,7 @@
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -10,7 +11,21 @@ import torch
 from torch import Tensor
 
 from . import basis as eigenbasis
-from .basis import Blocks, Choices, check_choices, check_patterns, choose, moment_shape
+from .basis import (
+    Choice,
+    Choices,
+    Rank,
+    Refresh,
+    Thin,
+    check_choices,
+    check_patterns,
+    check_refresh,
+    choose,
+    due,
+    eigh,
+    factor_shapes,
+    moment_shape,
+)
 from .capture import Captured, capture, own
 from .certify import certify
 from .checks import (
@@ -41,7 +56,9 @@ from .kronecker import (
     unpack_all,
 )
 from .rules import RULES, Rules
-from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, refresh
+from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, reset
+from .second_moment import refresh as carry_on
+from .subspace import Mean, Span, compress, counts, expand_span, incomplete, into_span, rescale
 from .types import (
     Basis,
     Batch,
@@ -52,12 +69,13 @@ from .types import (
     Moment,
     Number,
     Params,
+    Spectrum,
     State,
     Terms,
     statistics_dtype,
 )
 
-Damping = Callable[[Mapping[str, Moment]], Mapping[str, Tensor]]
+Damping = Callable[[Mapping[str, Spectrum]], Mapping[str, Tensor]]
 """second moment of each layer -> damping of each, `[]`"""
 
 
@@ -89,6 +107,7 @@ def ekfac(
     second_moment: SecondMoment = intra_batch,
     fisher: Fisher = empirical,
     basis_every: int = 1,
+    refresh: Refresh = eigh(),  # noqa: B008
     moment_every: int = 1,
     at_refresh: AtRefresh | None = None,
     factor_decay: Number = 0.0,
@@ -117,6 +136,8 @@ def ekfac(
         `exact(model, likelihood)`, `gradient(loss)`, or a `Fisher` of your own. The gradient that is rescaled is
         always that of `loss_fn`. Under `torch.compile`, make it outside the compiled function.
     basis_every: steps from one refresh of factors and eigenbases to the next; the first step is one.
+    refresh: how a basis is refreshed: `eigh(dtype)`, `qr(iterations)` from the old one, `adaptive(tolerance)` where the
+        old one does not do, `staggered(groups, of)` some layers at a time.
     moment_every: steps from one update of the second moment to the next, on a clock of its own; a refresh is always
         one too. Steps between need the gradient alone.
     at_refresh: what becomes of the moment when the basis changes: `reset`, `keep` or `transport`; by default the
@@ -126,7 +147,8 @@ def ekfac(
     weight_sharing: what a sample of the factors is where an example uses a weight at several positions: `expand`, each
         position, or `reduce`, the example. The moment is exact in both.
     bases: by a pattern of the weight's name, as of a file's, how much of each factor is kept: `FULL`, the default,
-        `DIAGONAL`, `blocks(max_dim)`, or `Blocks(inputs, outputs)` for each side; the first that fits.
+        `DIAGONAL`, `blocks(max_dim)`, or `Blocks(inputs, outputs)` for each side, `rank(r)` or `thin` for wide layers;
+        the first that fits.
     rules: which torch calls are layers, e.g. `{**RULES, **SUA}`.
     has_aux: `loss_fn` returns a pair (loss, aux); the tree of tensors aux, with an axis n in front, is in `info.aux`.
     batched: `loss_fn` takes the batch as it is and returns the losses `[n]`; aux is returned as it is. It is for models
@@ -189,8 +211,17 @@ def ekfac(
     options = Options(rules, randomness, chunk_size, has_aux, batched)
     curvature_loss = loss_fn if fisher.loss is None else fisher.loss
     of_curvature = options if fisher.loss is None else options._replace(has_aux=False)
+    check_refresh("refresh", refresh)
+    if refresh.groups > basis_every:
+        raise ValueError(
+            f"refresh={refresh.name} in {refresh.groups} groups with basis_every={basis_every!r}: groups take turns, "
+            f"give basis_every >= {refresh.groups}"
+        )
     choices = {} if bases is None else bases
     check_choices(choices)
+    averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
+    if any(isinstance(choice, Thin) for choice in choices.values()):
+        _check_thin(basis_every, averaged, factor_decay, second_moment, at_refresh)
     damp: Damping = damping if callable(damping) else functools.partial(_constant, damping)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
@@ -200,7 +231,7 @@ def ekfac(
             certify(loss_fn, params, batch, options)
         layers = plan(curvature_loss, own(params), fisher.examples(params, batch), of_curvature).layers
         check_patterns(layers, choices)
-        return initial_state(layers, choose(layers, choices), params)
+        return initial_state(layers, choose(layers, choices), params, averaged)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
@@ -208,31 +239,66 @@ def ekfac(
         check_batch(batch)
         losses, layers, terms, aux = capture(curvature_loss, params, fisher.examples(params, batch), of_curvature)
         chosen = choose(list(layers.values()), choices)
-        check_state(state, {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()})
+        check_state(
+            state,
+            {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
+            {name: factor_shapes(layer, chosen[name], averaged) for name, layer in layers.items()},
+        )
 
-        carried, kept = state, torch.zeros((), dtype=torch.int64, device=losses.device)
-        refreshing = state.step % basis_every == 0
+        spans = {name: Span(None, None) for name in layers}
+        given, started, sizes = dict(terms), state, {name: layer.sizes for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if isinstance(chosen[name], Thin):
+                given[name], spans[name] = compress(terms[name])
+                started, sizes[name] = _in_span(started, layer, spans[name])
+        carried, kept = started, torch.zeros((), dtype=torch.int64, device=losses.device)
+        refreshing = due(layers, refresh, state.step, basis_every)
         if refreshing:
-            carried, kept = _refresh(state, terms, factor_decay, weight_sharing, second_moment, carry)
+            formed = {name: averaged or not isinstance(chosen[name], Rank) for name in layers}
+            carried, kept = _refresh(
+                started,
+                {name: given[name] for name in refreshing},
+                factor_decay,
+                weight_sharing,
+                second_moment,
+                carry,
+                refresh,
+                formed,
+            )
         bases, n, loss = carried.bases, len(losses), losses.mean()
-        estimator = second_moment if refreshing or state.step % moment_every == 0 else _unchanged
-        means = {name: mean_sums(estimator.sums(of_layer, bases[name]), n) for name, of_layer in terms.items()}
-        updated = {name: estimator.update(carried.second_moments[name], means[name], n) for name in layers}
-        slopes = {name: (mean.gradient, mean.projected) for name, mean in means.items()}
+        every = state.step % moment_every == 0
+        estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
+        means = {name: mean_sums(estimators[name].sums(given[name], bases[name]), n) for name in layers}
+        updated = {name: estimators[name].update(carried.second_moments[name], means[name], n) for name in layers}
+        slopes = {
+            name: Mean(
+                mean.gradient if spans[name] == (None, None) else gradient(terms[name]) / n,
+                mean.projected,
+                given[name],
+                n,
+            )
+            for name, mean in means.items()
+        }
         if fisher.loss is not None:
             data = capture(loss_fn, params, batch, options)
-            aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, params)
-        dampings = damp(updated)
+            aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
+        dampings = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
         check_dampings(dampings, layers)
-        rescaled = {
-            name: rescale(slopes[name][1], updated[name], bases[name], dampings[name], exponent, layer.sizes)
-            for name, layer in layers.items()
-        }
+        natural_in = {}
+        for name in layers:
+            M = rescaled(slopes[name], updated[name], bases[name], dampings[name], exponent, sizes[name])
+            natural_in[name] = expand_span(M, spans[name])
+            if fisher.loss is not None and spans[name] != (None, None):  # whose gradient lies outside of the span too
+                G = slopes[name].gradient
+                rest = G - expand_span(into_span(G, spans[name]), spans[name])
+                natural_in[name] = natural_in[name] + rest * dampings[name] ** exponent
 
         new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
-        finite = _all_finite([loss, losses, *rescaled.values(), *_learned(new, state)])
-        natural = {name: torch.where(finite, M, 0) for name, M in rescaled.items()}
-        mean_gradient = {name: slope for name, (slope, _) in slopes.items()}
+        new = _out_of_spans(new, state, chosen)
+        found = [updated[name].value for name in layers if isinstance(chosen[name], Thin)]
+        finite = _all_finite([loss, losses, *natural_in.values(), *found, *_learned(new, state)])
+        natural = {name: torch.where(finite, M, 0) for name, M in natural_in.items()}
+        mean_gradient = {name: slope.gradient for name, slope in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
             loss,
@@ -251,17 +317,79 @@ _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: mo
 """The estimator of a step between two updates."""
 
 
-def initial_state(layers: tuple[Layer, ...], chosen: Mapping[str, Blocks], params: Mapping[str, Tensor]) -> State:
+def _check_thin(
+    basis_every: int, averaged: bool, factor_decay: Number, estimator: SecondMoment, at_refresh: AtRefresh | None
+) -> None:
+    """bases: `thin` with arguments that keep nothing from one batch to another."""
+    if basis_every != 1:
+        raise ValueError(
+            f"basis_every={basis_every!r} with thin bases: they span the samples of one batch alone, "
+            "give basis_every=1 or use rank(r)"
+        )
+    if averaged:
+        raise ValueError(
+            f"factor_decay={factor_decay!r} with thin bases: they span the samples of one batch alone, give "
+            "factor_decay=0 or use rank(r)"
+        )
+    if estimator.carries:
+        raise ValueError(
+            f"second_moment={estimator.name} with thin bases: it carries on what the next basis does not span, use "
+            "intra_batch, centred or kfac, or rank(r)"
+        )
+    if at_refresh is not None and at_refresh is not reset:
+        raise ValueError("at_refresh with thin bases: there is no moment to carry on, leave it out")
+
+
+def _in_span(state: State, layer: Layer, span: Span) -> tuple[State, tuple[int, int, int, int]]:
+    """The state with an empty layer of the span's size, for a thin one; and that size."""
+    name = layer.weight
+    b, o, i, k = layer.sizes
+    o, i = (dim if U is None else U.shape[-1] for dim, U in zip((o, i), (span.U_B, span.U_A), strict=True))
+    zero = state.second_moments[name].weight.new_zeros(())
+    Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
+    if layer.table:
+        Q_B = zero.new_ones(b, o, 1, 1)
+    else:
+        Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
+    return (
+        State(
+            state.step,
+            {**state.factors, name: Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)},
+            {**state.bases, name: Basis(Q_A, Q_B)},
+            {**state.second_moments, name: Moment(zero.new_zeros(b, o, i, k), zero)},
+        ),
+        (b, o, i, k),
+    )
+
+
+def _out_of_spans(new: State, old: State, chosen: Mapping[str, Choice]) -> State:
+    """The state without what it does not carry of thin layers."""
+    thin = [name for name in chosen if isinstance(chosen[name], Thin)]
+    return State(
+        new.step,
+        {**new.factors, **{name: old.factors[name] for name in thin}},
+        {**new.bases, **{name: old.bases[name] for name in thin}},
+        {**new.second_moments, **{name: old.second_moments[name] for name in thin}},
+    )
+
+
+def _spectrum(moment: Moment, basis: Basis, layer: Layer) -> Spectrum:
+    return Spectrum(moment.value, moment.weight, counts(basis, moment.value), math.prod(layer.sizes))
+
+
+def initial_state(
+    layers: tuple[Layer, ...], chosen: Mapping[str, Choice], params: Mapping[str, Tensor], averaged: bool = True
+) -> State:
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
         p = params[layer.weight]
         zero = torch.zeros((), dtype=statistics_dtype(p), device=p.device)
-        blocks = chosen[layer.weight]
-        basis = eigenbasis.identity(layer.sizes, blocks, zero)
-        bases[layer.weight] = basis
-        factors[layer.weight] = Factors(torch.zeros_like(basis.Q_A), torch.zeros_like(basis.Q_B), zero)
-        second_moments[layer.weight] = Moment(zero.repeat(*moment_shape(layer, blocks)), zero.clone())
+        choice = chosen[layer.weight]
+        bases[layer.weight] = eigenbasis.identity(layer, choice, zero)
+        A, B = factor_shapes(layer, choice, averaged)
+        factors[layer.weight] = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
+        second_moments[layer.weight] = Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
     return State(0, factors, bases, second_moments, tuple(layers))
 
 
@@ -272,38 +400,51 @@ def _refresh(
     weight_sharing: WeightSharing,
     estimator: SecondMoment,
     carry: AtRefresh,
+    how: Refresh,
+    formed: Mapping[str, bool],
 ) -> tuple[State, Tensor]:
-    """The state with factors of this batch, their bases and the moments in them; how many bases could not be had."""
-    factors, bases, second_moments, kept = {}, {}, {}, []
+    """The state with factors of this batch, their bases and the moments in them; how many bases could not be had.
+
+    Layers without terms stay as they are. Factors that need not be formed are not carried.
+    """
+    factors, bases, second_moments = dict(state.factors), dict(state.bases), dict(state.second_moments)
+    kept = []
     for name, of_layer in terms.items():
         old, moment = state.bases[name], state.second_moments[name]
-        mean = mean_factors(factor_sums(of_layer, old, weight_sharing))
-        factors[name] = average_factors(state.factors[name], mean, factor_decay)
-        bases[name], failed = eigenbasis.refresh(factors[name], old)
-        product = functools.partial(eigenvalue_product, factors[name], bases[name], mean.positions, moment.value)
-        second_moments[name] = refresh(estimator, carry, moment, old, bases[name], product)
+        mean = mean_factors(factor_sums(of_layer, old, weight_sharing, formed[name]))
+        if formed[name]:
+            factors[name] = average_factors(state.factors[name], mean, factor_decay)
+        used = factors[name] if formed[name] else mean
+        bases[name], failed = eigenbasis.refresh(used, old, how, state.step == 0)
+        product = functools.partial(eigenvalue_product, used, bases[name], mean.positions, moment.value)
+        second_moments[name] = carry_on(estimator, carry, moment, old, bases[name], product)
         kept.append(failed)
     return State(state.step, factors, bases, second_moments), torch.stack(kept).sum()
 
 
 def _of_data(
-    captured: Captured, layers: Mapping[str, Layer], bases: Mapping[str, Basis], params: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    captured: Captured,
+    layers: Mapping[str, Layer],
+    bases: Mapping[str, Basis],
+    spans: Mapping[str, Span],
+    params: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, Mean]]:
     """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
     n = len(captured.losses)
     means = {name: gradient(terms) / n for name, terms in captured.terms.items()}
     tree = unpack_all(captured.layers.values(), means, params)
     packed = {name: pack(layer, tree) for name, layer in layers.items()}
-    return captured.losses.mean(), {name: (M, into_basis(M, bases[name])) for name, M in packed.items()}
+    slopes = {name: Mean(M, into_basis(into_span(M, spans[name]), bases[name]), None, n) for name, M in packed.items()}
+    return captured.losses.mean(), slopes
 
 
-def _constant(damping: Number, moments: Mapping[str, Moment]) -> dict[str, Tensor]:
+def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Tensor]:
     """The same damping for every layer."""
     return {name: damping + moment.weight.new_zeros(()) for name, moment in moments.items()}
 
 
-def rescale(
-    projected: Tensor,
+def rescaled(
+    mean: Mean,
     moment: Moment,
     basis: Basis,
     damping: Tensor,
@@ -312,7 +453,10 @@ def rescale(
 ) -> Tensor:
     """`Q_B [ projected (m2 + damping)^exponent ] Q_A^T`; zero while there is no estimate of m2."""
     m2 = torch.where(moment.weight > 0, moment.value, torch.inf)
-    return out_of_basis(projected * (m2 + damping) ** exponent, basis, sizes)
+    scale = (m2 + damping) ** exponent
+    if incomplete(basis):
+        return rescale(mean, scale, basis, sizes)
+    return out_of_basis(mean.projected * scale, basis, sizes)
 
 
 def _learned(new: State, old: State) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .checks import check_decay
 from .contraction import exact_sums, gradient_sums
 from .kronecker import into_basis
+from .subspace import turned
 from .types import Basis, Moment, Number, Sums, Terms
 
 AtRefresh = Callable[[Moment, Basis, Basis, Callable[[], Tensor]], Moment]
@@ -22,7 +23,8 @@ class SecondMoment(NamedTuple):
 
     `sums(terms, basis)` is what it needs of a batch; `update(moment, mean, n)` takes that as means over the n
     examples. Before the first observation it `starts_from_eigenvalues` of the factors or from nothing. One that
-    `reads_mean` takes the mean gradient for that of independent draws, which not every Fisher has.
+    `reads_mean` takes the mean gradient for that of independent draws, which not every Fisher has. One that `carries`
+    nothing from step to step, once its basis is of the step itself, may be used with `thin` bases.
     """
 
     name: str
@@ -31,6 +33,7 @@ class SecondMoment(NamedTuple):
     at_refresh: AtRefresh
     starts_from_eigenvalues: bool = False
     reads_mean: bool = False
+    carries: bool = True
 
 
 def reset(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
@@ -44,9 +47,11 @@ def keep(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) 
 
 
 def transport(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
-    """Carry the moment on by the squared rotation `(Q_old^T Q_new)^2` of both sides, which keeps its sum."""
-    R_A, R_B = ((Q_old.mT @ Q_new).square() for Q_old, Q_new in zip(old, new, strict=True))
-    return Moment(into_basis(moment.value, Basis(R_A, R_B)), moment.weight)
+    """Carry the moment on by the squared rotation `(Q_old^T Q_new)^2` of both sides, which keeps its sum.
+
+    Of a basis of some rank the sum is that over all coordinates of the layer, inside and outside.
+    """
+    return Moment(into_basis(moment.value, turned(old, new)), moment.weight)
 
 
 def refresh(
@@ -82,13 +87,13 @@ def _eigenvalues(moment: Moment, mean: Sums, n: int) -> Moment:
     return moment
 
 
-intra_batch = SecondMoment("intra_batch", exact_sums, _intra_batch, keep)
+intra_batch = SecondMoment("intra_batch", exact_sums, _intra_batch, keep, carries=False)
 """`mean_n G_kfe[n]^2` of this batch alone: exact. George et al. 2018, https://arxiv.org/abs/1806.03884.
 
 It carries nothing from step to step, so `at_refresh` does not matter to it.
 """
 
-kfac = SecondMoment("kfac", gradient_sums, _eigenvalues, reset, starts_from_eigenvalues=True)
+kfac = SecondMoment("kfac", gradient_sums, _eigenvalues, reset, starts_from_eigenvalues=True, carries=False)
 """The eigenvalues of the factors, `lambda_B x lambda_A x positions`: K-FAC with the damping on the product.
 
 Martens & Grosse 2015, https://arxiv.org/abs/1503.05671; Grosse & Martens 2016, https://arxiv.org/abs/1602.01407.
@@ -101,7 +106,7 @@ def _variance(moment: Moment, mean: Sums, n: int) -> Moment:
     return Moment((mean.square - mean.projected.square()).clamp(min=0), torch.ones_like(moment.weight))
 
 
-centred = SecondMoment("centred", exact_sums, _variance, keep, reads_mean=True)
+centred = SecondMoment("centred", exact_sums, _variance, keep, reads_mean=True, carries=False)
 """`intra_batch` less the square of the batch's mean gradient: the variance in place of the second moment."""
 
 

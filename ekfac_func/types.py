@@ -78,9 +78,26 @@ class Layer(NamedTuple):
 class Factors(NamedTuple):
     """Kronecker factors of one layer, and the weight of what their moving average has seen: 0 nothing, 1 all."""
 
-    A: Tensor  # [b i i] of the inputs, or its diagonal blocks [b m d d]
-    B: Tensor  # [b o o] of the output gradients, or its diagonal blocks [b m d d]
+    A: Tensor  # [b i i] of the inputs, or its diagonal blocks [b m d d]; [b 0 0] where none is carried
+    B: Tensor  # [b o o] of the output gradients, or its diagonal blocks [b m d d]; [b 0 0] where none is carried
     weight: Tensor  # []
+
+
+class Gram(NamedTuple):
+    """A Kronecker factor `x^T x` that is never formed."""
+
+    x: Tensor  # [b samples d]
+
+
+Factor = Tensor | Gram  # [b d d], or its diagonal blocks [b m d d]
+
+
+class Means(NamedTuple):
+    """Kronecker factors of one batch."""
+
+    A: Factor
+    B: Factor
+    positions: Number  # uses an example, of the weight or of each block [b]: `E[G^2]` over the product of the factors
 
 
 class Moment(NamedTuple):
@@ -90,15 +107,31 @@ class Moment(NamedTuple):
     weight: Tensor  # []
 
 
+class Spectrum(NamedTuple):
+    """The second moment of one layer as a damping rule reads it: with how many coordinates each entry stands for."""
+
+    value: Tensor  # [b O I k]
+    weight: Tensor  # []
+    counts: Tensor  # [O I], all 1 but for what lies outside of a basis of `rank(r)`
+    size: int  # coordinates of the layer; those that no entry stands for (`thin`) have a second moment of zero
+
+
 class Basis(NamedTuple):
     """Kronecker-factored eigenbasis (KFE) of one layer: orthonormal columns.
 
     A side is full, `[b i I]`, or block-diagonal, `[b m d D]` of m blocks: the last one is filled up with zeros where d
-    does not divide the side, so that I and O are m d. Blocks of d = 1 leave the side as it is.
+    does not divide the side, so that I and O are m d. Blocks of d = 1 leave the side as it is. A side of `rank(r)` has
+    I = r + 1 < i: r orthonormal columns, and a column of zeros whose coordinate stands for all that lies outside of
+    them, in the moment for its mean. Of a `thin` layer the state has no columns.
     """
 
     Q_A: Tensor  # [b i I] or [b m d D]
     Q_B: Tensor  # [b o O] or [b m d D]
+
+
+def outside(Q: Tensor) -> int:
+    """Dimensions that a side of `rank(r)` leaves to its complement; 0 of any other."""
+    return Q.shape[-2] - Q.shape[-1] + 1 if Q.shape[-1] < Q.shape[-2] else 0
 
 
 class Sums(NamedTuple):

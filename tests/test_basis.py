@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ekfac_func import basis as eigenbasis
 from ekfac_func import ekfac, kfac
-from ekfac_func.types import Basis, Factors
+from ekfac_func.types import Basis, Factors, Layer
 
 from .cases import N, make
 from .oracles import close, same_bits
@@ -52,7 +52,8 @@ def assert_orthonormal(Q: Tensor) -> None:
 def refresh(C: Tensor) -> tuple[Basis, int]:
     C = C[None] if C.dim() == 2 else C
     b, dim, _ = C.shape
-    old = eigenbasis.identity((b, dim, dim, 1), eigenbasis.FULL, C)
+    layer = Layer("w", None, (b, dim, dim, 1), (b, dim, dim, 1), (0, 1, 2, 3), (b, dim, dim), ())
+    old = eigenbasis.identity(layer, eigenbasis.FULL, C)
     basis, kept = eigenbasis.refresh(Factors(C, C, torch.ones(())), old)
     return basis, int(kept)
 

@@ -22,6 +22,8 @@ from ekfac_func import (
     exact,
     fisher_blocks,
     optim,
+    rank,
+    thin,
 )
 from ekfac_func.types import Params, State
 
@@ -138,9 +140,9 @@ def test_the_step_is_the_damped_inverse_times_the_gradient() -> None:
     step = ekfac(case.loss_fn, damping=DAMPING, exponent=-0.75)
     natural, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
     close_trees(curvature(state).damped(DAMPING).power(-0.75) @ info.gradient, natural)
-    dampings = optim.relative(0.1)(state.second_moments)
     rule = ekfac(case.loss_fn, damping=optim.relative(0.1))
     natural, state, info = rule.precondition(case.params, batch, rule.init(case.params, batch))
+    dampings = dict(zip(state.second_moments, info.damping, strict=True))
     close_trees(curvature(state).damped(dampings).power(-1) @ info.gradient, natural)
 
 
@@ -304,3 +306,10 @@ def test_against_curvlinops(net: str, kind: str) -> None:
     close(estimate.trace(), theirs.trace.detach(), 1e-8)
     close(estimate.frobenius_norm(), theirs.frobenius_norm.detach(), 1e-8)
     close(estimate.damped(DAMPING).logdet(), torch.linalg.slogdet(found + DAMPING * torch.eye(len(found)))[1], 1e-8)
+
+
+@pytest.mark.parametrize("choice", [rank(2), thin])
+def test_a_basis_of_few_columns_is_refused_with_the_remedy(choice: Any) -> None:
+    case = make("mlp")
+    with pytest.raises(ValueError, match=r"'0.weight'.*columns.*blocks"):
+        curvature(stepped(case, case.batch(5), bases={"*": choice}))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_positive
 from ..precondition import Damping
-from ..types import Batch, LossFn, Moment, Number, Params
+from ..types import Batch, LossFn, Number, Params, Spectrum
 from .norms import Scope, dots, each, total
 
 
@@ -24,9 +24,9 @@ def relative(fraction: Number, scope: Scope = each) -> Damping:
     """
     check_positive("fraction", fraction)
 
-    def damping(moments: Mapping[str, Moment]) -> dict[str, Tensor]:
-        sums = scope({name: m.value.sum() for name, m in moments.items()})
-        counts = scope({name: m.value.new_tensor(m.value.numel()) for name, m in moments.items()})
+    def damping(moments: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+        sums = scope({name: (m.value * m.counts[..., None]).sum() for name, m in moments.items()})
+        counts = scope({name: m.value.new_tensor(m.size) for name, m in moments.items()})
         tiny = {name: torch.finfo(m.value.dtype).tiny for name, m in moments.items()}  # for a layer without gradients
         return {name: (fraction * sums[name] / counts[name].clamp(min=1)).clamp(min=tiny[name]) for name in moments}
 

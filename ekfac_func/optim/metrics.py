@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..subspace import counts
 from ..types import Info, Number, State
 from .norms import dots, squares, total
 
@@ -37,6 +38,8 @@ def metrics(
     | refresh | 1 where the step refreshed the eigenbases, else 0; where basis_every is given |
     | kept_bases | eigenbases that could not be refreshed |
 
+    Of `thin` layers the state has no moment, and so neither effective rank nor condition.
+
     The effective rank is that of Roy & Vetterli 2007, https://ieeexplore.ieee.org/document/7098875.
     """
     gradient_square, natural_square = total(squares(info.gradient)), total(squares(natural))
@@ -62,12 +65,13 @@ def metrics(
     for (name, moment), damping in zip(state.second_moments.items(), dampings, strict=True):
         if moment.value.numel() == 0:
             continue
-        found[f"effective_rank/{name}"] = _effective_rank(moment.value)
+        found[f"effective_rank/{name}"] = _effective_rank(moment.value, counts(state.bases[name], moment.value))
         found[f"condition/{name}"] = (moment.value.amax() + damping) / (moment.value.amin() + damping)
     return found
 
 
-def _effective_rank(m2: Tensor) -> Tensor:
-    sum = m2.sum()
+def _effective_rank(m2: Tensor, counts: Tensor) -> Tensor:
+    sum = (m2 * counts[..., None]).sum()
     shares = m2 / torch.where(sum > 0, sum, 1)
-    return torch.where(sum > 0, (-torch.special.xlogy(shares, shares).sum()).exp(), 0.0)
+    entropy = -(torch.special.xlogy(shares, shares) * counts[..., None]).sum()
+    return torch.where(sum > 0, entropy.exp(), 0.0)

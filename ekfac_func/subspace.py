@@ -1,0 +1,366 @@
+"""Layers wider than what is known of them: outside of a basis of some rank, and in the span of a batch.
+
+A side of `rank(r)` has a coordinate for all that lies outside of its r columns, the last one, with a zero column in the
+basis: projections are zero there, and the moment is the mean over the complement. With `a_p = a - Q_A Q_A^T a` of c
+dimensions, and `g_p` alike, the entries that the zero columns leave out are
+
+    outside on i:  mean_n ||sum_s g_O[n, s] a_p[n, s]||^2 / c_i        [b O k]
+    outside on o:  mean_n ||sum_s g_p[n, s] a_I[n, s]||^2 / c_o        [b I k]
+    on both:       mean_n ||sum_s g_p[n, s] a_p[n, s]^T||^2 / (c_i c_o)    [b k]
+"""
+
+from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kronecker import (
+    add_rows,
+    coalesce,
+    look_up,
+    out_of_basis,
+    project_inputs,
+    project_outputs,
+    turn_inputs,
+    turn_outputs,
+)
+from .types import Basis, Dense, Factored, OneHot, Terms, outside
+
+NOMINAL_N = 256  # examples, in a graph: one that read the traced batch size would be another for each
+MAX_ENTRIES = 2**24  # that exist at a time of a norm that is summed over blocks of examples, in eager mode
+
+
+def incomplete(basis: Basis) -> bool:
+    """Whether a side has a complement."""
+    return any(outside(Q) for Q in basis)
+
+
+def outside_squares(terms: Terms, basis: Basis) -> Tensor:
+    """Sums over the examples of the squares outside of a basis, `[b O I k]`: zero where both coordinates are inside.
+
+    Of samples at several positions; `single_sums` is for one.
+    """
+    match terms:
+        case (Factored() as term,):
+            return _of_samples(term.g, term.inputs, basis)
+        case (OneHot() as table,):
+            return _of_table(table, basis)
+        case (Factored() as factored, OneHot() as table):
+            return _of_samples(factored.g, factored.inputs, basis) + _of_table(table, basis, factored)
+        case (Dense(G),):
+            return _of_gradients(G, basis)
+    raise AssertionError(f"no complement for {[type(term).__name__ for term in terms]}")
+
+
+def _of_samples(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
+    c_i, c_o = map(outside, basis)
+    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
+    g_p, a_p = _rest_outputs(g, g_O, basis), _rest_inputs(a, a_I, basis)
+    sizes = g_O.shape[-1], a_I.shape[-2]
+    on_i = _norms_inputs(g_O, a_p) / c_i if c_i else None
+    on_o = _norms_outputs(g_p, a_I) / c_o if c_o else None
+    both = _norms(g_p, a_p) / (c_i * c_o) if c_i and c_o else None
+    return _assembled(on_i, on_o, both, sizes, g_O)
+
+
+def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Sums over the examples of G and its squares, inside and outside, `[b O I k]`, of one position: squares factor."""
+    c_i, c_o = map(outside, basis)
+    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
+    h, x = g_O.square(), a_I.square()
+    if c_o:
+        h = _replace_last(h, _rest_outputs(g, g_O, basis).square().sum(-1, keepdim=True) / c_o, -1)
+    if c_i:
+        x = _replace_last(x, _rest_inputs(a, a_I, basis).square().sum(-2, keepdim=True) / c_i, -2)
+    return torch.einsum("nbso,nbsik->boik", g_O, a_I), torch.einsum("nbso,nbsik->boik", h, x)
+
+
+def _of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Tensor:
+    """Of ids, whose side is diagonal; with the product with another term that is added to them."""
+    c = outside(basis.Q_A)
+    once = coalesce(table)
+    h = once.g[:, None, :, :, None]
+    h_p = _rest_inputs(h, project_inputs(h, basis), basis)[:, 0, :, :, 0]
+    values = h_p.square()
+    if other is not None:
+        a = other.inputs
+        a_p = _rest_inputs(a, project_inputs(a, basis), basis)
+        values = values + 2 * look_up(Factored(a_p, other.g), once.ids) * h_p
+    on_i = add_rows(once.ids, values.sum(-1, keepdim=True), table.size)[:, :, 0] / c
+    return _assembled(on_i, None, None, (table.size, basis.Q_A.shape[-1]), on_i)
+
+
+def _of_gradients(G: Tensor, basis: Basis) -> Tensor:
+    c_i, c_o = map(outside, basis)
+    total: Tensor | None = None
+    for part in G.tensor_split(_parts(G.shape[0], 2 * G.shape[1:].numel())):
+        K, L = turn_outputs(part, basis.Q_B), turn_inputs(part, basis.Q_A)
+        K_p = K - _out_inputs(turn_inputs(K, basis.Q_A), basis)
+        L_p = L - _out_outputs(turn_outputs(L, basis.Q_B), basis)
+        on_i = K_p.square().sum((0, 3)) / c_i if c_i else None
+        on_o = L_p.square().sum((0, 2)) / c_o if c_o else None
+        both = None
+        if c_i and c_o:
+            G_p = part - _out_outputs(K, basis)
+            both = (G_p - _out_inputs(turn_inputs(G_p, basis.Q_A), basis)).square().sum((0, 2, 3)) / (c_i * c_o)
+        of_part = _assembled(on_i, on_o, both, (K.shape[2], L.shape[3]), K)
+        total = of_part if total is None else total + of_part
+    assert total is not None
+    return total
+
+
+def _assembled(
+    on_i: Tensor | None, on_o: Tensor | None, both: Tensor | None, sizes: tuple[int, int], like: Tensor
+) -> Tensor:
+    """`[b O k]`, `[b I k]` and `[b k]` as the last column, row and corner of `[b O I k]`."""
+    O, I = sizes  # noqa: E741
+    parts = []
+    if on_i is not None:
+        parts.append(F.pad(on_i[:, :, None], [0, 0, I - 1, 0]))
+    if on_o is not None:
+        parts.append(F.pad(on_o[:, None], [0, 0, 0, 0, O - 1, 0]))
+    if both is not None:
+        parts.append(F.pad(both[:, None, None], [0, 0, I - 1, 0, O - 1, 0]))
+    return torch.stack(parts).sum(0)
+
+
+def _norms_inputs(g: Tensor, a: Tensor) -> Tensor:
+    """`sum_n ||sum_s g[n, s, o] a[n, s]||^2`, `[b o k]`, by pairs of positions or by rows, whichever is less work."""
+    s, i, o = a.shape[2], a.shape[3], g.shape[3]
+    pairs = s * (i + o) <= i * o
+    total: Tensor | None = None
+    for h, x in _blocks(g, a, s * s + s * o if pairs else i * o):
+        if pairs:
+            K = torch.einsum("nbsik,nbtik->nbkst", x, x)
+            of_block = (torch.einsum("nbkst,nbto->nbkso", K, h) * h[:, :, None]).sum((0, 3)).movedim(1, 2)
+        else:
+            of_block = torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 3))
+        total = of_block if total is None else total + of_block
+    assert total is not None
+    return total
+
+
+def _norms_outputs(g: Tensor, a: Tensor) -> Tensor:
+    """`sum_n ||sum_s g[n, s] a[n, s, i]||^2`, `[b i k]`."""
+    s, i, o = a.shape[2], a.shape[3], g.shape[3]
+    pairs = s * (i + o) <= i * o
+    total: Tensor | None = None
+    for h, x in _blocks(g, a, s * s + s * i if pairs else i * o):
+        if pairs:
+            K = torch.einsum("nbso,nbto->nbst", h, h)
+            of_block = (torch.einsum("nbst,nbtik->nbsik", K, x) * x).sum((0, 2))
+        else:
+            of_block = torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 2))
+        total = of_block if total is None else total + of_block
+    assert total is not None
+    return total
+
+
+def _norms(g: Tensor, a: Tensor) -> Tensor:
+    """`sum_n ||sum_s g[n, s] a[n, s]^T||^2`, `[b k]`, by pairs of positions: no gradient of an example is formed."""
+    total: Tensor | None = None
+    for h, x in _blocks(g, a, 2 * a.shape[2] ** 2):
+        pairs_h, pairs_x = torch.einsum("nbso,nbto->nbst", h, h), torch.einsum("nbsik,nbtik->nbkst", x, x)
+        of_block = torch.einsum("nbst,nbkst->bk", pairs_h, pairs_x)
+        total = of_block if total is None else total + of_block
+    assert total is not None
+    return total
+
+
+def _blocks(g: Tensor, a: Tensor, entries: int) -> list[tuple[Tensor, Tensor]]:
+    """Both by examples, in blocks that need few entries at a time; a graph takes them all at once."""
+    count = _parts(g.shape[0], entries * g.shape[1] * a.shape[4])
+    return list(zip(g.tensor_split(count), a.tensor_split(count), strict=True)) if count > 1 else [(g, a)]
+
+
+def _parts(n: int, entries: int) -> int:
+    return 1 if torch.compiler.is_compiling() else min(n, max(1, -(-n * entries // MAX_ENTRIES)))
+
+
+def _replace_last(x: Tensor, last: Tensor, axis: int) -> Tensor:
+    return torch.cat([x.narrow(axis, 0, x.shape[axis] - 1), last], dim=axis)
+
+
+def _rest_inputs(a: Tensor, a_I: Tensor, basis: Basis) -> Tensor:
+    """`a - Q_A Q_A^T a`, `[n b s i k]`; of a side without complement a as it is."""
+    return a - torch.einsum("nbsIk,biI->nbsik", a_I, basis.Q_A) if outside(basis.Q_A) else a
+
+
+def _rest_outputs(g: Tensor, g_O: Tensor, basis: Basis) -> Tensor:
+    return g - torch.einsum("nbsO,boO->nbso", g_O, basis.Q_B) if outside(basis.Q_B) else g
+
+
+def _out_inputs(M: Tensor, basis: Basis) -> Tensor:
+    """`M Q_A^T`, of a side with a complement or M as it is."""
+    return turn_inputs(M, basis.Q_A.mT) if outside(basis.Q_A) else M
+
+
+def _out_outputs(M: Tensor, basis: Basis) -> Tensor:
+    return turn_outputs(M, basis.Q_B.mT) if outside(basis.Q_B) else M
+
+
+class Mean(NamedTuple):
+    """A mean gradient, and the samples that it is the sum of where they are at hand."""
+
+    gradient: Tensor  # [b o i k]
+    projected: Tensor  # [b O I k]
+    terms: Terms | None
+    n: int
+
+
+def rescale(mean: Mean, scale: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> Tensor:
+    """The gradient times scale in the basis and outside of it, `[b o i k]`.
+
+    scale: `[b O I k]`.
+    """
+    c_i, c_o = map(outside, basis)
+    inside = mean.projected * scale
+    match mean.terms:
+        case (Factored(_, g) as term,) if sizes[3] == 1:
+            N = g.shape[2] * (NOMINAL_N if torch.compiler.is_compiling() else mean.n)
+            if 2 * scale.shape[1] + scale.shape[2] >= 2 * N:
+                return _rescaled_samples(g, term.inputs / mean.n, scale, inside, basis, sizes)
+    G = mean.gradient
+    K, L = turn_outputs(G, basis.Q_B), turn_inputs(G, basis.Q_A)
+    found = out_of_basis(inside, basis, sizes)
+    L_p = L - turn_outputs(mean.projected, basis.Q_B.mT)[:, : sizes[1]]
+    if c_i:
+        K_p = K - turn_inputs(mean.projected, basis.Q_A.mT)
+        found = found + turn_outputs(K_p * scale[:, :, -1:], basis.Q_B.mT)[:, : sizes[1]]
+    if c_o:
+        found = found + turn_inputs(L_p * scale[:, -1:], basis.Q_A.mT)[:, :, : sizes[2]]
+    if c_i and c_o:
+        G_p = G - turn_outputs(K, basis.Q_B.mT) - turn_inputs(L_p, basis.Q_A.mT)
+        found = found + G_p * scale[:, -1:, -1:]
+    return found
+
+
+def _rescaled_samples(
+    g: Tensor, a: Tensor, scale: Tensor, inside: Tensor, basis: Basis, sizes: tuple[int, int, int, int]
+) -> Tensor:
+    """One product `left^T right` in place of one for each part of the sum, where there are few samples. k is 1."""
+    _, o, i, _ = sizes
+    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
+    g_p, a_p = _rest_outputs(g, g_O, basis), _rest_inputs(a, a_I, basis)
+    left, right = [], []  # of [b samples o] and [b samples i]
+    if outside(basis.Q_A):
+        h = g_O * scale[None, :, None, :, -1, 0]
+        h = torch.einsum("nbsO,boO->nbso", h, basis.Q_B) if basis.Q_B.dim() == 3 else _out_blocks(h, basis.Q_B, o)
+        if outside(basis.Q_B):
+            h = h + scale[:, -1:, -1:, 0][None] * g_p
+        left.append(_samples(h))
+        right.append(_samples(a_p[..., 0]))
+    if outside(basis.Q_B):
+        x = a_I[..., 0] * scale[None, :, None, -1, :, 0]
+        x = torch.einsum("nbsI,biI->nbsi", x, basis.Q_A) if basis.Q_A.dim() == 3 else _out_blocks(x, basis.Q_A, i)
+        left.append(_samples(g_p))
+        right.append(_samples(x))
+    if outside(basis.Q_A):  # Q_B inside, then Q_A^T; or the other way round
+        left.append(turn_outputs(inside, basis.Q_B.mT)[:, :o, :, 0].mT)
+        right.append(basis.Q_A.mT)
+    else:
+        left.append(basis.Q_B.mT)
+        right.append(turn_inputs(inside, basis.Q_A.mT)[:, :, :i, 0])
+    return (torch.cat(left, 1).mT @ torch.cat(right, 1))[..., None]
+
+
+def _out_blocks(x: Tensor, Q: Tensor, dim: int) -> Tensor:
+    """Coordinates `[n b s O]` of a side in blocks, back out of it."""
+    m, d = Q.shape[1:3]
+    turned = torch.einsum("nbsmD,bmdD->nbsmd", x.reshape(*x.shape[:3], m, d), Q)
+    return turned.flatten(3)[..., :dim]
+
+
+def _samples(x: Tensor) -> Tensor:
+    """`[n b s d]` to `[b samples d]`."""
+    return x.movedim(1, 0).flatten(1, 2)
+
+
+def turned(old: Basis, new: Basis) -> Basis:
+    """Squared rotations `(Q_old^T Q_new)^2` of both sides, by which a moment is carried from one basis to another.
+
+    Of a side of some rank they carry the means over the complements too: the sum of the moment over all coordinates of
+    the layer stays what it was.
+    """
+    return Basis(*(_turned(Q_old, Q_new) for Q_old, Q_new in zip(old, new, strict=True)))
+
+
+def _turned(old: Tensor, new: Tensor) -> Tensor:
+    R = (old.mT @ new).square()
+    c = outside(old)
+    if not c:
+        return R
+    R = R[:, :-1, :-1]
+    into, out = (1 - R.sum(1, keepdim=True)).clamp(min=0), (1 - R.sum(2, keepdim=True)).clamp(min=0)
+    rest = 1 - into.sum(2, keepdim=True) / c
+    return torch.cat([torch.cat([R, out / c], 2), torch.cat([into, rest], 2)], 1)
+
+
+def counts(basis: Basis, like: Tensor) -> Tensor:
+    """How many coordinates of a layer each entry of its moment stands for, `[O I]`."""
+    in_A, in_B = (_counts(Q, like) for Q in basis)
+    return in_B[:, None] * in_A
+
+
+def _counts(Q: Tensor, like: Tensor) -> Tensor:
+    columns = Q.shape[-1] if Q.dim() == 3 else Q.shape[1] * Q.shape[-1]
+    one = like.new_ones(columns)
+    return torch.cat([one[:-1], one[:1] * outside(Q)]) if outside(Q) else one
+
+
+class Span(NamedTuple):
+    """Orthonormal columns that span the samples of each side; None of a side that is taken whole."""
+
+    U_A: Tensor | None  # [b i I]
+    U_B: Tensor | None  # [b o O]
+
+
+def compress(terms: Terms) -> tuple[Terms, Span]:
+    """The terms in coordinates of the span of their own samples, where those are fewer than the side has dimensions.
+
+    A QR, `X^T = Q R`, has the coordinates in R and stays orthonormal where samples repeat, as the Gram matrix does not.
+    """
+    match terms:
+        case (Factored() as factored, OneHot() as table):
+            h = table.g[:, None, :, :, None]
+            a = factored.inputs
+            joint, U_A = _compress(torch.cat([a, h.expand(-1, a.shape[1], -1, -1, -1)], 2)[..., 0])
+            s = a.shape[2]
+            return (factored._replace(a=joint[:, :, :s, :, None]), table._replace(g=joint[:, 0, s:])), Span(U_A, None)
+        case (OneHot() as table,):
+            g, U_A = _compress(table.g[:, None])
+            return (table._replace(g=g[:, 0]),), Span(U_A, None)
+        case (Factored(_, g, x) as factored,):
+            a, U_A, (g, U_B) = factored.inputs, None, _compress(g)
+            if x is None and a.shape[4] == 1:
+                coordinates, U_A = _compress(a[..., 0])
+                a = coordinates[..., None]
+            return (factored._replace(a=a, g=g),), Span(U_A, U_B)
+    return terms, Span(None, None)
+
+
+def _compress(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Samples `[n b s d]` as coordinates `[n b s D]`, and the columns `[b d D]` that they are along."""
+    n, b, s, d = x.shape
+    if n * s >= d:
+        return x, None
+    X = torch.where(torch.isfinite(x), x, 0).movedim(1, 0).flatten(1, 2)
+    largest = X.abs().amax((1, 2), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    Q, R = torch.linalg.qr((X / largest).mT)
+    return (R.mT * largest).reshape(b, n, s, -1).movedim(0, 1), Q
+
+
+def expand_span(M: Tensor, span: Span) -> Tensor:
+    """`U_B M U_A^T`: `[b O I k]` of coordinates in the span to `[b o i k]`."""
+    M = M if span.U_B is None else torch.einsum("bOIk,boO->boIk", M, span.U_B)
+    return M if span.U_A is None else torch.einsum("boIk,biI->boik", M, span.U_A)
+
+
+def into_span(M: Tensor, span: Span) -> Tensor:
+    """`U_B^T M U_A`: `[b o i k]` to coordinates in the span."""
+    M = M if span.U_B is None else torch.einsum("boik,boO->bOik", M, span.U_B)
+    return M if span.U_A is None else torch.einsum("bOik,biI->bOIk", M, span.U_A)

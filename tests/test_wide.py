@@ -1,0 +1,550 @@
+"""Bases for wide layers against explicit complements and full bases, and every way to refresh a basis."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ekfac_func import (
+    EKFAC,
+    FULL,
+    RULES,
+    SUA,
+    Refresh,
+    SecondMoment,
+    State,
+    adaptive,
+    averaged_intra_batch,
+    blocks,
+    centred,
+    describe,
+    eigh,
+    ekfac,
+    empirical,
+    expand,
+    gradient,
+    intra_batch,
+    keep,
+    kfac,
+    optim,
+    qr,
+    rank,
+    reduce,
+    reset,
+    running_average,
+    staggered,
+    thin,
+    transport,
+)
+from ekfac_func import basis as eigenbasis
+from ekfac_func.discovery import Options, plan
+from ekfac_func.types import Layer, Params, outside
+
+from .cases import Case, N, make
+from .oracles import blocks as dense_blocks
+from .oracles import close, close_trees, loop, same_bits, side
+
+# one of each kind of term: one position, pairs, many, groups, dense, ids, tied, stacks
+KINDS = ["mlp", "positions", "pairs of positions", "conv", "conv groups", "not views", "ids", "tied padded", "experts"]
+
+
+def layers(case: Case, batch: Any, rules: Any = RULES) -> tuple[Layer, ...]:
+    return plan(case.loss_fn, case.params, batch, Options(rules)).layers
+
+
+def completed(Q: Tensor, dim: int) -> tuple[Tensor, int]:
+    """A side `[b dim dim]` with its complement written out, and how many columns are inside."""
+    if not outside(Q):
+        return side(Q, dim), side(Q, dim).shape[-1]
+    r = Q.shape[-1] - 1
+    whole = torch.linalg.qr(Q[..., :r], mode="complete").Q
+    return torch.cat([Q[..., :r], whole[..., r:]], -1), r
+
+
+def averaged_outside(M: Tensor, inside: tuple[int, int]) -> Tensor:
+    """Full coordinates `[b o i k]` with the mean over each complement in its place."""
+    q, r = inside
+    M = M if q == M.shape[1] else torch.cat([M[:, :q], M[:, q:].mean(1, keepdim=True)], 1)
+    return M if r == M.shape[2] else torch.cat([M[:, :, :r], M[:, :, r:].mean(2, keepdim=True)], 2)
+
+
+def spread(M: Tensor, inside: tuple[int, int], sizes: tuple[int, int]) -> Tensor:
+    """The inverse of `averaged_outside` on what is constant over each complement."""
+    (q, r), (o, i) = inside, sizes
+    M = M if q == o else torch.cat([M[:, :q], M[:, q:].expand(-1, o - q, -1, -1)], 1)
+    return M if r == i else torch.cat([M[:, :, :r], M[:, :, r:].expand(-1, -1, i - r, -1)], 2)
+
+
+def whole(state: State, layer: Layer) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    (Q_A, r), (Q_B, q) = (
+        completed(Q, dim) for Q, dim in zip(state.bases[layer.weight], layer.sizes[2:0:-1], strict=True)
+    )
+    return Q_A, Q_B, (q, r)
+
+
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+def test_rank_against_an_explicit_complement(name: str, r: int, rules: Any) -> None:
+    """Moment and natural gradient, also in a stale basis and for a power of the moment."""
+    if rules is not RULES and not name.startswith("conv"):
+        return
+    case = make(name)
+    batches = [case.batch(N) for _ in range(2)]
+    step = ekfac(case.loss_fn, damping=1e-2, exponent=-0.7, bases={"*": rank(r)}, basis_every=2, rules=rules)
+    state, tall = step.init(case.params, batches[0]), 0
+    for batch in batches:
+        natural, state, info = step.precondition(case.params, batch, state)
+        assert info.kept_bases == 0
+        gradients = loop(case.loss_fn, case.params, batch)[1]
+        for layer in layers(case, batch, rules):
+            Q_A, Q_B, inside = whole(state, layer)
+            tall += sum(map(outside, state.bases[layer.weight]))
+            close(Q_A.mT @ Q_A, torch.eye(Q_A.shape[-1]).expand_as(Q_A))
+            G = dense_blocks(gradients, layer)
+            coordinates = torch.einsum("boO,nboik,biI->nbOIk", Q_B, G, Q_A)
+            moment = averaged_outside(coordinates.square().mean(0), inside)
+            close(state.second_moments[layer.weight].value, moment)
+            scale = spread((moment + 1e-2) ** -0.7, inside, (Q_B.shape[-1], Q_A.shape[-1]))
+            expected = torch.einsum("boO,bOIk,biI->boik", Q_B, coordinates.mean(0) * scale, Q_A)
+            close(dense_blocks({p: v[None] for p, v in natural.items()}, layer)[0], expected)
+    assert tall
+
+
+def wide(n: int = 6, s: int = 1, i: int = 40, o: int = 30) -> tuple[Any, Params, Any]:
+    """A layer wider than its batch has samples: its loss, parameters and a batch."""
+    params = {"w": torch.randn(o, i) / i**0.5, "b": torch.randn(o)}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"], params["b"]).cos().square().sum()
+
+    return loss_fn, params, torch.randn(n, s, i)
+
+
+@pytest.mark.parametrize("s", [1, 3])
+@pytest.mark.parametrize("choice", [rank(12), rank(33)], ids=["both sides", "one side"])
+def test_rank_of_a_layer_with_few_samples(choice: Any, s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The natural gradient from samples is that from the mean gradient, and with them all inside that of the full."""
+    loss_fn, params, batch = wide(3, s)
+    found = {}
+    for way in ("samples", "mean"):
+        if way == "mean":
+            monkeypatch.setattr("ekfac_func.precondition.rescale", lambda mean, *rest: _by_mean(mean, *rest))
+        step = ekfac(loss_fn, damping=1e-2, bases={"*": choice})
+        found[way], state, _ = step.precondition(params, batch, step.init(params, batch))
+    close_trees(found["samples"], found["mean"])
+    full = ekfac(loss_fn, damping=1e-2)
+    close_trees(found["samples"], full.precondition(params, batch, full.init(params, batch))[0], 1e-8)
+    assert state.factors["w"].A.shape == (1, 0, 0)
+
+
+def _by_mean(mean: Any, *rest: Any) -> Tensor:
+    from ekfac_func.subspace import rescale
+
+    return rescale(mean._replace(terms=None), *rest)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rank_of_the_dimension_is_the_full_basis(name: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    full, high = (ekfac(case.loss_fn, damping=1e-2, bases={"*": choice}) for choice in (FULL, rank(1000)))
+    same_bits(*(step.precondition(case.params, batch, step.init(case.params, batch)) for step in (full, high)))
+
+
+def test_rank_finds_the_leading_eigenvectors() -> None:
+    """Of an average of the factors too, from any start, in descending order; as fast as the spectrum decays."""
+    Q = torch.linalg.qr(torch.randn(30, 30)).Q
+    decay = 0.5 ** torch.arange(30.0)
+    loss_fn, params, _ = wide(i=29, o=30)
+    x = torch.randn(400, 1, 29) @ (Q[:29, :29] * decay[:29])
+    for factor_decay in (0.0, 0.5):
+        step = ekfac(loss_fn, damping=1e-2, bases={"*": rank(4)}, factor_decay=factor_decay)
+        state = step.init(params, x)
+        for _ in range(6):
+            _, state, info = step.precondition(params, x, state)
+        a = torch.cat([x[:, 0], torch.ones(400, 1)], 1)
+        A = a.T @ a / 400
+        Q_A = state.bases["w"].Q_A[0, :, :4]
+        leading = torch.linalg.eigh(A)[1].flip(-1)[:, :4]
+        close((leading.T @ Q_A).abs(), torch.eye(4), 1e-6)
+        assert info.kept_bases == 0
+        if factor_decay:
+            close(state.factors["w"].A[0], A)
+
+
+@pytest.mark.parametrize("factor_decay", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["mlp", "positions", "conv groups", "tied padded"])
+def test_eigenvalue_product_of_a_rank(name: str, factor_decay: float) -> None:
+    """K-FAC's moment of factors whose eigenvalues outside are their mean, whether the factors are formed or not."""
+    case = make(name)
+    batch = case.batch(N)
+    full = ekfac(case.loss_fn, damping=1e-2, second_moment=kfac)
+    factors = full.precondition(case.params, batch, full.init(case.params, batch))[1].factors
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=kfac, bases={"*": rank(1)}, factor_decay=factor_decay)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    for layer in layers(case, batch):
+        Q_A, Q_B, inside = whole(state, layer)
+        A, B = (side(C, dim) for C, dim in zip(factors[layer.weight][:2], layer.sizes[2:0:-1], strict=True))
+        values = [torch.einsum("bde,bdD,beD->bD", C, Q, Q) for C, Q in ((B, Q_B), (A, Q_A))]
+        product = torch.einsum("bO,bI->bOI", *values)[..., None].expand(-1, -1, -1, layer.sizes[3])
+        expected = averaged_outside(product, inside)
+        found = state.second_moments[layer.weight].value
+        close(found / found.sum(), expected / expected.sum())  # up to the number of positions
+
+
+@pytest.mark.parametrize("at_refresh", [transport, keep, reset])
+@pytest.mark.parametrize("estimator", [averaged_intra_batch(0.6), running_average(0.6)], ids=lambda e: e.name)
+def test_what_a_refresh_carries_on_of_a_rank(estimator: SecondMoment, at_refresh: Any) -> None:
+    """Transport is that of full coordinates with the mean over each complement, and keeps the sum over all of them."""
+    loss_fn, params, _ = wide(i=7, o=6)
+    batches = [torch.randn(20, 2, 7) for _ in range(2)]
+    step = ekfac(loss_fn, damping=1e-2, second_moment=estimator, at_refresh=at_refresh, bases={"*": rank(3)})
+    _, old, _ = step.precondition(params, batches[0], step.init(params, batches[0]))
+    _, new, _ = step.precondition(params, batches[1], old)
+    (layer,) = plan(loss_fn, params, batches[0], Options(RULES)).layers
+    (P_A, P_B, inside), (Q_A, Q_B, _) = whole(old, layer), whole(new, layer)
+    before = old.second_moments["w"]
+    if at_refresh is transport:
+        spread_out = spread(before.value, inside, (6, 8))
+        moved = torch.einsum("bpO,bpiz,biI->bOIz", (P_B.mT @ Q_B).square(), spread_out, (P_A.mT @ Q_A).square())
+        carried = transport(before, old.bases["w"], new.bases["w"], torch.ones)
+        close(carried.value, averaged_outside(moved, inside))
+        close(spread(carried.value, inside, (6, 8)).sum(), spread_out.sum())
+    gradients = loop(loss_fn, params, batches[1])[1]
+    G = torch.einsum("boO,nboik,biI->nbOIk", Q_B, dense_blocks(gradients, layer), Q_A)
+    if estimator.name == "averaged_intra_batch" and at_refresh is not reset:
+        value = carried.value if at_refresh is transport else before.value
+        seen = averaged_outside(G.square().mean(0), inside)
+        close(new.second_moments["w"].value, (0.6 * before.weight * value + 0.4 * seen) / (0.6 * before.weight + 0.4))
+    assert new.second_moments["w"].value.isfinite().all()
+
+
+THIN = ["mlp", "positions", "conv", "conv groups", "not views", "ids", "tied padded", "experts", "several groups"]
+
+
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+@pytest.mark.parametrize("name", THIN)
+def test_thin_is_the_full_basis(name: str, rules: Any) -> None:
+    """For one example, for examples that repeat and for more than a side has dimensions; of each weight sharing."""
+    case = make(name)
+    for n, sharing in ((1, expand), (2, reduce), (2, expand), (40, expand)):
+        batch = case.batch(n)
+        batch = torch.utils._pytree.tree_map(lambda t: torch.cat([t, t]), batch)
+        options = {"damping": 1e-2, "rules": rules, "weight_sharing": sharing}
+        found = []
+        for choice in (FULL, thin):
+            step = ekfac(case.loss_fn, bases={"*": choice}, **options)
+            natural, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
+            found.append((natural, info.gradient))
+            assert info.kept_bases == 0
+        close_trees(found[1], found[0], 1e-8)
+        assert all(moment.value.numel() == 0 for moment in state.second_moments.values())
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, centred, kfac], ids=lambda e: e.name)
+def test_thin_with_each_estimator_and_fisher(estimator: SecondMoment) -> None:
+    """The gradient of the data may lie outside of the span of another Fisher's."""
+    loss_fn, params, _ = wide()
+    batch = torch.randn(5, 1, 40)
+    other = gradient(lambda p, x: F.linear(x, p["w"], p["b"]).square().sum() + F.linear(x, p["w"])[..., 0].sin().sum())
+    for fisher in (empirical, other):
+        naturals = []
+        for choice in (FULL, thin):
+            step = ekfac(loss_fn, damping=0.3, second_moment=estimator, fisher=fisher, bases={"*": choice})
+            naturals.append(step.precondition(params, batch, step.init(params, batch))[0])
+        close_trees(naturals[1], naturals[0], 1e-8)
+
+
+def test_thin_states_do_not_depend_on_the_batch() -> None:
+    """One state for every batch size, eager and compiled; a damping relative to the mean over the whole layer."""
+    loss_fn, params, _ = wide()
+    options: Any = {"damping": optim.relative(0.5), "exponent": -0.5}
+    thin_step, full = ekfac(loss_fn, bases={"*": thin}, **options), ekfac(loss_fn, **options)
+    fast = torch.compile(thin_step.precondition, fullgraph=True, backend="aot_eager")
+    batches = [torch.randn(n, 1, 40) for n in (4, 6, 50)]
+    state = thin_step.init(params, batches[0])
+    for batch in batches:
+        expected, _, about = full.precondition(params, batch, full.init(params, batch))
+        eager, _, info = thin_step.precondition(params, batch, state)
+        natural, state, _ = fast(params, batch, state)
+        close_trees(eager, expected, 1e-8)
+        close_trees(natural, expected, 1e-8)
+        close(info.damping, about.damping)
+    assert set(optim.metrics(natural, info, state)) >= {"cosine"}
+    batch[0] = torch.nan
+    natural, state, info = thin_step.precondition(params, batch, state)
+    assert info.skipped
+    assert all(p.abs().max() == 0 for p in natural.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"basis_every": 2}, "basis_every=2.*rank"),
+        ({"factor_decay": 0.5}, "factor_decay=0.5.*rank"),
+        ({"factor_decay": torch.tensor(0.0)}, "factor_decay.*rank"),
+        ({"second_moment": averaged_intra_batch(0.9)}, "second_moment=averaged_intra_batch.*intra_batch"),
+        ({"second_moment": running_average(0.9)}, "second_moment=running_average.*intra_batch"),
+        ({"second_moment": kfac, "at_refresh": keep}, "at_refresh.*leave it out"),
+    ],
+)
+def test_what_thin_cannot_be_used_with(options: Any, message: str) -> None:
+    loss_fn, _, _ = wide()
+    with pytest.raises(ValueError, match=message):
+        ekfac(loss_fn, damping=1.0, bases={"v": FULL, "w": thin}, **options)
+
+
+def test_relative_damping_and_metrics_of_a_rank() -> None:
+    """Means over all coordinates of the layer, those outside too."""
+    loss_fn, params, batch = wide(20)
+    found = {}
+    for name, choice in (("rank", rank(5)), ("full", FULL)):
+        step = ekfac(loss_fn, damping=optim.relative(0.5), bases={"*": choice})
+        natural, state, info = step.precondition(params, batch, step.init(params, batch))
+        found[name] = info.damping, optim.metrics(natural, info, state)
+    close(found["rank"][0], found["full"][0])  # a trace is that of any orthonormal basis
+    (layer,) = plan(loss_fn, params, batch, Options(RULES)).layers
+    step = ekfac(loss_fn, damping=1.0, bases={"*": rank(5)})
+    natural, state, info = step.precondition(params, batch, step.init(params, batch))
+    spread_out = spread(state.second_moments["w"].value, whole(state, layer)[2], (30, 41))
+    shares = spread_out / spread_out.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    close(optim.metrics(natural, info, state)["effective_rank/w"], entropy.exp())
+
+
+def test_rank_compiled() -> None:
+    """Three graphs, two more for another batch size, and the naturals of eager steps."""
+    loss_fn, params, _ = wide(s=2)
+    step = ekfac(
+        loss_fn,
+        damping=0.1,
+        bases={"*": rank(5)},
+        basis_every=3,
+        second_moment=averaged_intra_batch(0.5),
+    )
+    torch._dynamo.utils.counters.clear()
+    fast = torch.compile(step.precondition, fullgraph=True, backend="eager")
+    state = step.init(params, torch.randn(20, 2, 40))
+    for n, most in ((60, 3), (50, 5), (70, 5)):
+        for _ in range(5):
+            batch, before = torch.randn(n, 2, 40), state
+            natural, state, _ = fast(params, batch, before)
+        close_trees(natural, step.precondition(params, batch, before)[0], 1e-8)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= most
+
+
+def test_a_failing_solver_keeps_the_old_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_fn, params, batch = wide(20)
+    step = ekfac(loss_fn, damping=1e-2, bases={"*": rank(5)})
+    _, good, _ = step.precondition(params, batch, step.init(params, batch))
+    monkeypatch.setattr(eigenbasis, "eigensolver", lambda C: (C, C * torch.nan))
+    natural, state, info = step.precondition(params, torch.randn(20, 1, 40), good)
+    assert info.kept_bases == 2
+    same_bits(state.bases, good.bases)
+    assert natural["w"].isfinite().all()
+    monkeypatch.undo()
+    nothing = ekfac(lambda p, x: 0 * loss_fn(p, x), damping=1e-2, bases={"*": rank(5)})
+    _, state, info = nothing.precondition(params, batch, good)
+    assert info.kept_bases == 0
+    same_bits(state.bases["w"].Q_B, good.bases["w"].Q_B)  # a factor of zero says nothing
+
+
+def test_a_state_of_another_factor_decay_is_refused() -> None:
+    loss_fn, params, batch = wide(20)
+    state = ekfac(loss_fn, damping=1.0, bases={"*": rank(5)}).init(params, batch)
+    other = ekfac(loss_fn, damping=1.0, bases={"*": rank(5)}, factor_decay=0.5)
+    with pytest.raises(ValueError, match=r"factors of shapes .* for the layer 'w', bases and factor_decay"):
+        other.precondition(params, batch, state)
+    with pytest.raises(ValueError, match="r=0"):
+        rank(0)
+
+
+def test_wide_layers_described() -> None:
+    loss_fn, params, batch = wide()
+    (row,) = describe(loss_fn, params, batch, bases={"*": rank(5)})
+    assert (row.factor_A, row.basis_A, row.basis_B) == ((1, 0, 0), (1, 41, 6), (1, 30, 6))
+    assert row.moment_bytes == 6 * 6 * 8
+    (row,) = describe(loss_fn, params, batch, bases={"*": rank(5)}, factor_decay=0.5)
+    assert row.factor_bytes == 8 * (41**2 + 30**2)
+    (row,) = describe(loss_fn, params, batch, bases={"*": thin})
+    assert row.factor_bytes == row.basis_bytes == row.moment_bytes == 0
+
+
+class Counted:
+    """An eigensolver that counts the matrices that it solves."""
+
+    def __init__(self) -> None:
+        self.solved: list[tuple[int, torch.dtype]] = []
+
+    def __call__(self, C: Tensor) -> Any:
+        self.solved += [(C.shape[-1], C.dtype)] * C.shape[:-2].numel()
+        return torch.linalg.eigh(C)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    solver = Counted()
+    monkeypatch.setattr(eigenbasis, "eigensolver", solver)
+    return solver
+
+
+def run(step: EKFAC, case: Case, batches: list[Any], compiled: bool = False) -> list[State]:
+    precondition = step.precondition
+    if compiled:
+        precondition = torch.compile(precondition, fullgraph=True, backend="eager")
+    states = [step.init(case.params, batches[0])]
+    for batch in batches:
+        states.append(precondition(case.params, batch, states[-1])[1])
+    return states
+
+
+def off_diagonal(C: Tensor, Q: Tensor) -> float:
+    D = Q.mT @ C @ Q
+    return float((D - torch.diag_embed(D.diagonal(dim1=-2, dim2=-1))).norm() / D.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigh_in_a_dtype(dtype: torch.dtype, counted: Counted) -> None:
+    case = make("conv groups")
+    batch = case.batch(40)
+    _, state = run(ekfac(case.loss_fn, damping=1e-2, refresh=eigh(dtype)), case, [batch])
+    assert {of for _, of in counted.solved} == {dtype}
+    for name, (Q_A, _) in state.bases.items():
+        assert off_diagonal(state.factors[name].A, Q_A) < (1e-5 if dtype is torch.float32 else 1e-12)
+
+
+def test_qr_converges_and_stays_in_place(counted: Counted) -> None:
+    """From an eigh at the first step; to the eigenvectors of a factor that holds still, each where it was."""
+    case = make("mlp")
+    first, then = case.batch(60), case.batch(60)
+    step = ekfac(case.loss_fn, damping=1e-2, refresh=qr(iterations=3))
+    states = run(step, case, [first, *[then] * 80])
+    assert len(counted.solved) == 4
+    for name in states[-1].bases:
+        for Q, C in zip(states[-1].bases[name], states[-1].factors[name][:2], strict=True):
+            close(Q.mT @ Q, torch.eye(Q.shape[-1]).expand_as(Q))
+            assert off_diagonal(C, Q) < 1e-5
+    still = run(step, case, [first] * 3)
+    for name in still[1].bases:
+        for old, new, C in zip(still[1].bases[name], still[3].bases[name], still[3].factors[name][:2], strict=True):
+            values = torch.linalg.eigvalsh(C)
+            full_rank = values[0] > 1e-9 * values[0, -1]
+            close((old * new).sum(-2).abs()[0, full_rank], torch.ones(int(full_rank.sum())))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_adaptive_solves_what_the_old_basis_does_not_diagonalise(compiled: bool, counted: Counted) -> None:
+    case = make("mlp")
+    batch = case.batch(60)
+    other = case.batch(60)
+    step = ekfac(case.loss_fn, damping=1e-2, refresh=adaptive(0.05))
+    torch._dynamo.utils.counters.clear()
+    states = run(step, case, [batch, batch], compiled)
+    assert len(counted.solved) == 4
+    same_bits(states[1].bases, states[2].bases)
+    solved = 0
+    new = step.precondition(case.params, other, states[2])[1]
+    for name, basis in states[2].bases.items():
+        for Q, now, C in zip(basis, new.bases[name], new.factors[name][:2], strict=True):
+            stale = off_diagonal(C, Q) > 0.05
+            solved += stale
+            assert stale == (not torch.equal(Q, now))
+            assert off_diagonal(C, now) <= 0.05
+    assert 0 < solved == len(counted.solved) - 4
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of", [None, qr(), adaptive(0.0)], ids=["eigh", "qr", "adaptive"])
+def test_staggered(of: Refresh | None, compiled: bool) -> None:
+    """All layers at the first step, then each of them once in basis_every steps, no step all; few graphs."""
+    case = make("deep")
+    batches = [case.batch(20) for _ in range(20)]
+    step = ekfac(
+        case.loss_fn, damping=1e-1, second_moment=averaged_intra_batch(0.5), basis_every=6, refresh=staggered(3, of)
+    )
+    torch._dynamo.utils.counters.clear()
+    states = run(step, case, batches, compiled)
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    fresh: dict[int, set[str]] = {}
+    for t, (old, new) in enumerate(itertools.pairwise(states)):
+        fresh[t] = {name for name in new.bases if not torch.equal(old.factors[name].A, new.factors[name].A)}
+        changed = {name for name in new.bases if not torch.equal(old.bases[name].Q_A, new.bases[name].Q_A)}
+        assert changed <= fresh[t]
+        assert all(new.second_moments[name].weight > 0.49 for name in new.bases)
+    assert fresh[0] == set(case.params) - {name for name in case.params if name.endswith("bias")}
+    for t in range(1, 20):
+        assert fresh[t] == fresh[t % 6 or 6]
+        assert (len(fresh[t]) > 0) == (t % 2 == 0)
+    assert fresh[2] | fresh[4] | fresh[6] == fresh[0]
+    assert sum(len(fresh[t]) for t in (2, 4, 6)) == len(fresh[0])
+    assert max(len(fresh[t]) for t in (2, 4, 6)) <= 3
+
+
+def test_number_of_graphs_of_staggered_refreshes() -> None:
+    """The first step, none, and one for each group; one more once the step number is not a constant."""
+    case = make("mlp")
+    batches = [case.batch(20) for _ in range(20)]
+    step = ekfac(case.loss_fn, damping=1e-1, basis_every=4, refresh=staggered(2))
+    torch._dynamo.utils.counters.clear()
+    states = run(step, case, batches, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+    for old, new in zip(states, run(step, case, batches), strict=True):
+        close_trees(old.factors, new.factors, 1e-8)
+
+
+def test_staggered_groups_are_even() -> None:
+    sizes = [("a", (1, 100, 100, 1)), ("b", (1, 80, 80, 1)), ("c", (1, 80, 60, 1)), ("d", (2, 50, 60, 1))]
+    groups = eigenbasis._grouped(tuple(sizes), 2)
+    cost = [sum(b * (o**3 + i**3) for name, (b, o, i, _) in sizes if name in group) for group in groups]
+    assert max(cost) < 1.3 * min(cost)
+
+
+@pytest.mark.parametrize("refresh", [eigh(torch.float32), qr(2), adaptive(0.0), staggered(2)], ids=lambda r: r.name)
+def test_every_refresh_keeps_what_it_cannot_solve(refresh: Refresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make("conv groups")
+    batches = [case.batch(N) for _ in range(2)]
+    step = ekfac(case.loss_fn, damping=1e-2, refresh=refresh, basis_every=2, bases={"0.*": blocks(3)})
+    state = step.init(case.params, batches[0])
+    _, good, info = step.precondition(case.params, batches[0], state)
+    assert info.kept_bases == 0
+    monkeypatch.setattr(eigenbasis, "eigensolver", lambda C: (C, C * torch.nan))
+    monkeypatch.setattr(torch.linalg, "qr", lambda C, _=torch.linalg.qr: _(C * torch.nan))
+    good = State(2, good.factors, good.bases, good.second_moments)
+    natural, state, info = step.precondition(case.params, batches[1], good)
+    assert info.kept_bases > 0
+    same_bits(state.bases, good.bases)
+    assert all(p.isfinite().all() for p in natural.values())
+
+
+def test_what_is_no_refresh() -> None:
+    loss_fn, _, _ = wide()
+    for make_one, message in (
+        (lambda: qr(0), "iterations=0"),
+        (lambda: adaptive(1.0), "tolerance=1.0"),
+        (lambda: adaptive("much"), "tolerance='much'"),
+        (lambda: staggered(5), "groups=5.*2 to 4"),
+        (lambda: eigh(torch.int64), "dtype=torch.int64"),
+        (lambda: ekfac(loss_fn, damping=1.0, refresh=staggered(3), basis_every=2), "basis_every >= 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_one()
+    with pytest.raises(TypeError, match=r"refresh=.*eigh\(\)"):
+        ekfac(loss_fn, damping=1.0, refresh=eigh)
+
+
+def test_vmap_over_states_of_every_refresh() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    for options in ({"refresh": adaptive(0.1)}, {"refresh": qr()}, {"bases": {"*": rank(2)}}, {"bases": {"*": thin}}):
+        step = ekfac(case.loss_fn, damping=1e-2, **options)
+        states = [step.precondition(case.params, case.batch(N), step.init(case.params, batch))[1] for _ in range(2)]
+        stacked = torch.utils._pytree.tree_map(lambda *leaves: torch.stack(leaves), *states)
+        together = torch.vmap(lambda s, step=step: step.precondition(case.params, batch, s)[0])(stacked)
+        for at, state in enumerate(states):
+            alone = step.precondition(case.params, batch, state)[0]
+            close_trees({name: p[at] for name, p in together.items()}, alone, 1e-8)
