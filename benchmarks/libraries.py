@@ -1,35 +1,21 @@
-"""What each library does of the workloads, and how one process measures it; `peers.py` starts the processes.
+"""What each library does of the workloads, one function from a `Work` to its `Calls` each.
 
-    python -m benchmarks.libraries W1 ekfac_func T1 T2        # one JSON object on the last line
-
-A library is a function from a `Work` to its `Calls`. All take the empirical Fisher of the mean cross-entropy and
-change the same parameters, but those peers that read linear and convolutional layers alone leave out the others.
+All take the empirical Fisher of the mean cross-entropy. The peers know linear and convolutional layers alone and leave
+out the other parameters (of the five workloads: the norms and embeddings of W3), ours and the naive one take all.
 """
 
-import argparse
-import ctypes
+import copy
 import dataclasses
-import json
-import re
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.workloads import (
-    DAMPING,
-    TINY,
-    WORKLOADS,
-    Work,
-    forward_backward,
-    naive,
-    precondition_gradient,
-    work,
-)
+from benchmarks.workloads import DAMPING, Work, cross_entropy, naive, precondition_gradient
 from ekfac_func import State, ekfac, exact_sums, per_example_gradients
-from ekfac_func.types import Dense, Factored, OneHot, Params, Term
+from ekfac_func.types import Params
 
 STEPS = 10  # from one refresh to the next
 LEARNING_RATE = 1e-4
@@ -105,154 +91,140 @@ def naively(w: Work) -> Calls:
     return Calls(None, lambda: naive(w, state), None, None)
 
 
+def layers_of(w: Work) -> dict[str, nn.Module]:
+    """The layers that the peers know."""
+    return {name: m for name, m in w.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def alternate(w: Work, statistics: Call, moment: Call, precondition: Callable[[list[Tensor]], Any]) -> Call:
+    """T4 of a library whose passes give no gradient: a plain one beside them."""
+
+    def steps() -> None:
+        for step in range(STEPS):
+            (moment if step else statistics)()
+            precondition(mean_gradient(w))
+
+    return steps
+
+
+def mean_gradient(w: Work) -> list[Tensor]:
+    """Of the known layers' parameters."""
+    parameters = [p for m in layers_of(w).values() for p in m.parameters()]
+    return list(torch.autograd.grad(cross_entropy(w.net(w.batch[0]), w.batch[1]), parameters))
+
+
+def curvlinops(w: Work) -> Calls:
+    """A sequence is a row of logits a token, for it takes outputs of two axes alone."""
+    from curvlinops import EKFACLinearOperator, FisherType
+
+    parameters = [p for m in layers_of(w).values() for p in m.parameters()]
+    net, (x, y) = w.net, w.batch
+    net = nn.Sequential(net, nn.Flatten(0, 1)) if y.dim() > 1 else net
+    rest = {"check_deterministic": False, "separate_weight_and_bias": False}
+    rest |= {"fisher_type": FisherType.EMPIRICAL, "num_data": len(x), "num_per_example_loss_terms": y[0].numel()}
+
+    def made() -> Any:
+        return EKFACLinearOperator(net, nn.CrossEntropyLoss(), parameters, [(x, y.flatten())], **rest)
+
+    operator = made()
+    operator.compute_eigenvalue_correction()
+    gradient = mean_gradient(w)
+
+    def statistics() -> None:
+        made().compute_eigenvalue_correction()
+
+    def moment() -> None:
+        operator._corrected_eigenvalues = {}
+        operator.compute_eigenvalue_correction()
+
+    def precondition(gradient: list[Tensor]) -> Any:
+        inverse = operator.inverse(damping=DAMPING) if hasattr(operator, "inverse") else None
+        if inverse is None:
+            from curvlinops import KFACInverseLinearOperator
+
+            inverse = KFACInverseLinearOperator(operator, damping=DAMPING, use_exact_damping=True)
+        return inverse @ gradient
+
+    return Calls(statistics, moment, lambda: precondition(gradient), alternate(w, statistics, moment, precondition))
+
+
+def nngeometry(w: Work) -> Calls:
+    from nngeometry.backend import TorchHooksJacobianBackend
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.object import PMatEKFAC, PVector
+
+    collection = LayerCollection()
+    for module in layers_of(w).values():
+        collection.add_layer_from_model(w.net, module)
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(w.net(x).flatten(0, -2), y.flatten(), reduction="none")
+        return each.reshape(len(x), -1).mean(1, keepdim=True)
+
+    backend = TorchHooksJacobianBackend(model=w.net, function=losses, layer_collection=collection)
+    matrix = PMatEKFAC(generator=backend, examples=w.batch)
+    matrix.update_diag(w.batch)
+
+    def statistics() -> None:
+        PMatEKFAC(generator=backend, examples=w.batch).update_diag(w.batch)
+
+    def precondition(gradient: list[Tensor]) -> Any:
+        left = iter(gradient)
+        named = {
+            name: (next(left),) if layer.bias is None else (next(left), next(left))
+            for name, layer in collection.layers.items()
+        }
+        return matrix.solvePVec(PVector(collection, dict_repr=named), regul=DAMPING)
+
+    gradient = mean_gradient(w)
+    moment = lambda: matrix.update_diag(w.batch)  # noqa: E731
+    return Calls(statistics, moment, lambda: precondition(gradient), alternate(w, statistics, moment, precondition))
+
+
+def kronfluence(w: Work) -> Calls:
+    """Its factors in memory, without its files; its rescaling belongs to influence scores and is left out."""
+    from accelerate.state import PartialState
+    from kronfluence.analyzer import prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
+    from kronfluence.factor.eigen import fit_lambda_matrices_with_loader, perform_eigendecomposition
+    from kronfluence.task import Task
+    from kronfluence.utils.state import State as Processes
+    from torch.utils.data import DataLoader, TensorDataset
+
+    PartialState(cpu=True)
+
+    class Likelihood(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            x, y = batch
+            return cross_entropy(model(x), y) * len(x)
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    task, processes = Likelihood(), Processes(cpu=True)
+    model = prepare_model(copy.deepcopy(w.net), task)
+    arguments = FactorArguments(use_empirical_fisher=True, use_iterative_lambda_aggregation=True)
+    loader = DataLoader(TensorDataset(*w.batch), batch_size=len(w.batch[0]))
+
+    def basis() -> Any:
+        fitted = fit_covariance_matrices_with_loader(model, processes, task, loader, arguments, disable_tqdm=True)
+        return perform_eigendecomposition(fitted[1], model, processes, arguments, disable_tqdm=True)
+
+    def moment(known: Any) -> Any:
+        return fit_lambda_matrices_with_loader(
+            model, processes, task, loader, arguments, eigen_factors=known, disable_tqdm=True
+        )
+
+    known = basis()
+    return Calls(lambda: moment(basis()), lambda: moment(known), None, None)
+
+
 LIBRARIES: dict[str, Callable[[Work], Calls]] = {
     "ekfac_func": ours,
     "ekfac_func-compiled": lambda w: ours(w, compiled=True),
     "naive": naively,
+    "curvlinops": curvlinops,
+    "nngeometry": nngeometry,
+    "kronfluence": kronfluence,
 }
-
-KINDS = {"T1": "statistics", "T2": "moment", "T3": "precondition", "T4": "steps", "step": "step"}
-
-
-class Times(NamedTuple):
-    """Seconds of one kind of call, each beside one of plain forward-backward."""
-
-    call: list[float]
-    baseline: list[float]
-    first: float  # the first call, with whatever it compiles
-
-
-def timed(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def interleaved(call: Call, baseline: Call, seconds: float, least: int = 3, most: int = 50) -> Times:
-    """Both in turn, after one call each to warm up, until so many seconds are spent; a very slow call once more."""
-    timed(baseline)
-    first = timed(call)
-    times: list[float] = []
-    base: list[float] = []
-    while not times or sum(times) + sum(base) < seconds or (len(times) < least and max(times) < seconds):
-        base.append(timed(baseline))
-        times.append(timed(call))
-        if len(times) == most:
-            break
-    return Times(times, base, first)
-
-
-def resident(key: str) -> float:
-    """MiB, of Linux."""
-    with open("/proc/self/status") as status:
-        found = re.search(key + r":\s+(\d+) kB", status.read())
-    assert found is not None
-    return int(found[1]) / 1024
-
-
-def peak_resident(call: Call) -> float:
-    """MiB that a call adds at its peak to the process, its libraries' scratch memory included."""
-    call()  # what is made once stays out
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls left in the allocator is not free memory
-    with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # the high-water mark starts again from here
-    before = resident("VmRSS")
-    kept = call()
-    peak = resident("VmHWM") - before
-    del kept
-    return peak
-
-
-def peak_allocated(call: Call) -> float:
-    """MiB of tensors that live at the peak of a call, beyond those before it."""
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        kept = call()
-    del kept
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    live, peak = 0, 0
-    for _, size in events:
-        live += size
-        peak = max(peak, live)
-    return peak / 2**20
-
-
-def least_operations(n: int, b: int, s: int, o: int, i: int, k: int) -> int:
-    """Of the moment alone, by the cheapest of the orders: each side of the basis before or after G[n], or pairs."""
-    early = {"A": 2 * n * b * s * i * i * k * (i > 1), "B": 2 * n * b * s * o * o * (o > 1)}
-    late = {"A": 2 * n * b * o * i * i * k * (i > 1), "B": 2 * n * b * o * o * i * k * (o > 1)}
-    form = 2 * n * b * s * o * i * k
-    pairs = n * b * s * (s + 1) * o * i * k
-    either = sum(min(early[side], late[side]) for side in "AB")
-    return min(either + form, sum(early.values()) + pairs)
-
-
-def operations_of(term: Term) -> int:
-    match term:
-        case Factored(a, g):
-            n, b, s, i, k = a.shape
-            return least_operations(n, b, s, g.shape[3], i, k)
-        case OneHot(_, _, g):
-            n, s, i = g.shape
-            return 2 * n * s * i * (i + 1)
-        case Dense(G):
-            n, b, o, i, k = G.shape
-            return 2 * n * b * o * i * k * (o * (o > 1) + i * (i > 1) + 1)
-
-
-def throughput(size: int = 2048, seconds: float = 1.0) -> float:
-    """Operations a second of a product of square float32 matrices, at the best of several."""
-    x, y = torch.randn(size, size), torch.randn(size, size)
-    times = interleaved(lambda: x @ y, lambda: None, seconds).call
-    return 2 * size**3 / min(times)
-
-
-def floor(w: Work, seconds: float) -> dict[str, float]:
-    """The least time of T2: plain forward-backward as it is, and the moment's operations at the measured throughput."""
-    terms = per_example_gradients(w.loss_fn, w.params, w.batch).captured.terms
-    operations = sum(operations_of(term) for of_layer in terms.values() for term in of_layer)
-    del terms
-    plain = min(interleaved(lambda: forward_backward(w), lambda: None, seconds).call)
-    peak = throughput()
-    return {"T0": plain, "operations": operations, "throughput": peak, "floor": 1 + operations / peak / plain}
-
-
-def measured(name: str, library: str, kinds: list[str], seconds: float, tiny: bool = False) -> dict[str, Any]:
-    """Of each kind its times, or the error that the library gave."""
-    w = work(name, table=TINY if tiny else WORKLOADS)
-    found: dict[str, Any] = {}
-    try:
-        if "floor" in kinds:
-            found["floor"] = floor(w, seconds)
-        asked = [kind for kind in kinds if kind != "floor"]
-        calls = LIBRARIES[library](w) if asked else None
-        for kind in asked:
-            call = getattr(calls, KINDS.get(kind, "moment"))
-            if call is None:
-                continue
-            if kind == "memory":
-                found[kind] = {"resident": peak_resident(call), "allocated": peak_allocated(call)}
-            else:
-                times = interleaved(call, lambda: forward_backward(w), seconds)
-                steps = STEPS if kind == "T4" else 1
-                found[kind] = times._replace(call=[t / steps for t in times.call])._asdict()
-    except Exception as error:  # shown in the table
-        found["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=TINY)
-    parser.add_argument("library", choices=LIBRARIES)
-    parser.add_argument("kinds", nargs="+", choices=[*KINDS, "memory", "floor"])
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(json.dumps(measured(options.workload, options.library, options.kinds, options.seconds, options.tiny)))
-
-
-if __name__ == "__main__":
-    main()

@@ -32,7 +32,7 @@ WORKLOADS = {
     "W4": "linear layer 4096x4096, batch 64",
     "W5": "ResNet-18 without BatchNorm on 3x32x32, batch 32",
 }
-PEERS: dict[str, str] = {}
+PEERS = {"curvlinops": "curvlinops-for-pytorch", "nngeometry": "nngeometry", "kronfluence": "kronfluence"}
 LIBRARIES = ["ekfac_func", "naive", *PEERS]
 KINDS = ["T1", "T2", "T3", "T4", "step", "memory", "floor"]
 BARS = {
@@ -89,7 +89,7 @@ def run(python: str, name: str, library: str, kinds: list[str], options: argpars
             "TORCHINDUCTOR_CACHE_DIR": cache,  # compiled from nothing
         }
         done = subprocess.run(
-            [python, "-m", "benchmarks.libraries", *arguments, *(["--tiny"] if options.tiny else [])],
+            [python, "-m", "benchmarks.measure", *arguments, *(["--tiny"] if options.tiny else [])],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -122,7 +122,8 @@ def value(process: dict[str, Any], kind: str) -> float | None:
         return process[kind]["resident"]
     if kind == "floor":
         return process[kind]["floor"]
-    return min(process[kind]["call"]) / min(process[kind]["baseline"])
+    plain = min(min(times["baseline"]) for times in process.values() if "baseline" in times)
+    return min(process[kind]["call"]) / plain
 
 
 def line(process: dict[str, Any]) -> str:

@@ -146,14 +146,14 @@ WORKLOADS = {
     "W1": Workload(mlp, 256, (784,)),
     "W2": Workload(deep_cnn, 128, (3, 32, 32)),
     "W3": Workload(GPT, 16, (128,), 1000, 1000),
-    "W4": Workload(lambda: nn.Linear(4096, 4096, bias=False), 64, (4096,), 4096),
+    "W4": Workload(lambda: nn.Sequential(nn.Linear(4096, 4096, bias=False)), 64, (4096,), 4096),
     "W5": Workload(resnet18, 32, (3, 32, 32)),
 }
 TINY = {
     "W1": Workload(lambda: mlp(12, 20), 6, (20,)),
     "W2": Workload(lambda: deep_cnn(2), 4, (3, 8, 8)),
     "W3": Workload(lambda: GPT(11, 5, 8, 2, 2), 3, (5,), 11, 11),
-    "W4": Workload(lambda: nn.Linear(16, 16, bias=False), 4, (16,), 16),
+    "W4": Workload(lambda: nn.Sequential(nn.Linear(16, 16, bias=False)), 4, (16,), 16),
     "W5": Workload(lambda: resnet18(2), 3, (3, 8, 8)),
 }
 """The same nets, small enough for a test."""
