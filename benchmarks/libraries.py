@@ -120,7 +120,7 @@ def curvlinops(w: Work) -> Calls:
     parameters = [p for m in layers_of(w).values() for p in m.parameters()]
     net, (x, y) = w.net, w.batch
     net = nn.Sequential(net, nn.Flatten(0, 1)) if y.dim() > 1 else net
-    rest = {"check_deterministic": False, "separate_weight_and_bias": False}
+    rest: dict[str, Any] = {"check_deterministic": False, "separate_weight_and_bias": False}
     rest |= {"fisher_type": FisherType.EMPIRICAL, "num_data": len(x), "num_per_example_loss_terms": y[0].numel()}
 
     def made() -> Any:

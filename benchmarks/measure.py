@@ -76,7 +76,7 @@ def peak_allocated(call: Call) -> float:
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         kept = call()
     del kept
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     live, peak = 0, 0
     for _, size in events:

@@ -34,8 +34,9 @@ WORKLOADS = {
 }
 PEERS = {"curvlinops": "curvlinops-for-pytorch", "nngeometry": "nngeometry", "kronfluence": "kronfluence"}
 LIBRARIES = ["ekfac_func", "naive", *PEERS]
-KINDS = ["T1", "T2", "T3", "T4", "step", "memory", "floor"]
-BARS = {
+TIMED = ["T1", "T2", "T3", "T4", "step"]
+KINDS = [*TIMED, "memory", "floor"]
+BARS: dict[str, dict[str, float]] = {
     "T1": {"W1": 20.3, "W2": 5.2, "W3": 6.3, "W4": 93, "W5": 30.6},
     "T2": {"W1": 2.1, "W2": 2.9, "W3": 2.2, "W4": 1.5, "W5": 3.0},
     "T4": {"W1": 6.5, "W2": 3.5, "W3": 2.6, "W4": 28, "W5": 6.0},
@@ -122,7 +123,7 @@ def value(process: dict[str, Any], kind: str) -> float | None:
         return process[kind]["resident"]
     if kind == "floor":
         return process[kind]["floor"]
-    plain = min(min(times["baseline"]) for times in process.values() if "baseline" in times)
+    plain = min(min(process[kind]["baseline"]) for kind in process if kind in TIMED)
     return min(process[kind]["call"]) / plain
 
 
@@ -186,7 +187,7 @@ def compiled(found: Measured) -> list[str]:
         return []
     lines = ["", "| | | eager | compiled | first call, s |", "|---|---|---|---|---|"]
     for name, processes in found["ekfac_func-compiled"].items():
-        for kind in ("T1", "T2", "T3", "T4", "step"):
+        for kind in TIMED:
             seen = [process[kind]["first"] for process in processes if kind in process]
             if seen:
                 pair = [medians(found[library][name], kind) for library in ("ekfac_func", "ekfac_func-compiled")]

@@ -129,6 +129,34 @@ def resnet18(width: int = 64) -> nn.Module:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
+class Bottleneck(nn.Module):
+    """Three convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, inner: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inputs, inner, 1), nn.ReLU(), nn.Conv2d(inner, inner, 3, stride, padding=1), nn.ReLU()),
+            nn.Conv2d(inner, 4 * inner, 1),
+        )
+        same = inputs == 4 * inner and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, 4 * inner, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.body(x))
+
+
+def resnet50(width: int = 64, depths: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000) -> nn.Module:
+    """For 224 x 224 images, without BatchNorm."""
+    parts: list[nn.Module] = [nn.Conv2d(3, width, 7, 2, padding=3), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+    channels = width
+    for stage, depth in enumerate(depths):
+        inner = width * 2**stage
+        for block in range(depth):
+            parts.append(Bottleneck(channels, inner, 2 if stage and not block else 1))
+            channels = 4 * inner
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
 class Workload(NamedTuple):
     """A net, its usual batch size, and what an example is: pixels of a shape, or ids below a vocabulary."""
 
@@ -158,14 +186,27 @@ TINY = {
 }
 """The same nets, small enough for a test."""
 
+ON_GPU = {
+    "GPT-2 small, T = 1024": Workload(lambda: GPT(50257, 1024, 768, 12, 12), 8, (1024,), 50257, 50257),
+    "ResNet-50, 224 x 224": Workload(resnet50, 32, (3, 224, 224), 1000),
+    "MLP 4096": Workload(lambda: mlp(4096, 4096), 256, (4096,)),
+}
+TINY_ON_GPU = {
+    "GPT-2 small, T = 1024": Workload(lambda: GPT(11, 8, 8, 2, 2), 3, (8,), 11, 11),
+    "ResNet-50, 224 x 224": Workload(lambda: resnet50(2, (1, 2), 10), 3, (3, 16, 16)),
+    "MLP 4096": TINY["W1"],
+}
+
 SMALL = ("mlp", "cnn", "positions")
 
 
-def work(name: str, n: int | None = None, table: Mapping[str, Workload] = WORKLOADS) -> Work:
+def work(
+    name: str, n: int | None = None, table: Mapping[str, Workload] = WORKLOADS, device: torch.device | str = "cpu"
+) -> Work:
     """A workload by name, with its own batch size or n; the loss is the mean cross-entropy."""
     torch.manual_seed(0)
     make, size, shape, classes, vocabulary = table[name]
-    net = make()
+    net = make().to(device)
     params = {key: p.detach() for key, p in net.named_parameters()}
     n = n or size
     if vocabulary is None:
@@ -176,7 +217,7 @@ def work(name: str, n: int | None = None, table: Mapping[str, Workload] = WORKLO
     def loss_fn(params: Params, example: Any) -> Tensor:
         return cross_entropy(functional_call(net, params, (example[0][None],)), example[1][None])
 
-    return Work(net, params, loss_fn, batch)
+    return Work(net, params, loss_fn, (batch[0].to(device), batch[1].to(device)))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from . import kernels
 from .kronecker import (
     add_rows,
     coalesce,
     gradient,
     into_basis,
     look_up,
+    out_of_basis,
     project_inputs,
     project_outputs,
 )
@@ -50,6 +52,10 @@ def exact_sums(terms: Terms, basis: Basis) -> Sums:
             projected = torch.einsum("nbso,nbsik->boik", g, a)
             square = torch.einsum("nbso,nbsik->boik", g.square(), a.square())
             return Sums(gradient(terms), projected, square)
+        case (Factored(a, g),) if kernels.takes(g, a, basis):
+            projected, square = kernels.projected_sums(project_outputs(g, basis), project_inputs(a, basis))
+            sizes = (g.shape[1], g.shape[3], *a.shape[3:])
+            return Sums(out_of_basis(projected, basis, sizes), projected, square)
         case (Factored(a, g),):
             total = gradient(terms)
             return Sums(total, into_basis(total, basis), _factored_square(g, a, basis))

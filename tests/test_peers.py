@@ -1,13 +1,14 @@
 """The benchmark's own logic, at sizes that take no time."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.libraries import LIBRARIES
 from benchmarks.measure import Times, interleaved, least_operations, operations_of, peak_allocated
-from benchmarks.peers import KINDS, tables, value
+from benchmarks.peers import KINDS, Measured, tables, value
 from benchmarks.workloads import TINY, naive, work
 from ekfac_func import per_example_gradients
 from ekfac_func.kronecker import dense
@@ -52,7 +53,7 @@ def test_least_operations() -> None:
 
 def test_interleaved() -> None:
     called: list[str] = []
-    times = interleaved(lambda: called.append("call"), lambda: called.append("base"), seconds=0.0)
+    times = interleaved(lambda: called.append("call"), lambda: called.append("base"), seconds=0.0, once=False)
     assert called == ["base", "call"] * 2
     assert len(times.call) == len(times.baseline) == 1
     slow = interleaved(lambda: time.sleep(0.01), lambda: None, seconds=0.0005)
@@ -70,7 +71,7 @@ def test_peak_of_the_tensors() -> None:
 
 
 def test_tables() -> None:
-    def process(T2: float, plain: float) -> dict[str, dict[str, object]]:
+    def process(T2: float, plain: float) -> dict[str, Any]:
         return {
             "T1": Times([9.0], [plain, 2 * plain], 50.0)._asdict(),
             "T2": Times([T2, 3 * T2], [2 * plain], 9.0)._asdict(),
@@ -80,7 +81,7 @@ def test_tables() -> None:
 
     ours = [process(3.0, 1.0), process(4.0, 2.0), process(3.2, 1.0)]
     assert value(ours[0], "T2") == 3.0  # over the shortest baseline of the process
-    found = {
+    found: Measured = {
         "ekfac_func": {"W1": ours},
         "ekfac_func-compiled": {"W1": [process(2.0, 1.0)]},
         "curvlinops": {"W1": [{"error": "ValueError: no"}]},
