@@ -88,6 +88,11 @@ def contraction(terms: Terms, basis: Basis) -> Contraction:
             o = g.shape[3]
             operations = 2 * n * b * (i * k * turned_A + o * turned_B) + 4 * n * b * o * i * k
             return Contraction("project a and g, multiply the squares", operations, 1)
+        case (Factored(a, g),) if kernels.takes(g, a, basis):
+            n, b, s, i, k = a.shape
+            o = g.shape[3]
+            operations = 2 * n * b * s * (i * k * turned_A + o * turned_B + o * i * k)
+            return Contraction("project a and g, sum G[n] and its square in the GPU kernel", operations, 1)
         case (Factored(a, g),):
             n, b, s, i, k = a.shape
             o = g.shape[3]
