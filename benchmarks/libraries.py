@@ -33,13 +33,13 @@ class Calls(NamedTuple):
     step: Call | None = None  # a whole call of the library's step in a known basis, where it has one
 
 
-def ours(w: Work, compiled: bool = False) -> Calls:
+def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
     """T1 is the whole of `precondition` on a step with a refresh: its rescaling is counted too.
 
     T2 is capture and `exact_sums` of every layer, which also give the mean gradient and its projection. The basis is
-    the identity as a dense matrix, at which every product costs what it does in any basis.
+    the identity as a dense matrix, at which every product costs what it does in any basis. settings: of `ekfac`.
     """
-    ekf = ekfac(w.loss_fn, damping=DAMPING, basis_every=STEPS)
+    ekf = ekfac(w.loss_fn, damping=DAMPING, basis_every=STEPS, **settings)
     wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, fullgraph=True)) if compiled else (lambda f: f)
     fresh = ekf.init(w.params, w.batch)
     known = dataclasses.replace(fresh, step=1)

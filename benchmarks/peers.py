@@ -6,7 +6,8 @@
 
 T0 plain forward-backward, T1 statistics of one batch (factors, eigenbasis, exact moment), T2 the exact moment in a
 known basis, T3 one gradient preconditioned, T4 a training step with a new basis every 10 (mean of 10); `step` is our
-whole call in a known basis, the rescaling included. Memory is what T2 adds at its peak.
+whole call in a known basis, the rescaling included. Memory is what T2 adds at its peak to the resident process, and of
+that the tensors.
 
 Every workload, library, repetition and kind (T1 to T4 together, memory) has a process of its own, on two threads. In
 it each call is timed in turn with forward-backward; the ratio is that of the shortest times, since other programs
@@ -117,6 +118,8 @@ def environment(folder: Path) -> str:
 
 def value(process: dict[str, Any], kind: str) -> float | None:
     """A ratio to forward-backward, or MiB."""
+    if kind == "tensors":
+        return process["memory"]["allocated"] if "memory" in process else None
     if kind not in process:
         return None
     if kind == "memory":
@@ -146,7 +149,7 @@ def tables(found: Measured) -> str:
     """The medians beside the bars, the floors, the compiled steps and the errors."""
     names = list(next(iter(found.values())))
     lines = ["| | library | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for kind in KINDS[:-1]:
+    for kind in (*TIMED, "memory", "tensors"):
         for library, of in found.items():
             row = [medians(of[name], kind) for name in names]
             if any(x is not None for x in row):
@@ -162,7 +165,7 @@ def tables(found: Measured) -> str:
 
 
 def label(kind: str) -> str:
-    return "peak memory of T2, MiB" if kind == "memory" else kind
+    return {"memory": "peak memory of T2, MiB", "tensors": "of it in tensors, MiB"}.get(kind, kind)
 
 
 def floors(of: dict[str, list[dict[str, Any]]]) -> list[str]:

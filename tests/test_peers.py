@@ -92,5 +92,6 @@ def test_tables() -> None:
     assert "| W1 | 100.0 | 5.0 | 100 | 1.50 | 2.00 |" in text
     assert "| W1 | T2 | 3.00 | 2.00 | 9 |" in text
     assert "curvlinops W1: ValueError: no" in text
+    assert "| of it in tensors, MiB | ekfac_func | 12.0 |" in text
     assert "T4" not in text
     assert set(KINDS) >= {"T1", "T2", "T3", "T4", "memory"}
