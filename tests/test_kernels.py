@@ -41,6 +41,32 @@ def test_in_the_interpreter() -> None:
     assert run.returncode == 0, run.stdout[-3000:]
 
 
+@there
+@pytest.mark.skipif(projected.INTERPRETED, reason="an interpreted kernel cannot be compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize(
+    ("dtype", "precision", "products"),
+    [("fp32", "ieee", "fma.rn.f32"), ("fp32", "tf32", "wgmma"), ("bf16", "ieee", "wgmma")],
+)
+def test_compiles_for_a_gpu_that_is_not_there(dtype: str, precision: str, products: str) -> None:
+    """Down to the machine code of compute capability 9.0."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    tile = projected.TILES[torch.float32 if dtype == "fp32" else torch.bfloat16]
+    constants = {"TILE_O": tile.o, "TILE_I": tile.i, "TILE_S": tile.s, "PRECISION": precision, "WIDEN": False}
+    pointers = {"h": f"*{dtype}", "x": f"*{dtype}", "total": "*fp32", "square": "*fp32"}
+    names = projected._kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "o", "i")}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(projected._kernel, signature, fixed, aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert products in made.asm["ptx"]
+    assert made.asm["cubin"]
+
+
 def sides(n: int, b: int, s: int, o: int, i: int, k: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     return torch.randn(n, b, s, o, dtype=torch.float32), torch.randn(n, b, s, i, k, dtype=torch.float32)
