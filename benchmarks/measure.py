@@ -8,6 +8,7 @@ import ctypes
 import json
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from ekfac_func.types import Dense, Factored, OneHot, Term
 KINDS = {"T1": "statistics", "T2": "moment", "T3": "precondition", "T4": "steps", "step": "step"}
 
 
+Clock = Callable[[], float]
+
+
 class Times(NamedTuple):
     """Seconds of one kind of call, each beside one of plain forward-backward."""
 
@@ -28,23 +32,31 @@ class Times(NamedTuple):
     first: float  # the first call, with whatever it compiles
 
 
-def timed(call: Call) -> float:
-    start = time.perf_counter()
+def timed(call: Call, clock: Clock = time.perf_counter) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(call: Call, baseline: Call, seconds: float, once: bool = True, least: int = 3, most: int = 50) -> Times:
+def interleaved(
+    call: Call,
+    baseline: Call,
+    seconds: float,
+    clock: Clock = time.perf_counter,
+    once: bool = True,
+    least: int = 3,
+    most: int = 50,
+) -> Times:
     """Both in turn, after a call each to warm up, until so many seconds are spent.
 
     once: a first call that took ten times as long is the only one; not where it also compiles.
     """
-    timed(baseline)
-    first = timed(call)
-    times, base = ([first], [timed(baseline)]) if once and first > 10 * seconds else ([], [])
+    timed(baseline, clock)
+    first = timed(call, clock)
+    times, base = ([first], [timed(baseline, clock)]) if once and first > 10 * seconds else ([], [])
     while not times or sum(times) + sum(base) < seconds or (len(times) < least and max(times) < seconds):
-        base.append(timed(baseline))
-        times.append(timed(call))
+        base.append(timed(baseline, clock))
+        times.append(timed(call, clock))
         if len(times) == most:
             break
     return Times(times, base, first)
@@ -108,30 +120,32 @@ def operations_of(term: Term) -> int:
             return 2 * n * b * o * i * k * (o * (o > 1) + i * (i > 1) + 1)
 
 
-def throughput(size: int = 2048, seconds: float = 1.0) -> float:
+def throughput(clock: Clock, size: int = 2048, seconds: float = 1.0) -> float:
     """Operations a second of a product of square float32 matrices, at the best of several."""
     x, y = torch.randn(size, size), torch.randn(size, size)
-    times = interleaved(lambda: x @ y, lambda: None, seconds).call
+    times = interleaved(lambda: x @ y, lambda: None, seconds, clock).call
     return 2 * size**3 / min(times)
 
 
-def floor(w: Work, seconds: float) -> dict[str, float]:
+def floor(w: Work, seconds: float, clock: Clock) -> dict[str, float]:
     """The least time of T2: plain forward-backward as it is, and the moment's operations at the measured throughput."""
     terms = per_example_gradients(w.loss_fn, w.params, w.batch).captured.terms
     operations = sum(operations_of(term) for of_layer in terms.values() for term in of_layer)
     del terms
-    plain = min(interleaved(lambda: forward_backward(w), lambda: None, seconds).call)
-    peak = throughput()
+    plain = min(interleaved(lambda: forward_backward(w), lambda: None, seconds, clock).call)
+    peak = throughput(clock)
     return {"T0": plain, "operations": operations, "throughput": peak, "floor": 1 + operations / peak / plain}
 
 
-def measured(name: str, library: str, kinds: list[str], seconds: float, tiny: bool = False) -> dict[str, Any]:
+def measured(
+    name: str, library: str, kinds: list[str], seconds: float, clock: Clock, tiny: bool = False
+) -> dict[str, Any]:
     """Of each kind its times, or the error that the library gave."""
     w = work(name, table=TINY if tiny else WORKLOADS)
     found: dict[str, Any] = {}
     try:
         if "floor" in kinds:
-            found["floor"] = floor(w, seconds)
+            found["floor"] = floor(w, seconds, clock)
         asked = [kind for kind in kinds if kind != "floor"]
         calls = LIBRARIES[library](w) if asked else None
         for kind in asked:
@@ -141,7 +155,7 @@ def measured(name: str, library: str, kinds: list[str], seconds: float, tiny: bo
             if kind == "memory":
                 found[kind] = {"resident": peak_resident(call), "allocated": peak_allocated(call)}
             else:
-                times = interleaved(call, lambda: forward_backward(w), seconds, "compiled" not in library)
+                times = interleaved(call, lambda: forward_backward(w), seconds, clock, "compiled" not in library)
                 steps = STEPS if kind == "T4" else 1
                 found[kind] = times._replace(call=[t / steps for t in times.call])._asdict()
     except Exception as error:  # shown in the table
@@ -156,10 +170,13 @@ def main() -> None:
     parser.add_argument("kinds", nargs="+", choices=[*KINDS, "memory", "floor"])
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(json.dumps(measured(options.workload, options.library, options.kinds, options.seconds, options.tiny)))
+    clock = time.process_time if options.busy else time.perf_counter
+    found = measured(options.workload, options.library, options.kinds, options.seconds, clock, options.tiny)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

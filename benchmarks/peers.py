@@ -11,7 +11,8 @@ that the tensors.
 
 Every workload, library, repetition and kind (T1 to T4 together, memory) has a process of its own, on two threads. In
 it each call is timed in turn with forward-backward; the ratio is that of the shortest times, since other programs
-only add time; the table shows the median of the processes. Writes runs/peers.json.
+only add time; the table shows the median of the processes. On a machine in other use, `--busy` counts processor time
+of both threads in place of wall time: it misses what parallel work gains. Writes runs/peers.json.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing, of each kind in each process")
     parser.add_argument("--compiled", action="store_true", help="also compiled by inductor, from an empty cache")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", action="store_true", help="processor time, where other programs use the machine")
     parser.add_argument("--tiny", action="store_true", help="a smoke run on small sizes")
     parser.add_argument("--env", type=Path, default=Path("runs/peers-env"), help="virtual environment of the peers")
     parser.add_argument("--out", type=Path, default=Path("runs/peers.json"))
@@ -83,15 +85,17 @@ def main() -> None:
 def run(python: str, name: str, library: str, kinds: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """What one process finds; its error where it dies."""
     arguments = [name, library, *kinds, "--seconds", str(options.seconds), "--threads", str(options.threads)]
+    arguments += [flag for flag, given in (("--busy", options.busy), ("--tiny", options.tiny)) if given]
     with tempfile.TemporaryDirectory() as cache:
         variables = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": str(options.threads),
+            **({"OMP_WAIT_POLICY": "passive"} if options.busy else {}),  # a thread that waits uses no processor time
             "TORCHINDUCTOR_CACHE_DIR": cache,  # compiled from nothing
         }
         done = subprocess.run(
-            [python, "-m", "benchmarks.measure", *arguments, *(["--tiny"] if options.tiny else [])],
+            [python, "-m", "benchmarks.measure", *arguments],
             capture_output=True,
             text=True,
             cwd=ROOT,
