@@ -15,7 +15,7 @@ import torch
 
 from ekfac_func import intra_batch
 
-from .workloads import ESTIMATORS, SHAPES, forward_backward, known_basis, naive, work
+from .workloads import ESTIMATORS, SMALL, WORKLOADS, forward_backward, known_basis, naive, work
 
 torch.set_num_threads(2)
 
@@ -36,7 +36,7 @@ def seconds(function: Any, rounds: int, warmup: int = 2) -> float:
 def baselines() -> dict[str, dict[str, float]]:
     """Seconds of the two baselines by model, in this process."""
     found = {}
-    for name in SHAPES:
+    for name in SMALL:
         w = work(name)
         _, state = known_basis(w, intra_batch)
         found[name] = {
@@ -48,7 +48,7 @@ def baselines() -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SMALL)
 def test_step(benchmark: Any, baselines: Any, name: str, estimator: str, mode: str) -> None:
     w = work(name)
     step, state = known_basis(w, ESTIMATORS[estimator])
@@ -68,7 +68,7 @@ def test_step(benchmark: Any, baselines: Any, name: str, estimator: str, mode: s
 
 def test_same_work_as_naive() -> None:
     """The ratio compares equal results."""
-    for name in SHAPES:
+    for name in SMALL:
         w = work(name, 8)
         step, state = known_basis(w, intra_batch)
         found, _, _ = step.precondition(w.params, w.batch, state)
@@ -102,9 +102,9 @@ def peak_mib(kind: str, name: str, n: int) -> float:
     return float(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SMALL)
 def test_peak_memory(name: str) -> None:
-    n = SHAPES[name][1]
+    n = WORKLOADS[name].n
     for kind in ("forward_backward", "step", "naive"):
         print(f"\n{name} {kind} peak {peak_mib(kind, name, n):.0f} MiB", end="")
 

@@ -22,6 +22,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from . import kernels
 from .kronecker import (
     NOMINAL_N,
     add_rows,
@@ -68,6 +69,9 @@ def _inside_sums(terms: Terms, basis: Basis) -> Sums:
             projected = torch.einsum("nbso,nbsik->boik", g, a)
             square = torch.einsum("nbso,nbsik->boik", g.square(), a.square())
             return Sums(gradient(terms), projected, square)
+        case (Factored(Tensor() as a, g) as term,) if kernels.takes(g, a, basis):
+            projected, square = kernels.projected_sums(project_outputs(g, basis), project_inputs(a, basis))
+            return Sums(_turned_back(projected, term, basis), projected, square)
         case (Factored() as term,) if _by_pairs(term):
             total = gradient(terms)
             return Sums(total, into_basis(total, basis), _pair_squares(term, basis))
@@ -108,6 +112,11 @@ def contraction(terms: Terms, basis: Basis) -> Contraction:
             o = g.shape[3]
             operations = 2 * n * b * (i * k * turned_A + o * turned_B) + 4 * n * b * o * i * k
             return Contraction("project a and g, multiply the squares", operations, 1)
+        case (Factored(Tensor() as a, g),) if kernels.takes(g, a, basis):
+            n, b, s, i, k = a.shape
+            o = g.shape[3]
+            operations = 2 * n * b * s * (i * k * turned_A + o * turned_B + o * i * k)
+            return Contraction("project a and g, sum G[n] and its square in the GPU kernel", operations, 1)
         case (Factored(a, g) as factored,):
             n, b, s, i, k = a.shape
             o = g.shape[3]

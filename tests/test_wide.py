@@ -526,7 +526,7 @@ def test_what_is_no_refresh() -> None:
     for make_one, message in (
         (lambda: qr(0), "iterations=0"),
         (lambda: adaptive(1.0), "tolerance=1.0"),
-        (lambda: adaptive("much"), "tolerance='much'"),
+        (lambda: adaptive("much"), "tolerance='much'"),  # type: ignore[arg-type]
         (lambda: staggered(5), "groups=5.*2 to 4"),
         (lambda: eigh(torch.int64), "dtype=torch.int64"),
         (lambda: ekfac(loss_fn, damping=1.0, refresh=staggered(3), basis_every=2), "basis_every >= 3"),
@@ -534,7 +534,7 @@ def test_what_is_no_refresh() -> None:
         with pytest.raises(ValueError, match=message):
             make_one()
     with pytest.raises(TypeError, match=r"refresh=.*eigh\(\)"):
-        ekfac(loss_fn, damping=1.0, refresh=eigh)
+        ekfac(loss_fn, damping=1.0, refresh=eigh)  # type: ignore[arg-type]
 
 
 def test_vmap_over_states_of_every_refresh() -> None:
