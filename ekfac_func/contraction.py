@@ -146,7 +146,7 @@ def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
 
 def _tied_sums(factored: Factored, table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     """A table that is a linear layer too: `sum (F + T)^2`, of which T and the product have a row an id."""
-    projected, square = exact_sums((factored,), basis)[1:]
+    projected, square = _inside_sums((factored,), basis)[1:]
     assert square is not None
     ids, h = _once(table, basis)
     turned = Factored(project_inputs(factored.inputs, basis), factored.g)

@@ -5,6 +5,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -352,11 +353,11 @@ def _in_span(state: State, layer: Layer, span: Span) -> tuple[State, tuple[int, 
     else:
         Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
     return (
-        State(
-            state.step,
-            {**state.factors, name: Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)},
-            {**state.bases, name: Basis(Q_A, Q_B)},
-            {**state.second_moments, name: Moment(zero.new_zeros(b, o, i, k), zero)},
+        replace(
+            state,
+            factors={**state.factors, name: Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)},
+            bases={**state.bases, name: Basis(Q_A, Q_B)},
+            second_moments={**state.second_moments, name: Moment(zero.new_zeros(b, o, i, k), zero)},
         ),
         (b, o, i, k),
     )
@@ -365,11 +366,11 @@ def _in_span(state: State, layer: Layer, span: Span) -> tuple[State, tuple[int, 
 def _out_of_spans(new: State, old: State, chosen: Mapping[str, Choice]) -> State:
     """The state without what it does not carry of thin layers."""
     thin = [name for name in chosen if isinstance(chosen[name], Thin)]
-    return State(
-        new.step,
-        {**new.factors, **{name: old.factors[name] for name in thin}},
-        {**new.bases, **{name: old.bases[name] for name in thin}},
-        {**new.second_moments, **{name: old.second_moments[name] for name in thin}},
+    return replace(
+        new,
+        factors={**new.factors, **{name: old.factors[name] for name in thin}},
+        bases={**new.bases, **{name: old.bases[name] for name in thin}},
+        second_moments={**new.second_moments, **{name: old.second_moments[name] for name in thin}},
     )
 
 
@@ -419,7 +420,7 @@ def _refresh(
         product = functools.partial(eigenvalue_product, used, bases[name], mean.positions, moment.value)
         second_moments[name] = carry_on(estimator, carry, moment, old, bases[name], product)
         kept.append(failed)
-    return State(state.step, factors, bases, second_moments), torch.stack(kept).sum()
+    return replace(state, factors=factors, bases=bases, second_moments=second_moments), torch.stack(kept).sum()
 
 
 def _of_data(
@@ -480,10 +481,12 @@ def _choose(finite: Tensor, new: State, old: State) -> State:
     def choose(x: Tensor, y: Tensor) -> Tensor:
         return x if x is y else torch.where(finite, x, y)
 
-    return State(
-        new.step,
-        {name: Factors(*map(choose, new.factors[name], old.factors[name])) for name in new.factors},
-        {name: Basis(*map(choose, new.bases[name], old.bases[name])) for name in new.bases},
-        {name: Moment(*map(choose, new.second_moments[name], old.second_moments[name])) for name in new.second_moments},
-        new.layers,
+    return replace(
+        new,
+        factors={name: Factors(*map(choose, new.factors[name], old.factors[name])) for name in new.factors},
+        bases={name: Basis(*map(choose, new.bases[name], old.bases[name])) for name in new.bases},
+        second_moments={
+            name: Moment(*map(choose, new.second_moments[name], old.second_moments[name]))
+            for name in new.second_moments
+        },
     )
