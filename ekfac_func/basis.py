@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_count
+from .kronecker import formed
 from .types import Basis, Factor, Factors, Gram, Layer, Means, outside
 
 eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail on any machine
@@ -199,6 +200,8 @@ class Refresh(NamedTuple):
     solve: `(C, old basis, first) -> eigenvectors` of symmetric `[... d d]`, the largest entry of each 1; first is
         whether this is the first step, whose old basis says nothing.
     dtype: in which C is given to it; None is that of the state.
+    of_samples: `x -> eigenvectors` of the factor `x^T x` of samples `[b samples d]`, in the dtype of the state; without
+        it solve has the factor.
     groups: of layers, refreshed at steps of their own.
     iterations: of the subspace iteration of `rank(r)` sides.
     """
@@ -208,12 +211,31 @@ class Refresh(NamedTuple):
     dtype: torch.dtype | None = None
     groups: int = 1
     iterations: int = RANK_ITERATIONS
+    of_samples: Callable[[Tensor], Tensor] | None = None
 
 
 def eigh(dtype: torch.dtype = torch.float64) -> Refresh:
-    """The eigenvectors by `torch.linalg.eigh`, solved in float64 or float32; on a device without float64 in float32."""
+    """The eigenvectors by `torch.linalg.eigh`, solved in float64 or float32; on a device without float64 in float32.
+
+    Of a layer with `factor_decay=0` and fewer samples than dimensions (of a batch of 256; a linear layer of more inputs
+    that is used once an example) they come from a QR of the samples and an eigenvalue problem in their span: the same
+    eigenvectors, and any of the null space, for a small part of the time.
+    """
     _check_dtype(dtype)
-    return Refresh("eigh", lambda C, old, first: eigenvectors(C), dtype)
+    return Refresh(
+        "eigh",
+        lambda C, old, first: eigenvectors(C),
+        dtype,
+        of_samples=lambda x: _of_samples(x, x.dtype if x.device.type == "mps" else dtype),
+    )
+
+
+def _of_samples(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eigenvectors `[b d d]` of `x^T x`, in ascending order as those of `torch.linalg.eigh`."""
+    Q, R = torch.linalg.qr(x.mT, mode="complete")
+    R = R[:, : x.shape[1]].to(dtype)
+    inside, rest = Q[..., : R.shape[1]], Q[..., R.shape[1] :]
+    return torch.cat([rest, inside @ eigenvectors(R @ R.mT).to(x.dtype)], dim=-1)
 
 
 def qr(iterations: int = 1) -> Refresh:
@@ -320,14 +342,20 @@ def refresh(
 def _refresh(C: Factor, old: Tensor, how: Refresh, first: bool) -> tuple[Tensor, Tensor]:
     if outside(old):
         return _iterate(C, old, how.iterations + first)
-    assert isinstance(C, Tensor)
+    if isinstance(C, Gram) and how.of_samples is not None:
+        return _tested(how.of_samples(_scaled(C.x)[0]), old)
+    C = formed(C)
     dim = C.shape[-1]
     if dim <= 1:  # nothing to rotate
         return old, torch.zeros((), dtype=torch.int64, device=C.device)
     dtype = old.dtype if how.dtype is None or C.device.type == "mps" else how.dtype
     C, _ = _scaled(C.to(torch.promote_types(C.dtype, dtype)))
     C = C.to(dtype)
-    Q = how.solve((C + C.mT) / 2, old.to(dtype) if how.dtype is None else old, first)
+    return _tested(how.solve((C + C.mT) / 2, old.to(dtype) if how.dtype is None else old, first), old)
+
+
+def _tested(Q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The new eigenvectors where they are orthonormal, else the old ones; how many those are."""
     good = _orthonormal(Q, old.dtype)
     return torch.where(good, Q.to(old.dtype), old), (~good).sum()
 

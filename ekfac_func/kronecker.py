@@ -73,6 +73,11 @@ def in_blocks(t: Any, entries: int) -> Sequence[Any]:
     return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
 
 
+def few(samples: int, dim: int) -> bool:
+    """Whether a nominal batch has fewer samples, so many an example, than a side has dimensions."""
+    return NOMINAL_N * samples < dim
+
+
 class FactorSums(NamedTuple):
     """Kronecker factors of one term as sums over examples and positions, with what they are divided by."""
 
@@ -113,21 +118,26 @@ def factor_sums(
     https://arxiv.org/abs/1802.09568, but per example) B has unit trace, so that the product of eigenvalues has the
     scale of `E[G^2]`, which the product of both factors has squared. The basis says which blocks of a side are kept.
 
-    formed: whether those of a side of `rank(r)` are wanted as they are, or left as the samples that they are sums of.
+    formed: whether all are wanted as they are. Else those of a side of `rank(r)`, and of a whole one with fewer samples
+        than dimensions, are left as the samples that they are sums of.
     """
-    return tuple(_factor_sums(term, basis, sharing, formed) for term in terms)
+    return tuple(_factor_sums(term, basis, sharing, formed, len(terms) == 1) for term in terms)
 
 
-def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool) -> FactorSums:
+def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool, single: bool) -> FactorSums:
     match term:
         case Factored():
             a, g, x, counted = sharing(term)
-            if x is None and formed and isinstance(a, Patches) and basis.Q_A.dim() == 3:
+            formed_A, formed_B = (
+                formed or not (outside(Q) or (single and Q.dim() == 3 and few(shape[2] * k, shape[3])))
+                for Q, shape, k in ((basis.Q_A, a.shape if x is None else x.shape, a.shape[4]), (basis.Q_B, g.shape, 1))
+            )
+            if x is None and formed_A and isinstance(a, Patches) and basis.Q_A.dim() == 3:
                 A: Factor = _patch_gram(a)
             else:
                 a = a.write() if isinstance(a, Patches) else a
-                A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2, formed)
-            B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, formed)
+                A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2, formed_A)
+            B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, formed_B)
             n, _, s, _ = g.shape
             used = n * s if counted is None else counted.sum((0, 2))
             inputs = used * a.shape[4] if x is None else n * x.shape[2]
@@ -135,7 +145,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool)
         case OneHot(ids, size, g, counted):
             seen = counted.sum()
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
-            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, formed)
+            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, formed or not outside(basis.Q_A))
             return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0])
         case Dense(G):
             A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
@@ -145,7 +155,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool)
 
 def _gram(x: Tensor, equation: str, Q: Tensor, axis: int, formed: bool = True) -> Factor:
     """The second moment of samples along an axis, in the blocks of a side of the basis."""
-    if not formed and outside(Q):
+    if not formed:
         return Gram(x.movedim((1, axis), (0, -1)).flatten(1, -2))
     x = _blocks(x, Q, axis)
     C = torch.einsum(equation, x, x)
@@ -235,9 +245,13 @@ def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     past = decay * factors.weight
     total = past + (1 - decay)
     share = past / torch.where(total > 0, total, 1)
-    assert isinstance(mean.A, Tensor)
-    assert isinstance(mean.B, Tensor)
-    return Factors(share * factors.A + (1 - share) * mean.A, share * factors.B + (1 - share) * mean.B, total)
+    A, B = formed(mean.A), formed(mean.B)
+    return Factors(share * factors.A + (1 - share) * A, share * factors.B + (1 - share) * B, total)
+
+
+def formed(C: Factor) -> Tensor:
+    """A factor as it is."""
+    return C.x.mT @ C.x if isinstance(C, Gram) else C
 
 
 def count(terms: Terms) -> int:

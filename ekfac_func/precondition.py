@@ -255,7 +255,7 @@ def ekfac(
         carried, kept = started, torch.zeros((), dtype=torch.int64, device=losses.device)
         refreshing = due(layers, refresh, state.step, basis_every)
         if refreshing:
-            formed = {name: averaged or not isinstance(chosen[name], Rank) for name in layers}
+            carries = {name: averaged or not isinstance(chosen[name], Rank) for name in layers}
             carried, kept = _refresh(
                 started,
                 {name: given[name] for name in refreshing},
@@ -264,7 +264,8 @@ def ekfac(
                 second_moment,
                 carry,
                 refresh,
-                formed,
+                averaged,
+                carries,
             )
         bases, n, loss = carried.bases, len(losses), losses.mean()
         every = state.step % moment_every == 0
@@ -402,20 +403,21 @@ def _refresh(
     estimator: SecondMoment,
     carry: AtRefresh,
     how: Refresh,
-    formed: Mapping[str, bool],
+    averaged: bool,
+    carries: Mapping[str, bool],
 ) -> tuple[State, Tensor]:
     """The state with factors of this batch, their bases and the moments in them; how many bases could not be had.
 
-    Layers without terms stay as they are. Factors that need not be formed are not carried.
+    Layers without terms stay as they are.
     """
     factors, bases, second_moments = dict(state.factors), dict(state.bases), dict(state.second_moments)
     kept = []
     for name, of_layer in terms.items():
         old, moment = state.bases[name], state.second_moments[name]
-        mean = mean_factors(factor_sums(of_layer, old, weight_sharing, formed[name]))
-        if formed[name]:
+        mean = mean_factors(factor_sums(of_layer, old, weight_sharing, averaged))
+        if carries[name]:
             factors[name] = average_factors(state.factors[name], mean, factor_decay)
-        used = factors[name] if formed[name] else mean
+        used = factors[name] if averaged else mean
         bases[name], failed = eigenbasis.refresh(used, old, how, state.step == 0)
         product = functools.partial(eigenvalue_product, used, bases[name], mean.positions, moment.value)
         second_moments[name] = carry_on(estimator, carry, moment, old, bases[name], product)
@@ -453,11 +455,11 @@ def rescaled(
     sizes: tuple[int, int, int, int],
 ) -> Tensor:
     """`Q_B [ projected (m2 + damping)^exponent ] Q_A^T`; zero while there is no estimate of m2."""
-    m2 = torch.where(moment.weight > 0, moment.value, torch.inf)
-    scale = (m2 + damping) ** exponent
+    damped = moment.value + torch.where(moment.weight > 0, damping, torch.inf)
     if incomplete(basis):
-        return rescale(mean, scale, basis, sizes)
-    return out_of_basis(mean.projected * scale, basis, sizes)
+        return rescale(mean, damped**exponent, basis, sizes)
+    plain = not isinstance(exponent, Tensor) and exponent == -1  # a division is one pass over memory less than a power
+    return out_of_basis(mean.projected / damped if plain else mean.projected * damped**exponent, basis, sizes)
 
 
 def _learned(new: State, old: State) -> list[Tensor]:
@@ -470,9 +472,9 @@ def _learned(new: State, old: State) -> list[Tensor]:
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
-    """`[]` bool. The largest absolute value is NaN or infinite where an entry is, in one pass over each tensor."""
-    finite = [torch.isfinite(torch.linalg.vector_norm(t, torch.inf)) for t in tensors if t.numel()]
-    return torch.stack(finite).all()
+    """`[]` bool. The extremes are NaN or infinite where an entry is, and one fast pass over each tensor."""
+    extremes = [torch.stack(torch.aminmax(t)) for t in tensors if t.numel()]
+    return torch.stack([torch.isfinite(both).all() for both in extremes]).all()
 
 
 def _choose(finite: Tensor, new: State, old: State) -> State:

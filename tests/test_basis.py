@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ekfac_func import basis as eigenbasis
-from ekfac_func import ekfac, kfac
-from ekfac_func.types import Basis, Factors, Layer
+from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac
+from ekfac_func.types import Basis, Factors, Gram, Layer, Means
 
-from .cases import N, make
-from .oracles import close, same_bits
+from .cases import CASES, N, make
+from .oracles import close, close_trees, same_bits
 
 HARD = Path(__file__).parent / "data" / "hard_factors.pt"
 
@@ -70,6 +70,77 @@ def test_hard_factors(name: str, dtype: torch.dtype) -> None:
         C = C.double() / C.abs().max().double()
         D = basis.Q_A[0].double().T @ ((C + C.T) / 2) @ basis.Q_A[0].double()
         assert (D - torch.diag(D.diagonal())).abs().max() < 1e3 * torch.finfo(dtype).eps
+
+
+SAMPLES: dict[str, Callable[[], Tensor]] = {
+    "few": lambda: torch.randn(2, 5, 24),
+    "as many": lambda: torch.randn(1, 24, 24),
+    "more": lambda: torch.randn(1, 40, 24),
+    "repeated": lambda: torch.randn(1, 3, 24).repeat(1, 4, 1),
+    "zero": lambda: torch.zeros(2, 5, 24),
+    "one zero": lambda: torch.randn(1, 5, 24).index_fill(1, torch.tensor([2]), 0.0),
+    "tiny": lambda: torch.randn(1, 5, 24) * 1e-30,
+    "not finite": lambda: torch.randn(1, 5, 24).index_fill(2, torch.tensor([3]), torch.nan),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_eigenvectors_from_samples(name: str, dtype: torch.dtype) -> None:
+    """As those of the factor: orthonormal, ascending, and diagonal in them."""
+    x = SAMPLES[name]().to(dtype)
+    old = torch.eye(24, dtype=dtype).repeat(len(x), 1, 1)
+    basis, kept = eigenbasis.refresh(Means(Gram(x), Gram(x), 1), Basis(old, old))
+    assert kept == 0
+    assert_orthonormal(basis.Q_A)
+    if torch.isfinite(x).all() and x.abs().max() > 0:
+        x = x.double() / x.abs().max().double()
+        C = x.mT @ x
+        D = basis.Q_A.double().mT @ C @ basis.Q_A.double()
+        values = D.diagonal(dim1=1, dim2=2)
+        assert (D - torch.diag_embed(values)).abs().max() < 1e3 * torch.finfo(dtype).eps
+        close(values, torch.linalg.eigvalsh(C), 1e3 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("estimator", [intra_batch, kfac], ids=["intra_batch", "kfac"])
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_from_samples(name: str, rules: Any, estimator: SecondMoment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a nominal batch, here of one example, has fewer samples than a side has dimensions."""
+    if rules is not RULES and "conv" not in name:
+        return
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, rules=rules)
+    initial = step.init(case.params, batch)
+    natural, state, _ = step.precondition(case.params, batch, initial)
+    monkeypatch.setattr("ekfac_func.kronecker.NOMINAL_N", 1)
+    found, new, info = step.precondition(case.params, batch, initial)
+    assert info.kept_bases == 0
+    close_trees(found, natural, 1e-8)
+    close_trees(new.factors, state.factors, 1e-12)
+
+
+@pytest.mark.parametrize("factor_decay", [0.0, 0.5])
+def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 inputs and 5 examples; an average of factors has more, and is solved whole. Compiled as eager."""
+    solved = []
+
+    def solver(C: Tensor) -> tuple[Tensor, Tensor]:
+        solved.append(C.shape[-1])
+        return torch.linalg.eigh(C)
+
+    monkeypatch.setattr(eigenbasis, "eigensolver", solver)
+    params = {"w": torch.randn(4, 300) / 17}
+    step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, factor_decay=factor_decay, basis_every=2)
+    state = step.init(params, torch.randn(5, 300))
+    fast = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
+    for n in (5, 7, 256, 9):
+        batch = torch.randn(n, 300)
+        close_trees(fast(params, batch, state)[0], step.precondition(params, batch, state)[0], 1e-7)
+        _, state, _ = step.precondition(params, batch, state)
+    assert (300 in solved) == (factor_decay > 0)
+    assert (5 in solved) == (factor_decay == 0)
 
 
 def nan_vectors(C: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """One graph for the whole step: compiled equals eager, and the graphs are few."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import pytest
@@ -40,6 +41,15 @@ def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Any:
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
+def in_part(values: Iterable[Any], in_full: Container[int] = (0,)) -> list[Any]:
+    """Each value traced alone, and those at some places through AOT autograd: all of them behind the marker."""
+    return [
+        pytest.param(value, backend, marks=[pytest.mark.slow] if (backend == "aot_eager") != (at in in_full) else [])
+        for at, value in enumerate(values)
+        for backend in ("eager", "aot_eager")
+    ]
+
+
 def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
@@ -57,7 +67,6 @@ IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "bag offsets"
     "pairs of pixels",
     "token losses",
     "two biases",
-    "recurrent gru",
 }
 TRACED = {"recurrent", "recurrent projected", "recurrent tanh"}  # torch's modules and `functional_call` are no graph
 EVERY_BACKEND = [
@@ -90,11 +99,20 @@ NET = functools.partial(
 )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
-@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
-def test_a_run_with_dropout(estimator: SecondMoment, rules: Any, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("of", "backend"),
+    [
+        *in_part(itertools.product(ESTIMATORS, [RULES, {**RULES, **SUA}]), in_full=(1, 2)),
+        *(
+            pytest.param((e, rules), "inductor", marks=pytest.mark.slow)
+            for e in ESTIMATORS
+            for rules in (RULES, {**RULES, **SUA})
+        ),
+    ],
+)
+def test_a_run_with_dropout(of: tuple[SecondMoment, Any], backend: str) -> None:
     """Full-rank factors, several batches, stale bases, the same seed."""
+    estimator, rules = of
     case = classifier(NET(), 2, 6, 6)
     batches = [case.batch(40) for _ in range(5)]
     step = ekfac(case.loss_fn, damping=1e-1, second_moment=estimator, basis_every=2, rules=rules, factor_decay=0.5)
@@ -146,36 +164,36 @@ def regression_step(**options: Any) -> tuple[EKFAC, Params]:
     return ekfac(loss_fn, damping=1e-2, **options), params
 
 
-@pytest.mark.parametrize("basis_every", [1, 10])
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
-def test_number_of_graphs(estimator: SecondMoment, basis_every: int) -> None:
+@pytest.mark.parametrize(("of", "backend"), in_part(itertools.product(ESTIMATORS, [1, 10])))
+def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
     """Three for a constant batch size, two more for another, none for further ones."""
-    step, params = regression_step(second_moment=estimator, basis_every=basis_every)
-    precondition, state = compiled(step.precondition), step.init(params, regression(8))
+    step, params = regression_step(second_moment=of[0], basis_every=of[1])
+    precondition, state = compiled(step.precondition, backend), step.init(params, regression(8))
     for size, most in ((16, 3), (24, 5), (9, 5), (33, 5)):
         for _ in range(30):
             _, state, _ = precondition(params, regression(size), state)
         assert graphs() <= most
 
 
-@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
-def test_number_of_graphs_of_a_classifier(rules: Any) -> None:
+@pytest.mark.parametrize(("rules", "backend"), in_part([RULES, {**RULES, **SUA}]))
+def test_number_of_graphs_of_a_classifier(rules: Any, backend: str) -> None:
     """Convolutions and class-index losses, whose rules under vmap would fix the batch size."""
     case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
     step = ekfac(case.loss_fn, damping=1e-2, basis_every=10, rules=rules)
-    precondition, state = compiled(step.precondition), step.init(case.params, case.batch(8))
+    precondition, state = compiled(step.precondition, backend), step.init(case.params, case.batch(8))
     for size, most in ((16, 3), (24, 5), (9, 5), (33, 5), (12, 5)):
         for _ in range(30):
             _, state, _ = precondition(case.params, case.batch(size), state)
         assert graphs() <= most
 
 
-def test_number_of_graphs_with_blocks_of_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_number_of_graphs_with_blocks_of_examples(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven batch sizes, each in four blocks."""
     case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
     monkeypatch.setattr("ekfac_func.kronecker.MAX_BYTES", 256 * 3 * 19 * 8 // 4)
     step = ekfac(case.loss_fn, damping=1e-2, basis_every=10)
-    precondition, state = compiled(step.precondition), step.init(case.params, case.batch(8))
+    precondition, state = compiled(step.precondition, backend), step.init(case.params, case.batch(8))
     for size in (16, 24, 9, 33, 12, 64, 7):
         for _ in range(12):
             before, batch = state, case.batch(size)
@@ -184,17 +202,17 @@ def test_number_of_graphs_with_blocks_of_examples(monkeypatch: pytest.MonkeyPatc
     assert graphs() <= 5
 
 
-@pytest.mark.parametrize("at_refresh", [reset, keep, transport])
-def test_number_of_graphs_at_refresh(at_refresh: Any) -> None:
+@pytest.mark.parametrize(("at_refresh", "backend"), in_part([transport, keep, reset]))
+def test_number_of_graphs_at_refresh(at_refresh: Any, backend: str) -> None:
     step, params = regression_step(second_moment=running_average(0.9), basis_every=10, at_refresh=at_refresh)
-    precondition, state = compiled(step.precondition), step.init(params, regression(8))
+    precondition, state = compiled(step.precondition, backend), step.init(params, regression(8))
     for _ in range(30):
         _, state, _ = precondition(params, regression(16), state)
     assert graphs() <= 3
 
 
-@pytest.mark.parametrize("kind", ["number", "tensor"])
-def test_a_schedule_costs_no_graph(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "backend"), in_part(["tensor", "number"]))
+def test_a_schedule_costs_no_graph(kind: str, backend: str) -> None:
     case = make("conv")
     batch = case.batch(N)
     state = ekfac(case.loss_fn, damping=1.0, basis_every=10).init(case.params, batch)
@@ -205,7 +223,7 @@ def test_a_schedule_costs_no_graph(kind: str) -> None:
             params, batch, state
         )
 
-    fast = compiled(step)
+    fast = compiled(step, backend)
     for t in range(30):
         damping, decay = 1 / (t + 1), 1 - 1 / (t + 2)
         given = (damping, decay) if kind == "number" else (torch.tensor(damping), torch.tensor(decay))
@@ -216,8 +234,8 @@ def test_a_schedule_costs_no_graph(kind: str) -> None:
     assert graphs() <= 3
 
 
-@pytest.mark.parametrize("name", ["conv groups", "two forms", "penalty", "positions"])
-def test_the_three_vmaps(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), in_part(["positions", "conv groups", "two forms", "penalty"]))
+def test_the_three_vmaps(name: str, backend: str) -> None:
     case = make(name)
     batch = case.batch(N)
     step = ekfac(case.loss_fn, damping=1e-2)
@@ -227,13 +245,13 @@ def test_the_three_vmaps(name: str) -> None:
         return ekfac(case.loss_fn, damping=damping).precondition(case.params, batch, initial)
 
     dampings = torch.tensor([1e-1, 1e-2])
-    close_trees(compiled(torch.vmap(damped))(dampings), torch.vmap(damped)(dampings), 1e-8)
+    close_trees(compiled(torch.vmap(damped), backend)(dampings), torch.vmap(damped)(dampings), 1e-8)
     states = stack(*[step.precondition(case.params, b, initial)[1] for b in (batch, case.batch(N))])
     over_states = torch.vmap(lambda s: step.precondition(case.params, batch, s)[0])
-    close_trees(compiled(over_states)(states), over_states(states), 1e-8)
+    close_trees(compiled(over_states, backend)(states), over_states(states), 1e-8)
     params = stack(case.params, {n: 1.1 * p for n, p in case.params.items()})
     over_ensemble = torch.vmap(lambda p, s: step.precondition(p, batch, s)[0])
-    close_trees(compiled(over_ensemble)(params, states), over_ensemble(params, states), 1e-8)
+    close_trees(compiled(over_ensemble, backend)(params, states), over_ensemble(params, states), 1e-8)
 
 
 def test_every_kind_of_loss_inside_a_compiled_step() -> None:
@@ -255,8 +273,9 @@ def test_every_kind_of_loss_inside_a_compiled_step() -> None:
         def step(params: Params, batch: Any, state: Any, loss_fn: Any = loss_fn) -> Any:
             return ekfac(loss_fn, damping=1e-2).precondition(params, batch, state)[0]
 
-        close_trees(compiled(step)(case.params, batch, state), expected, 1e-8)
-        close_trees(compiled(ekfac(loss_fn, damping=1e-2).precondition)(case.params, batch, state)[0], expected, 1e-8)
+        close_trees(compiled(step, "eager")(case.params, batch, state), expected, 1e-8)
+        whole = compiled(ekfac(loss_fn, damping=1e-2).precondition, "eager")
+        close_trees(whole(case.params, batch, state)[0], expected, 1e-8)
 
 
 def test_per_example_gradients_compile() -> None:

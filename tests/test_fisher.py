@@ -280,7 +280,7 @@ FISHERS: dict[str, Callable[[Model], Fisher]] = {
 
 
 @pytest.mark.parametrize("name", FISHERS)
-@pytest.mark.parametrize("make", [lambda: mlp(4), conv], ids=["mlp", "conv"])
+@pytest.mark.parametrize("make", [pytest.param(lambda: mlp(4), id="mlp", marks=pytest.mark.slow), conv])
 def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
     model, params, batch = make()
     loss_fn, fisher = data_loss(model), FISHERS[name](model)
