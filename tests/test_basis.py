@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ekfac_func import basis as eigenbasis
 from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac
+from ekfac_func import basis as eigenbasis
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means
 
 from .cases import CASES, N, make
