@@ -29,7 +29,7 @@ from .compare import (
     summarise,
     whole_batch,
 )
-from .contraction import exact_sums, gradient_sums
+from .contraction import exact_squares, exact_sums, gradient_sums
 from .curvature import Curvature, curvature
 from .describe import Description, Row, describe
 from .fisher import Fisher, empirical, exact, gradient, sampled
@@ -106,6 +106,7 @@ __all__ = [
     "ekfac",
     "empirical",
     "exact",
+    "exact_squares",
     "exact_sums",
     "expand",
     "fisher_blocks",

@@ -67,8 +67,7 @@ def _inside_sums(terms: Terms, basis: Basis) -> Sums:
         case (Factored() as term,) if term.g.shape[2] == 1:
             a, g = project_inputs(term.inputs, basis), project_outputs(term.g, basis)
             projected = torch.einsum("nbso,nbsik->boik", g, a)
-            square = torch.einsum("nbso,nbsik->boik", g.square(), a.square())
-            return Sums(gradient(terms), projected, square)
+            return Sums(gradient(terms), projected, _single_squares(g, a))
         case (Factored(Tensor() as a, g) as term,) if kernels.takes(g, a, basis):
             projected, square = kernels.projected_sums(project_outputs(g, basis), project_inputs(a, basis))
             return Sums(_turned_back(projected, term, basis), projected, square)
@@ -82,6 +81,38 @@ def _inside_sums(terms: Terms, basis: Basis) -> Sums:
             total = gradient(terms)
             return Sums(total, into_basis(total, basis), _dense_squares(G, basis))
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
+
+
+def exact_squares(terms: Terms, basis: Basis) -> Tensor:
+    """The sum over the examples of the square of G in the basis, `[b O I k]`: that of `exact_sums`, by itself."""
+    if not incomplete(basis):
+        return _inside_squares(terms, basis)
+    match terms:
+        case (Factored() as term,) if term.g.shape[2] == 1:
+            return single_sums(term.g, term.inputs, basis)[1]
+    return _inside_squares(terms, basis) + outside_squares(terms, basis)
+
+
+def _inside_squares(terms: Terms, basis: Basis) -> Tensor:
+    match terms:
+        case (OneHot() as table,):
+            return _table_sums(table, basis)[1]
+        case (Factored() as factored, OneHot() as table):
+            return _tied_sums(factored, table, basis)[1]
+        case (Factored() as term,) if term.g.shape[2] == 1:
+            return _single_squares(project_outputs(term.g, basis), project_inputs(term.inputs, basis))
+        case (Factored(Tensor() as a, g),) if kernels.takes(g, a, basis):
+            return kernels.projected_sums(project_outputs(g, basis), project_inputs(a, basis))[1]
+        case (Factored() as term,):
+            return _pair_squares(term, basis) if _by_pairs(term) else _formed_sums(term, basis)[1]
+        case (Dense(G),):
+            return _dense_squares(G, basis)
+    raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
+
+
+def _single_squares(g: Tensor, a: Tensor) -> Tensor:
+    """Of one position the square factors."""
+    return torch.einsum("nbso,nbsik->boik", g.square(), a.square())
 
 
 def mean_sums(sums: Sums, n: int) -> Sums:

@@ -14,10 +14,13 @@ from ekfac_func import (
     State,
     averaged_intra_batch,
     ekfac,
+    exact_squares,
     exact_sums,
     intra_batch,
     keep,
     kfac,
+    per_example_gradients,
+    rank,
     reset,
     running_average,
     transport,
@@ -69,6 +72,22 @@ def test_intra_batch_is_the_exact_moment(name: str, rules: Any) -> None:
         rescaled = torch.einsum("boO,bOIk,biI->boik", Q_B, G.mean(0) / (moment + 1e-2), Q_A)
         expected = blocks({k: v[None] for k, v in natural.items()}, layer)[0]
         close(expected, rescaled)
+
+
+@every_case
+def test_squares_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment without the gradient, by pairs of positions and without, and outside of a basis of some rank."""
+    case = make(name)
+    batch = case.batch(N)
+    terms = per_example_gradients(case.loss_fn, case.params, batch).captured.terms
+    for bases in ({}, {"*": rank(2)}):
+        step = ekfac(case.loss_fn, damping=1e-2, bases=bases)
+        state = step.precondition(case.params, batch, step.init(case.params, batch))[1]
+        for paired in (0, 12):
+            monkeypatch.setattr("ekfac_func.contraction.MAX_PAIRED", paired)
+            for weight, of_layer in terms.items():
+                squares = exact_squares(of_layer, state.bases[weight])
+                close(squares / N, state.second_moments[weight].value)
 
 
 @every_case
