@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.workloads import DAMPING, Work, cross_entropy, naive, precondition_gradient
-from ekfac_func import State, ekfac, exact_squares, per_example_gradients
+from ekfac_func import State, eigh, ekfac, exact_squares, per_example_gradients, rank, thin
 from ekfac_func.types import Params
 
 STEPS = 10  # from one refresh to the next
@@ -39,7 +39,7 @@ def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
     T2 is capture and `exact_squares` of every layer. The basis is the identity as a dense matrix, at which every
     product costs what it does in any basis. settings: of `ekfac`.
     """
-    ekf = ekfac(w.loss_fn, damping=DAMPING, basis_every=STEPS, **settings)
+    ekf = ekfac(w.loss_fn, **{"damping": DAMPING, "basis_every": STEPS, **settings})
     wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, fullgraph=True)) if compiled else (lambda f: f)
     fresh = ekf.init(w.params, w.batch)
     known = dataclasses.replace(fresh, step=1)
@@ -221,6 +221,9 @@ def kronfluence(w: Work) -> Calls:
 LIBRARIES: dict[str, Callable[[Work], Calls]] = {
     "ekfac_func": ours,
     "ekfac_func-compiled": lambda w: ours(w, compiled=True),
+    "ekfac_func-float32": lambda w: ours(w, refresh=eigh(torch.float32)),
+    "ekfac_func-rank": lambda w: ours(w, bases={"*": rank(256)}),
+    "ekfac_func-thin": lambda w: ours(w, bases={"*": thin}, basis_every=1)._replace(moment=None, precondition=None),
     "naive": naively,
     "curvlinops": curvlinops,
     "nngeometry": nngeometry,
