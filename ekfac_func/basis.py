@@ -200,8 +200,8 @@ class Refresh(NamedTuple):
     solve: `(C, old basis, first) -> eigenvectors` of symmetric `[... d d]`, the largest entry of each 1; first is
         whether this is the first step, whose old basis says nothing.
     dtype: in which C is given to it; None is that of the state.
-    of_samples: `x -> eigenvectors` of the factor `x^T x` of samples `[b samples d]`, in the dtype of the state; without
-        it solve has the factor.
+    of_samples: `x -> (eigenvectors, good)` of the factor `x^T x` of samples `[b samples d]` in the dtype of the state,
+        the largest entry of each 1; good `[b 1 1]` is whether they are orthonormal. Without it solve has the factor.
     groups: of layers, refreshed at steps of their own.
     iterations: of the subspace iteration of `rank(r)` sides.
     """
@@ -211,7 +211,7 @@ class Refresh(NamedTuple):
     dtype: torch.dtype | None = None
     groups: int = 1
     iterations: int = RANK_ITERATIONS
-    of_samples: Callable[[Tensor], Tensor] | None = None
+    of_samples: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def eigh(dtype: torch.dtype = torch.float64) -> Refresh:
@@ -230,12 +230,13 @@ def eigh(dtype: torch.dtype = torch.float64) -> Refresh:
     )
 
 
-def _of_samples(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Eigenvectors `[b d d]` of `x^T x`, in ascending order as those of `torch.linalg.eigh`."""
-    Q, R = torch.linalg.qr(x.mT, mode="complete")
-    R = R[:, : x.shape[1]].to(dtype)
-    inside, rest = Q[..., : R.shape[1]], Q[..., R.shape[1] :]
-    return torch.cat([rest, inside @ eigenvectors(R @ R.mT).to(x.dtype)], dim=-1)
+def _of_samples(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eigenvectors `[b d d]` of `x^T x`, ascending, and whether the solver found those in the span, `[b 1 1]`."""
+    Q, R = complete_qr(x.mT)
+    R = R.to(dtype)
+    U = eigenvectors(R @ R.mT)
+    k = R.shape[1]
+    return torch.cat([Q[..., k:], Q[..., :k] @ U.to(x.dtype)], dim=-1), _orthonormal(U, x.dtype)
 
 
 def qr(iterations: int = 1) -> Refresh:
@@ -343,7 +344,7 @@ def _refresh(C: Factor, old: Tensor, how: Refresh, first: bool) -> tuple[Tensor,
     if outside(old):
         return _iterate(C, old, how.iterations + first)
     if isinstance(C, Gram) and how.of_samples is not None:
-        return _tested(how.of_samples(_scaled(C.x)[0]), old)
+        return _where_good(*how.of_samples(_scaled(C.x)[0]), old)
     C = formed(C)
     dim = C.shape[-1]
     if dim <= 1:  # nothing to rotate
@@ -351,12 +352,12 @@ def _refresh(C: Factor, old: Tensor, how: Refresh, first: bool) -> tuple[Tensor,
     dtype = old.dtype if how.dtype is None or C.device.type == "mps" else how.dtype
     C, _ = _scaled(C.to(torch.promote_types(C.dtype, dtype)))
     C = C.to(dtype)
-    return _tested(how.solve((C + C.mT) / 2, old.to(dtype) if how.dtype is None else old, first), old)
+    Q = how.solve((C + C.mT) / 2, old.to(dtype) if how.dtype is None else old, first)
+    return _where_good(Q, _orthonormal(Q, old.dtype), old)
 
 
-def _tested(Q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """The new eigenvectors where they are orthonormal, else the old ones; how many those are."""
-    good = _orthonormal(Q, old.dtype)
+def _where_good(Q: Tensor, good: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The new eigenvectors, else the old ones; how many those are."""
     return torch.where(good, Q.to(old.dtype), old), (~good).sum()
 
 
@@ -452,3 +453,33 @@ def _(
     C, old = (t.movedim(dim, 0) if dim is not None else t[None] for t, dim in zip((C, old), in_dims[:2], strict=True))
     size = max(len(C), len(old))
     return eigenvectors_where_due(C.expand(size, *C.shape[1:]), old.expand(size, *old.shape[1:]), tolerance), 0
+
+
+@torch.library.custom_op("ekfac_func::complete_qr", mutates_args=())
+def complete_qr(X: Tensor) -> tuple[Tensor, Tensor]:
+    """`X = Q[..., :k] R` of matrices `[b d m]`: orthonormal Q `[b d d]`, triangular R `[b k m]` with k = min(d, m).
+
+    The Householder vectors V of a QR make `Q = I - V T V^T`, which products with V alone multiply out: Joffrain et al.
+    2006, https://doi.org/10.1145/1141885.1141886. A custom operator, for `torch.geqrf` has no rule under Dynamo.
+    """
+    V, tau = torch.geqrf(X)
+    k = tau.shape[-1]
+    R = V[:, :k].triu()
+    one = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+    V = (V[..., :k].tril(-1) + one[:, :k]) * (tau != 0).to(X)[:, None]  # 0 where there was nothing to reflect
+    inverse = (V.mT @ V).triu(1) + torch.diag_embed(1 / torch.where(tau == 0, 1, tau))
+    return one - V @ torch.linalg.solve_triangular(inverse, V.mT, upper=True), R
+
+
+@complete_qr.register_fake
+def _(X: Tensor) -> tuple[Tensor, Tensor]:
+    b, d, m = X.shape
+    return X.new_empty(b, d, d), X.new_empty(b, min(d, m), m)
+
+
+@complete_qr.register_vmap
+def _(info: object, in_dims: tuple[int | None], X: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    (dim,) = in_dims
+    X = X.movedim(dim or 0, 0)
+    Q, R = complete_qr(X.flatten(0, 1))
+    return (Q.unflatten(0, X.shape[:2]), R.unflatten(0, X.shape[:2])), (0, 0)
