@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac
 from ekfac_func import basis as eigenbasis
-from ekfac_func.types import Basis, Factors, Gram, Layer, Means
+from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
 
 from .cases import CASES, N, make
 from .oracles import close, close_trees, same_bits
@@ -141,6 +141,20 @@ def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monke
         _, state, _ = step.precondition(params, batch, state)
     assert (300 in solved) == (factor_decay > 0)
     assert (5 in solved) == (factor_decay == 0)
+
+
+def test_a_wide_layer_under_vmap() -> None:
+    """An ensemble equals its members, each with the eigenvectors of its own samples."""
+    params, batches = {"w": torch.randn(2, 4, 300) / 17}, torch.randn(2, 5, 300)
+    step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2)
+    state = step.init({"w": params["w"][0]}, batches[0])
+
+    def natural(params: Params, batch: Tensor) -> Params:
+        return step.precondition(params, batch, state)[0]
+
+    found = torch.vmap(natural)(params, batches)
+    for member in range(2):
+        close(found["w"][member], natural({"w": params["w"][member]}, batches[member])["w"])
 
 
 def nan_vectors(C: Tensor) -> tuple[Tensor, Tensor]:
