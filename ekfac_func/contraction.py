@@ -71,16 +71,11 @@ def _inside_sums(terms: Terms, basis: Basis) -> Sums:
         case (Factored(Tensor() as a, g) as term,) if kernels.takes(g, a, basis):
             projected, square = kernels.projected_sums(project_outputs(g, basis), project_inputs(a, basis))
             return Sums(_turned_back(projected, term, basis), projected, square)
-        case (Factored() as term,) if _by_pairs(term):
-            total = gradient(terms)
-            return Sums(total, into_basis(total, basis), _pair_squares(term, basis))
-        case (Factored() as term,):
+        case (Factored() as term,) if not _by_pairs(term):
             projected, square = _formed_sums(term, basis)
             return Sums(_turned_back(projected, term, basis), projected, square)
-        case (Dense(G),):
-            total = gradient(terms)
-            return Sums(total, into_basis(total, basis), _dense_squares(G, basis))
-    raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
+    total = gradient(terms)
+    return Sums(total, into_basis(total, basis), _inside_squares(terms, basis))
 
 
 def exact_squares(terms: Terms, basis: Basis) -> Tensor:

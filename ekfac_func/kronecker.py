@@ -73,9 +73,13 @@ def in_blocks(t: Any, entries: int) -> Sequence[Any]:
     return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
 
 
-def few(samples: int, dim: int) -> bool:
-    """Whether a nominal batch has fewer samples, so many an example, than a side has dimensions."""
-    return NOMINAL_N * samples < dim
+def left_as_samples(Q: Tensor, samples: int, single: bool) -> bool:
+    """Whether a factor stays the samples that it is the sum of: one of some rank, or of few samples.
+
+    samples: of an example. Few are fewer in a nominal batch than a whole side has dimensions; the samples of several
+    terms have no unit in common.
+    """
+    return outside(Q) > 0 or (single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2])
 
 
 class FactorSums(NamedTuple):
@@ -128,16 +132,15 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
     match term:
         case Factored():
             a, g, x, counted = sharing(term)
-            formed_A, formed_B = (
-                formed or not (outside(Q) or (single and Q.dim() == 3 and few(shape[2] * k, shape[3])))
-                for Q, shape, k in ((basis.Q_A, a.shape if x is None else x.shape, a.shape[4]), (basis.Q_B, g.shape, 1))
-            )
-            if x is None and formed_A and isinstance(a, Patches) and basis.Q_A.dim() == 3:
-                A: Factor = _patch_gram(a)
+            samples = a if x is None else x[..., None]
+            left_A = not formed and left_as_samples(basis.Q_A, samples.shape[2] * samples.shape[4], single)
+            left_B = not formed and left_as_samples(basis.Q_B, g.shape[2], single)
+            if isinstance(samples, Patches) and not left_A and basis.Q_A.dim() == 3:
+                A: Factor = _patch_gram(samples)
             else:
-                a = a.write() if isinstance(a, Patches) else a
-                A = _gram(a if x is None else x[..., None], "nbsmdk,nbsmek->bmde", basis.Q_A, -2, formed_A)
-            B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, formed_B)
+                written = samples.write() if isinstance(samples, Patches) else samples
+                A = _gram(written, "nbsmdk,nbsmek->bmde", basis.Q_A, -2, left_A)
+            B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, left_B)
             n, _, s, _ = g.shape
             used = n * s if counted is None else counted.sum((0, 2))
             inputs = used * a.shape[4] if x is None else n * x.shape[2]
@@ -145,7 +148,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
         case OneHot(ids, size, g, counted):
             seen = counted.sum()
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
-            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, formed or not outside(basis.Q_A))
+            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, not formed and outside(basis.Q_A) > 0)
             return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0])
         case Dense(G):
             A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
@@ -153,9 +156,9 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
             return FactorSums(A, B, G.shape[0], _trace(B), 1)
 
 
-def _gram(x: Tensor, equation: str, Q: Tensor, axis: int, formed: bool = True) -> Factor:
-    """The second moment of samples along an axis, in the blocks of a side of the basis."""
-    if not formed:
+def _gram(x: Tensor, equation: str, Q: Tensor, axis: int, left: bool = False) -> Factor:
+    """The second moment of samples along an axis, in the blocks of a side of the basis, or left as the samples."""
+    if left:
         return Gram(x.movedim((1, axis), (0, -1)).flatten(1, -2))
     x = _blocks(x, Q, axis)
     C = torch.einsum(equation, x, x)

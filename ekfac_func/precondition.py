@@ -255,7 +255,6 @@ def ekfac(
         carried, kept = started, torch.zeros((), dtype=torch.int64, device=losses.device)
         refreshing = due(layers, refresh, state.step, basis_every)
         if refreshing:
-            carries = {name: averaged or not isinstance(chosen[name], Rank) for name in layers}
             carried, kept = _refresh(
                 started,
                 {name: given[name] for name in refreshing},
@@ -265,7 +264,7 @@ def ekfac(
                 carry,
                 refresh,
                 averaged,
-                carries,
+                chosen,
             )
         bases, n, loss = carried.bases, len(losses), losses.mean()
         every = state.step % moment_every == 0
@@ -404,7 +403,7 @@ def _refresh(
     carry: AtRefresh,
     how: Refresh,
     averaged: bool,
-    carries: Mapping[str, bool],
+    chosen: Mapping[str, Choice],
 ) -> tuple[State, Tensor]:
     """The state with factors of this batch, their bases and the moments in them; how many bases could not be had.
 
@@ -415,7 +414,7 @@ def _refresh(
     for name, of_layer in terms.items():
         old, moment = state.bases[name], state.second_moments[name]
         mean = mean_factors(factor_sums(of_layer, old, weight_sharing, averaged))
-        if carries[name]:
+        if averaged or not isinstance(chosen[name], Rank):
             factors[name] = average_factors(state.factors[name], mean, factor_decay)
         used = factors[name] if averaged else mean
         bases[name], failed = eigenbasis.refresh(used, old, how, state.step == 0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac
@@ -141,6 +142,15 @@ def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monke
         _, state, _ = step.precondition(params, batch, state)
     assert (300 in solved) == (factor_decay > 0)
     assert (5 in solved) == (factor_decay == 0)
+
+
+@pytest.mark.parametrize("i", [3, 300])
+def test_a_layer_that_no_position_uses(i: int) -> None:
+    params, batch = {"w": torch.randn(4, i)}, torch.randn(5, 0, i)
+    step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-2)
+    natural, state, _ = step.precondition(params, batch, step.init(params, batch))
+    assert natural["w"].abs().max() == 0
+    assert torch.equal(state.bases["w"].Q_A[0], torch.eye(i))
 
 
 def test_a_wide_layer_under_vmap() -> None:

@@ -41,11 +41,13 @@ def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Any:
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
-def in_part(values: Iterable[Any], in_full: Container[int] = (0,)) -> list[Any]:
-    """Each value traced alone, and those at some places through AOT autograd: all of them behind the marker."""
+def in_part(values: Iterable[Any], in_full: Container[Any] | None = None) -> list[Any]:
+    """Each value traced alone, and some, else the first, through AOT autograd: all of them behind the marker."""
+    values = list(values)
+    in_full = values[:1] if in_full is None else in_full
     return [
-        pytest.param(value, backend, marks=[pytest.mark.slow] if (backend == "aot_eager") != (at in in_full) else [])
-        for at, value in enumerate(values)
+        pytest.param(value, backend, marks=[pytest.mark.slow] if (backend == "aot_eager") != (value in in_full) else [])
+        for value in values
         for backend in ("eager", "aot_eager")
     ]
 
@@ -70,10 +72,7 @@ IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "bag offsets"
 }
 TRACED = {"recurrent", "recurrent projected", "recurrent tanh"}  # torch's modules and `functional_call` are no graph
 EVERY_BACKEND = [
-    pytest.param(name, backend, marks=[pytest.mark.slow] if (backend == "aot_eager") != (name in IN_FULL) else [])
-    for name in BATCHED
-    for backend in ("eager", "aot_eager")
-    if backend == "eager" or name not in TRACED
+    case for case in in_part(BATCHED, IN_FULL) if case.values[1] == "eager" or case.values[0] not in TRACED
 ]
 
 
@@ -99,16 +98,12 @@ NET = functools.partial(
 )
 
 
+RUNS = list(itertools.product(ESTIMATORS, [RULES, {**RULES, **SUA}]))
+
+
 @pytest.mark.parametrize(
     ("of", "backend"),
-    [
-        *in_part(itertools.product(ESTIMATORS, [RULES, {**RULES, **SUA}]), in_full=(1, 2)),
-        *(
-            pytest.param((e, rules), "inductor", marks=pytest.mark.slow)
-            for e in ESTIMATORS
-            for rules in (RULES, {**RULES, **SUA})
-        ),
-    ],
+    [*in_part(RUNS, RUNS[1:3]), *(pytest.param(of, "inductor", marks=pytest.mark.slow) for of in RUNS)],
 )
 def test_a_run_with_dropout(of: tuple[SecondMoment, Any], backend: str) -> None:
     """Full-rank factors, several batches, stale bases, the same seed."""
@@ -254,7 +249,8 @@ def test_the_three_vmaps(name: str, backend: str) -> None:
     close_trees(compiled(over_ensemble, backend)(params, states), over_ensemble(params, states), 1e-8)
 
 
-def test_every_kind_of_loss_inside_a_compiled_step() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_every_kind_of_loss_inside_a_compiled_step(backend: str) -> None:
     case = make("mlp")
     batch = case.batch(N)
     state = ekfac(case.loss_fn, damping=1.0).init(case.params, batch)
@@ -273,8 +269,8 @@ def test_every_kind_of_loss_inside_a_compiled_step() -> None:
         def step(params: Params, batch: Any, state: Any, loss_fn: Any = loss_fn) -> Any:
             return ekfac(loss_fn, damping=1e-2).precondition(params, batch, state)[0]
 
-        close_trees(compiled(step, "eager")(case.params, batch, state), expected, 1e-8)
-        whole = compiled(ekfac(loss_fn, damping=1e-2).precondition, "eager")
+        close_trees(compiled(step, backend)(case.params, batch, state), expected, 1e-8)
+        whole = compiled(ekfac(loss_fn, damping=1e-2).precondition, backend)
         close_trees(whole(case.params, batch, state)[0], expected, 1e-8)
 
 
