@@ -53,7 +53,7 @@ def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
         terms = per_example_gradients(w.loss_fn, params, batch).captured.terms
         moments = {}
         for name in list(terms):
-            moments[name] = exact_squares(terms.pop(name), known.bases[name]) / len(batch[0])
+            moments[name] = exact_squares(terms.pop(name), known.bases[name]).div_(len(batch[0]))
         return moments
 
     def precondition(gradient: Params, state: State) -> Params:

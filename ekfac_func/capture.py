@@ -81,14 +81,19 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
 
 
 def _retried(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> tuple[Any, Any, Plan]:
-    """A tapped run, one example at a time where `vmap` has no rule for a function of the loss; and how it was run."""
+    """A tapped run, in another way where `vmap` cannot run a function of the loss; and how it was run."""
     try:
         return *_tapped(found, loss_fn, params, batch, options), found
     except RuntimeError as error:
-        if options.batched or "Batching rule not implemented" not in str(error):
+        if options.batched or found.looped:
             raise
-        found = found._replace(looped=True)
-        return *_tapped(found, loss_fn, params, batch, options), found
+        if "Batching rule not implemented" in str(error):
+            found = found._replace(looped=True)
+        elif str(error).startswith("vmap: ") and not found.nested:
+            found = found._replace(nested=True)
+        else:
+            raise
+    return _retried(found, loss_fn, params, batch, options)
 
 
 class StalePlan(RuntimeError):
@@ -173,17 +178,22 @@ def _tapped(found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options:
     parts = []
     for examples in _chunks(batch, 1 if found.looped else options.chunk_size):
         n = pytree.tree_leaves(examples)[0].shape[0]
-        run = _batched if options.batched else _looped if found.looped else _each if found.second_order else _summed
+        run = _batched if options.batched else _looped if found.looped else _each if found.nested else _summed
         parts.append(run(probed, found, free, examples, n, options.randomness))
     outputs, dense, losses, aux, inputs = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
 
     terms: dict[str, Terms] = {}
+    given: list[Any] = list(zip(calls, inputs, outputs, strict=True))
+    calls.clear()
+    del inputs, outputs
     for layer in found.layers:
-        reads = [
-            _placed(_picked(call, x, g, planned) if planned.picked else call.read(x, g), planned, layer, params)
-            for planned, call, x, g in zip(found.calls, calls, inputs, outputs, strict=True)
-            if planned.weight == layer.weight
-        ]
+        reads = []
+        for k, planned in enumerate(found.calls):
+            if planned.weight == layer.weight:
+                (call, x, g), given[k] = given[k], None  # freed as soon as the layer has its own
+                term = _picked(call, x, g, planned) if planned.picked else call.read(x, g)
+                reads.append(_placed(term, planned, layer, params))
+                del call, x, g, term
         if len(reads) > 0:
             terms[layer.weight] = _added(reads)
         else:
@@ -220,13 +230,36 @@ def _summed(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, 
         losses, run = torch.func.vmap(probed, randomness=randomness)(probes, free, examples)
         return losses.sum(), run
 
-    of_total: Callable[..., Any] = torch.func.grad(total, argnums=(0, 1), has_aux=True)
-    (outputs, dense), run = of_total(*_copies((_probes(found, n), free), n), examples)
+    (outputs, dense), run = _differentiated(total, _copies((_probes(found, n), free), n), examples)
     return outputs, dense, *run
 
 
+def _differentiated(f: Callable[..., tuple[Tensor, _Run]], at: Any, examples: Batch) -> tuple[Any, _Run]:
+    """`torch.func.grad` w.r.t. a tuple of trees; where nothing transforms or traces it, of a graph that is freed.
+
+    A gradient of `torch.func` can be differentiated again: it keeps every activation, and what the backward pass made
+    of it, to the end.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        of_f: Callable[..., Any] = torch.func.grad(f, argnums=tuple(range(len(at))), has_aux=True)
+        return of_f(*at, examples)
+    with torch.enable_grad():
+        leaves, tree = pytree.tree_flatten(at)
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        value, run = f(*pytree.tree_unflatten(leaves, tree), _detached(examples))
+        if value.requires_grad and len(leaves) > 0:
+            gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
+        else:
+            gradients = tuple(map(torch.zeros_like, leaves))
+    return pytree.tree_unflatten(gradients, tree), _detached(run)
+
+
+def _detached(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+
+
 def _each(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, randomness: str) -> Part:
-    """`vmap(grad)` as it is, for a loss that calls `torch.autograd.grad` itself."""
+    """`vmap(grad)` as it is."""
     of_one: Callable[..., Any] = torch.func.grad(probed, argnums=(0, 1), has_aux=True)
     copies = _copies((_probes(found, n), free), n)
     (outputs, dense), run = torch.func.vmap(of_one, randomness=randomness)(*copies, examples)
@@ -236,7 +269,7 @@ def _each(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, ra
 def _looped(probed: Probed, found: Plan, free: Params, examples: Batch, n: int, randomness: str) -> Part:
     """One example, without `vmap`: a copy, for discovery may not have seen whether the loss changes it in place."""
     example = pytree.tree_map(lambda leaf: leaf[0].clone(), examples)
-    (outputs, dense), run = torch.func.grad(probed, argnums=(0, 1), has_aux=True)(_probes(found, n), free, example)
+    (outputs, dense), run = _differentiated(probed, (_probes(found, n), free), example)
     return pytree.tree_map(lambda t: t[None], (outputs, dense, *run))
 
 
@@ -246,11 +279,11 @@ def _batched(probed: Probed, found: Plan, free: Params, batch: Batch, n: int, ra
     probes = _probes(found, n)
 
     def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], _Run]]:
-        def total(probes: list[Tensor]) -> tuple[Tensor, _Run]:
+        def total(probes: list[Tensor], batch: Batch) -> tuple[Tensor, _Run]:
             losses, run = probed(probes, free, batch, n)
             return losses.sum(), run
 
-        outputs, run = torch.func.grad(total, has_aux=True)(probes)
+        (outputs,), run = _differentiated(total, (probes,), batch)
         return run.losses, (outputs, run)
 
     dense: Params = {}

@@ -13,9 +13,11 @@ Orders of `sum_n (Q_B^T G[n] Q_A)^2` for one layer, all exact:
 examples bound the extra memory.
 """
 
+from __future__ import annotations
+
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import opt_einsum
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from . import kernels
 from .kronecker import (
+    CACHE_BYTES,
     NOMINAL_N,
     add_rows,
     block_count,
@@ -72,8 +75,9 @@ def _inside_sums(terms: Terms, basis: Basis) -> Sums:
             projected, square = kernels.projected_sums(project_outputs(g, basis), project_inputs(a, basis))
             return Sums(_turned_back(projected, term, basis), projected, square)
         case (Factored() as term,) if not _by_pairs(term):
-            projected, square = _formed_sums(term, basis)
-            return Sums(_turned_back(projected, term, basis), projected, square)
+            in_basis, square = _formed_sums(term, basis)
+            assert in_basis is not None
+            return Sums(_turned_back(in_basis, term, basis), in_basis, square)
     total = gradient(terms)
     return Sums(total, into_basis(total, basis), _inside_squares(terms, basis))
 
@@ -99,7 +103,7 @@ def _inside_squares(terms: Terms, basis: Basis) -> Tensor:
         case (Factored(Tensor() as a, g),) if kernels.takes(g, a, basis):
             return kernels.projected_sums(project_outputs(g, basis), project_inputs(a, basis))[1]
         case (Factored() as term,):
-            return _pair_squares(term, basis) if _by_pairs(term) else _formed_sums(term, basis)[1]
+            return _pair_squares(term, basis) if _by_pairs(term) else _formed_sums(term, basis, total=False)[1]
         case (Dense(G),):
             return _dense_squares(G, basis)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
@@ -151,7 +155,8 @@ def contraction(terms: Terms, basis: Basis) -> Contraction:
                 return Contraction("project a and g, multiply pairs of positions", operations, 1)
             steps = _steps(g.shape, a.shape, basis)
             operations = sum(step.operations for step in steps) * n // NOMINAL_N
-            return Contraction(", ".join(step.name for step in steps), operations, block_count(g, _entries(factored)))
+            entries, cached = _entries(factored, any(step.name == "project a" for step in steps))
+            return Contraction(", ".join(step.name for step in steps), operations, block_count(g, entries, cached))
         case (Dense(G),):
             return Contraction(
                 "project G[n]", 2 * G.numel() * (turned_A + turned_B + 1), block_count(G, G.shape[1:].numel())
@@ -210,30 +215,67 @@ def _pair_squares(term: Factored, basis: Basis) -> Tensor:
     return square
 
 
-def _formed_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
-    """The sums of G in the basis and of its square, some examples at a time."""
+def _formed_sums(term: Factored, basis: Basis, total: bool = True) -> tuple[Tensor | None, Tensor]:
+    """The sums of G in the basis, if wanted, and of its square.
+
+    What comes before G[n] is one product for as many examples as memory allows, for each reads the basis; gradients are
+    formed of so few that they stay in cache.
+    """
     g, a = term.g, term.a
-    if isinstance(a, Patches) and not a.apart and basis.Q_A.dim() == 3:
-        basis, write = basis._replace(Q_A=basis.Q_A[:, a.inverse()]), Patches.write_fast
-    else:
-        write = Patches.write
-    entries, sums = _entries(term), None
-    for of_g, of_a in zip(in_blocks(g, entries), in_blocks(a, entries), strict=True):
-        sums = _added(sums, _contract(of_g, write(of_a) if isinstance(of_a, Patches) else of_a, basis))
-    assert sums is not None
-    return sums
+    early, late = _halves(_steps(g.shape, a.shape, basis))
+    basis, write = _patches_in(a, basis, "project a" in early)
+    of_G = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
+    apart = not late and of_G * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
+    entries, cached = _entries(term, "project a" in early)
+    in_basis, square = None, None
+    for of_g, of_a in zip(in_blocks(g, entries, cached), in_blocks(a, entries, cached), strict=True):
+        h = project_outputs(of_g, basis) if "project g" in early else of_g
+        x = write(of_a) if isinstance(of_a, Patches) else of_a
+        x = project_inputs(x, basis) if "project a" in early else x
+        if total and apart:
+            of_block = torch.einsum("nbso,nbsik->boik", h, x)
+            in_basis = of_block if in_basis is None else in_basis + of_block
+        whole = torch.compiler.is_compiling()  # its blocks are those of memory already
+        for few_h, few_x in [(h, x)] if whole else zip(in_blocks(h, of_G), in_blocks(x, of_G), strict=True):
+            G = form(few_h, few_x)
+            for name in late:
+                G = turn_inputs(G, basis.Q_A) if name == "project G[n] Q_A" else turn_outputs(G, basis.Q_B)
+            if total and not apart:
+                in_basis = _add(in_basis, G)
+            square = _add(square, G, squared=True)
+    assert square is not None
+    return in_basis, square
 
 
-def _added(sums: tuple[Tensor, Tensor] | None, G: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over examples of G and of its square, with those of a block `[n b o i k]`."""
+def _halves(steps: Sequence[Step]) -> tuple[list[str], list[str]]:
+    """The names of the products before G[n] is formed, and of those after."""
+    names = [step.name for step in steps]
+    at = names.index("form G[n]")
+    return names[:at], names[at + 1 :]
+
+
+def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, Callable[[Patches], Tensor]]:
+    """How to write patches, and a basis in their order: the fast one, unless the basis has more entries than they."""
+    if (
+        not isinstance(a, Patches)
+        or a.apart
+        or basis.Q_A.dim() != 3
+        or (projected and NOMINAL_N * a.shape[2] < a.shape[3])
+    ):
+        return basis, Patches.write
+    return basis._replace(Q_A=basis.Q_A[:, a.inverse()]), Patches.write_fast
+
+
+def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
+    """The sum over examples of G or of its square, with that of a block `[n b o i k]`."""
     if torch.compiler.is_compiling() or G.device.type != "cpu":
-        total, square = G.sum(0), G.square().sum(0)
-        return (total, square) if sums is None else (sums[0] + total, sums[1] + square)
-    total, square = (torch.zeros_like(G[0]) for _ in range(2)) if sums is None else sums
+        of_block = (G.square() if squared else G).sum(0)
+        return of_block if sum is None else sum + of_block
+    if sum is None:
+        sum = torch.zeros_like(G[0])
     for of_one in G:  # one pass each, where a sum over a short leading axis is slow
-        total.add_(of_one)
-        square.addcmul_(of_one, of_one)
-    return total, square
+        sum = sum.addcmul_(of_one, of_one) if squared else sum.add_(of_one)
+    return sum
 
 
 def _turned_back(projected: Tensor, term: Factored, basis: Basis) -> Tensor:
@@ -248,35 +290,23 @@ def _turned_back(projected: Tensor, term: Factored, basis: Basis) -> Tensor:
 
 def _dense_squares(G: Tensor, basis: Basis) -> Tensor:
     """The sum of the squares of G in the basis, some examples at a time."""
-    sums = None
+    square = None
     for block in in_blocks(G, G.shape[1:].numel()):
-        sums = _added(sums, into_basis(block, basis))
-    assert sums is not None
-    return sums[1]
+        square = _add(square, into_basis(block, basis), squared=True)
+    assert square is not None
+    return square
 
 
-def _entries(term: Factored) -> int:
-    """Entries of what is written of one example: its gradient, and its patches where they are unwritten."""
+def _entries(term: Factored, projected: bool) -> tuple[int, bool]:
+    """Entries of what is written of one example before its square is summed, and whether it is to stay in cache.
+
+    Where inputs are projected first it is not, and gradients come later, of fewer examples.
+    """
     _, b, s, i, k = term.a.shape
-    return b * i * k * (term.g.shape[3] + (s if isinstance(term.a, Patches) else 0))
-
-
-def _contract(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
-    """`Q_B^T G[n] Q_A`, `[n b O I k]`, in the cheapest order."""
-    G = g  # overwritten by the step that forms it
-    for step in _steps(g.shape, a.shape, basis):
-        match step.name:
-            case "project g":
-                g = project_outputs(g, basis)
-            case "project a":
-                a = project_inputs(a, basis)
-            case "form G[n]":
-                G = form(g, a)
-            case "project G[n] Q_A":
-                G = turn_inputs(G, basis.Q_A)
-            case "project G[n] Q_B":
-                G = turn_outputs(G, basis.Q_B)
-    return G
+    o, written = term.g.shape[3], isinstance(term.a, Patches)
+    if projected and not torch.compiler.is_compiling():
+        return b * s * (i * k * (1 + written) + o), False
+    return b * i * k * (o + s * written), not projected
 
 
 class Step(NamedTuple):

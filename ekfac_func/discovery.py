@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
     layers: tuple[Layer, ...]
     calls: tuple[Tapped, ...]  # in the order of the loss
-    second_order: bool  # the loss calls torch.autograd.grad, which vmap would hide from the gradient around it
+    nested: bool  # vmap(grad) as it is: the loss calls torch.autograd.grad, or a function that vmap knows only there
     open: bool  # no loss of `batching.OPEN` stands inside a transform of the user's own
     looped: bool = False  # vmap cannot run the loss: a function for which it has no rule, a branch on values
 
@@ -174,7 +174,7 @@ def _discover(
         free = _Run(
             [], set(param_specs), {name: {"a branch on the values of tensors": None} for name in param_specs}, True
         )
-        return Plan(*_arrange(param_specs, free, []), second_order=False, open=False, looped=True)
+        return Plan(*_arrange(param_specs, free, []), nested=False, open=False, looped=True)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
@@ -182,7 +182,7 @@ def _discover(
                 "example, or use torch.func.grad inside it"
             ) from None
         none = _Run([], set(param_specs), {name: {"torch.autograd.grad": None} for name in param_specs}, True)
-        return Plan(*_arrange(param_specs, none, []), second_order=True, open=False)
+        return Plan(*_arrange(param_specs, none, []), nested=True, open=False)
 
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)

@@ -48,24 +48,27 @@ MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
 CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
 
 
-def block_count(t: Tensor | Patches, entries: int) -> int:
-    """Into how many blocks examples are split that need so many entries each."""
+def block_count(t: Tensor | Patches, entries: int, cached: bool = True) -> int:
+    """Into how many blocks examples are split that need so many entries each.
+
+    cached: on a CPU so many that a block stays in its cache, else no more than memory asks for.
+    """
     x = t.x if isinstance(t, Patches) else t
     if torch.compiler.is_compiling():
         n, most = NOMINAL_N, MAX_BYTES
     else:
-        n, most = x.shape[0], min(MAX_BYTES, CACHE_BYTES) if x.device.type == "cpu" else MAX_BYTES
+        n, most = x.shape[0], min(MAX_BYTES, CACHE_BYTES) if cached and x.device.type == "cpu" else MAX_BYTES
     return min(n, max(1, -(-n * entries * x.element_size() // most)))
 
 
-def in_blocks(t: Any, entries: int) -> Sequence[Any]:
+def in_blocks(t: Any, entries: int, cached: bool = True) -> Sequence[Any]:
     """A tensor or patches in blocks of examples that need so many entries each.
 
     In a graph filled up with examples of zeros, since blocks of the traced batch's size would fix it.
     """
     if isinstance(t, Patches):
-        return [replace(t, x=x) for x in in_blocks(t.x, entries)]
-    count = block_count(t, entries)
+        return [replace(t, x=x) for x in in_blocks(t.x, entries, cached)]
+    count = block_count(t, entries, cached)
     if count == 1 or not torch.compiler.is_compiling():
         return t.tensor_split(count)
     n = t.shape[0]
