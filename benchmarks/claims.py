@@ -1,6 +1,7 @@
-"""The claims of George et al. 2018, read from the records of studies: `python benchmarks/claims.py runs/*/records.csv`.
+"""The claims of George et al. 2018, from a study: `python benchmarks/claims.py runs/cnn-*/records.csv`.
 
-Errors are `||F - estimate||_F / ||F||_F`; an uncertainty is the standard error over the batches.
+Errors are `||F - estimate||_F / ||F||_F`. Of several seeds a figure is the mean over them of each one's mean over the
+batches, its uncertainty the standard error over the seeds; of one seed that over the batches.
 """
 
 import csv
@@ -8,44 +9,50 @@ import math
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 
-Rows = list[dict[str, str]]
+Row = dict[str, str]
+Rows = list[Row]
+Figure = Callable[[Row], float]
 
 
-def mean(values: list[float]) -> str:
-    """With its standard error, where there are several."""
+def error(row: Row) -> float:
+    return float(row["fisher_error"])
+
+
+def left_by_the_basis(row: Row) -> float:
+    """The error of a moment of all the data in the same basis: the root of the share off its diagonal."""
+    return math.sqrt(float(row["off_diagonal"]))
+
+
+def mean(seeds: list[Rows], figure: Figure, **wanted: str) -> str:
+    """Of the rows with the wanted columns, with its standard error where there is one."""
+    chosen = [[figure(row) for row in rows if wanted.items() <= row.items()] for rows in seeds]
+    values = [statistics.fmean(of_seed) for of_seed in chosen if of_seed] if len(seeds) > 1 else chosen[0]
+    if not values:
+        return "-"
     if len(values) == 1:
         return f"{values[0]:.3g}"
     return f"{statistics.fmean(values):.3g} ± {statistics.stdev(values) / math.sqrt(len(values)):.1g}"
 
 
-def errors(rows: Rows, *keys: str) -> dict[tuple[str, ...], list[float]]:
-    """By these columns."""
-    found = defaultdict(list)
-    for row in rows:
-        found[tuple(row[key] for key in keys)].append(float(row["fisher_error"]))
-    return found
-
-
-def basis_alone(rows: Rows) -> None:
-    """The error that the stale basis leaves to a moment of all the data: the root of the share off its diagonal."""
-    found = defaultdict(list)
-    for row in rows:
-        if (row["part"], row["layer"], row["estimator"]) == ("refresh", "all", "stale basis, fresh moment"):
-            found[int(row["since_refresh"])].append(math.sqrt(float(row["off_diagonal"])))
-    print(
-        f"    {'stale basis, moment of all data':32} " + " | ".join(mean(values) for _, values in sorted(found.items()))
-    )
+def column(seeds: list[Rows], name: str, part: str) -> list[str]:
+    """The values of a column in a part of the study, numbers in rising order."""
+    values = list(dict.fromkeys(row[name] for rows in seeds for row in rows if row["part"] == part))
+    return sorted(values, key=int) if all(value.isdigit() for value in values) else values
 
 
 def nearer(rows: Rows) -> None:
     """On how many layers at how many stages the exact moment is nearer to F than the eigenvalues' product."""
     for part in ("all data", "batches"):
-        found = errors([row for row in rows if row["part"] == part], "stage", "layer", "estimator")
+        found = defaultdict(list)
+        for row in rows:
+            if row["part"] == part and row["layer"] != "all":
+                found[row["stage"], row["layer"], row["estimator"]].append(error(row))
         pairs = [
             [exact - product for exact, product in zip(values, found[stage, layer, "kfac"], strict=True)]
             for (stage, layer, name), values in found.items()
-            if name == "intra_batch" and layer != "all"
+            if name == "intra_batch"
         ]
         # a batch for each value: sign of the mean difference, and whether it is beyond two standard errors
         better = sum(statistics.fmean(d) <= 1e-9 for d in pairs)
@@ -54,24 +61,29 @@ def nearer(rows: Rows) -> None:
         print(f"  {part}: nearer or equal on {better} of {len(pairs)}; of {len(clear)} clear ones {worse} against")
 
 
-def table(rows: Rows, part: str, along: str) -> None:
-    """The whole model's errors, a line an estimator."""
-    chosen = [row for row in rows if row["part"] == part and row["layer"] == "all"]
-    columns = list(dict.fromkeys(row[along] for row in chosen))
-    columns.sort(key=int)
-    found = errors(chosen, "estimator", along)
-    print(f"  {part}, by {along}: {', '.join(columns)}")
-    for name in dict.fromkeys(row["estimator"] for row in chosen):
-        figures = [mean(found[name, x]) if (name, x) in found else "-" for x in columns]
-        print(f"    {name:32} " + " | ".join(figures))
+def table(seeds: list[Rows], part: str, along: str, layer: str = "all") -> None:
+    """Errors of one layer, or of the whole model, a line an estimator."""
+    columns = column(seeds, along, part)
+    print(f"  {part}, {layer}, by {along}: {', '.join(columns)}")
+    for name in column(seeds, "estimator", part):
+        wanted = {"part": part, "layer": layer, "estimator": name}
+        print(f"    {name:32} " + " | ".join(mean(seeds, error, **wanted, **{along: x}) for x in columns))
 
 
+seeds = []
 for path in sys.argv[1:]:
     with open(path, newline="") as file:
-        records = list(csv.DictReader(file))
+        seeds.append(list(csv.DictReader(file)))
     print(path)
-    nearer(records)
-    table(records, "all data", "stage")
-    table(records, "batches", "stage")
-    table(records, "refresh", "since_refresh")
-    basis_alone(records)
+    nearer(seeds[-1])
+table(seeds, "all data", "stage")
+table(seeds, "batches", "stage")
+if "sua" in column(seeds, "estimator", "all data"):
+    for layer in column(seeds, "layer", "all data"):
+        if layer != "all":
+            table(seeds, "all data", "stage", layer)
+table(seeds, "refresh", "since_refresh")
+fresh = {"part": "refresh", "layer": "all", "estimator": "stale basis, fresh moment"}
+since = column(seeds, "since_refresh", "refresh")
+figures = (mean(seeds, left_by_the_basis, **fresh, since_refresh=x) for x in since)
+print(f"    {'stale basis, moment of all data':32} " + " | ".join(figures))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.workloads import DAMPING, Work, cross_entropy, naive, precondition_gradient
-from ekfac_func import State, eigh, ekfac, exact_squares, per_example_gradients, rank, thin
+from ekfac_func import State, compact, eigh, ekfac, exact_squares, per_example_gradients, rank, thin
 from ekfac_func.types import Params
 
 STEPS = 10  # from one refresh to the next
@@ -80,6 +80,14 @@ def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
         steps,
         lambda: step(w.params, w.batch, known),
     )
+
+
+def compactly(w: Work) -> Calls:
+    """Full bases as reflections, of the samples of a batch."""
+    x, y = w.batch
+    if y.dim() > 1 or x.dim() > 2:
+        raise ValueError("compact is for layers of fewer samples than dimensions")
+    return ours(w, bases={"*": compact(len(x))})
 
 
 def naively(w: Work) -> Calls:
@@ -224,6 +232,7 @@ LIBRARIES: dict[str, Callable[[Work], Calls]] = {
     "ekfac_func-float32": lambda w: ours(w, refresh=eigh(torch.float32)),
     "ekfac_func-rank": lambda w: ours(w, bases={"*": rank(256)}),
     "ekfac_func-thin": lambda w: ours(w, bases={"*": thin}, basis_every=1)._replace(moment=None, precondition=None),
+    "ekfac_func-compact": compactly,
     "naive": naively,
     "curvlinops": curvlinops,
     "nngeometry": nngeometry,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import check_count
 from .kronecker import formed
-from .types import Basis, Factor, Factors, Gram, Layer, Means, outside
+from .types import Basis, Factor, Factors, Gram, Layer, Means, Reflections, Side, outside
 
 eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail on any machine
 
@@ -90,24 +90,50 @@ The state carries nothing of such a layer: its factors, basis and moment there h
 graphs of its own for each batch size.
 """
 
-Choice = Blocks | Rank | Thin
+
+class Compact(NamedTuple):
+    """A full basis of few samples. See `compact`."""
+
+    samples: int
+
+
+def compact(samples: int) -> Compact:
+    """The full eigenbasis of a layer whose factors come from at most so many samples, examples times positions.
+
+    The eigenvectors of fewer samples than a side has dimensions are r = samples columns, and any orthonormal ones
+    beside them: those that r Householder reflections leave. Kept as reflections, a product with the basis takes 4 d r
+    operations a row in place of 2 d^2, a refresh a QR of the samples and an eigenvalue problem of r dimensions, and the
+    state `2 d r + r^2` numbers in place of d^2. Nothing is left out, so that it may be stale, and the moment averaged.
+
+    It takes `factor_decay=0`, and a refresh of more samples raises ValueError. A side of less than `2 samples`
+    dimensions is full as it is, and so are lookup tables, layers with SUA and those whose gradients are taken as they
+    are. A refresh solves as `eigh` does, in the dtype of `refresh`.
+    """
+    check_count("samples", samples)
+    return Compact(samples)
+
+
+Choice = Blocks | Rank | Thin | Compact
 Choices = Mapping[str, Choice]  # by a pattern of the weight's name, as of a file's; the first that fits
 
 
 def choose(layers: Sequence[Layer], choices: Choices) -> dict[str, Choice]:
     """The choice of each layer; the rows of a lookup table are diagonal in any case."""
-    return _choose(tuple((layer.weight, layer.sizes, layer.table) for layer in layers), (dict(choices),))
+    known = tuple((layer.weight, layer.sizes, layer.table, layer.rule is None) for layer in layers)
+    return _choose(known, (dict(choices),))
 
 
 @torch.compiler.assume_constant_result
 def _choose(
-    layers: tuple[tuple[str, tuple[int, int, int, int], bool], ...], choices: tuple[dict[str, Choice]]
+    layers: tuple[tuple[str, tuple[int, int, int, int], bool, bool], ...], choices: tuple[dict[str, Choice]]
 ) -> dict[str, Choice]:
     chosen = {}
-    for name, (_, o, i, _), table in layers:
+    for name, (_, o, i, k), table, as_it_is in layers:
         fits = (value for pattern, value in choices[0].items() if fnmatch.fnmatchcase(name, pattern))
         choice = next(fits, FULL)
         if isinstance(choice, Rank) and choice.r >= i - 1 and (table or choice.r >= o - 1):
+            choice = FULL
+        if isinstance(choice, Compact) and (table or as_it_is or k > 1 or 2 * choice.samples > max(o, i)):
             choice = FULL
         chosen[name] = choice._replace(outputs=1) if table and isinstance(choice, Blocks) else choice
     return chosen
@@ -116,9 +142,10 @@ def _choose(
 def check_choices(choices: Choices) -> None:
     """bases: a mapping from patterns to choices of whole numbers."""
     for pattern, value in choices.items():
-        if not isinstance(value, Blocks | Rank | Thin):
+        if not isinstance(value, Blocks | Rank | Thin | Compact):
             raise TypeError(
-                f"bases[{pattern!r}] is {value!r}: give FULL, DIAGONAL, blocks(max_dim), Blocks(...), rank(r) or thin"
+                f"bases[{pattern!r}] is {value!r}: give FULL, DIAGONAL, blocks(max_dim), Blocks(...), rank(r), thin or "
+                "compact(samples)"
             )
         for largest in value:
             if largest is not None:
@@ -152,6 +179,8 @@ def shapes(layer: Layer, choice: Choice) -> tuple[tuple[int, ...], tuple[int, ..
             return (b, *_columns(i, r)), (b, *(side(o, 1) if layer.table else _columns(o, r)))
         case Thin():
             return (b, i, 0), (b, o, 0)
+        case Compact():
+            return (b, i, i), (b, o, o)
 
 
 def _columns(dim: int, r: int) -> tuple[int, int]:
@@ -159,8 +188,8 @@ def _columns(dim: int, r: int) -> tuple[int, int]:
 
 
 def factor_shapes(layer: Layer, choice: Choice, averaged: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of A and B as the state has them: none of a thin layer, nor of a `rank(r)` one that averages no factors."""
-    if isinstance(choice, Thin) or (isinstance(choice, Rank) and not averaged):
+    """Of A and B as the state has them: none of a thin or compact layer, nor of a `rank(r)` one without an average."""
+    if isinstance(choice, Thin | Compact) or (isinstance(choice, Rank) and not averaged):
         return (layer.sizes[0], 0, 0), (layer.sizes[0], 0, 0)
     A, B = shapes(layer, choice)
     return (*A[:-1], A[-2]), (*B[:-1], B[-2])
@@ -176,16 +205,29 @@ def moment_shape(layer: Layer, choice: Choice) -> tuple[int, int, int, int]:
 
 def identity(layer: Layer, choice: Choice, like: Tensor) -> Basis:
     """The basis before the first refresh: the parameters' own coordinates, or where it is to be of some rank any."""
-    return Basis(*(_start(shape, like) for shape in shapes(layer, choice)))
+    return Basis(*(_start(shape, like, choice) for shape in shapes(layer, choice)))
 
 
 def empty(layer: Layer, choice: Choice, like: Tensor) -> Basis:
     """A basis of the right shapes, for what reads no values."""
-    return Basis(*(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes(layer, choice)))
+
+    def side_of(shape: tuple[int, ...]) -> Side:
+        if _reflects(shape, choice):
+            return _start(shape, like, choice)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    return Basis(*map(side_of, shapes(layer, choice)))
 
 
-def _start(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _reflects(shape: tuple[int, ...], choice: Choice) -> bool:
+    return isinstance(choice, Compact) and 2 * choice.samples <= shape[-1]
+
+
+def _start(shape: tuple[int, ...], like: Tensor, choice: Choice) -> Side:
     b, *between, rows, columns = shape
+    if isinstance(choice, Compact) and _reflects(shape, choice):
+        V, W = (torch.zeros(b, rows, choice.samples, dtype=like.dtype, device=like.device) for _ in range(2))
+        return Reflections(V, W, torch.eye(choice.samples, dtype=like.dtype, device=like.device).repeat(b, 1, 1))
     if columns == rows or columns == 0:
         one = torch.eye(rows, columns, dtype=like.dtype, device=like.device)
         return one.repeat(b, *between, 1, 1)
@@ -232,7 +274,8 @@ def eigh(dtype: torch.dtype = torch.float64) -> Refresh:
 
 def _of_samples(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Eigenvectors `[b d d]` of `x^T x`, ascending, and whether the solver found those in the span, `[b 1 1]`."""
-    Q, R = complete_qr(x.mT)
+    V, W, R = householder(x.mT)
+    Q = torch.eye(x.shape[2], dtype=x.dtype, device=x.device) - V @ W.mT
     R = R.to(dtype)
     U = eigenvectors(R @ R.mT)
     k = R.shape[1]
@@ -340,7 +383,10 @@ def refresh(
     return Basis(Q_A, Q_B), failed_A + failed_B
 
 
-def _refresh(C: Factor, old: Tensor, how: Refresh, first: bool) -> tuple[Tensor, Tensor]:
+def _refresh(C: Factor, old: Side, how: Refresh, first: bool) -> tuple[Side, Tensor]:
+    if isinstance(old, Reflections):
+        assert isinstance(C, Gram)
+        return _reflect(C.x, old, how)
     if outside(old):
         return _iterate(C, old, how.iterations + first)
     if isinstance(C, Gram) and how.of_samples is not None:
@@ -359,6 +405,22 @@ def _refresh(C: Factor, old: Tensor, how: Refresh, first: bool) -> tuple[Tensor,
 def _where_good(Q: Tensor, good: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     """The new eigenvectors, else the old ones; how many those are."""
     return torch.where(good, Q.to(old.dtype), old), (~good).sum()
+
+
+def _reflect(x: Tensor, old: Reflections, how: Refresh) -> tuple[Reflections, Tensor]:
+    """The eigenvectors of `x^T x` by reflections onto the span of the samples `[b samples d]`, and in it."""
+    samples, r = x.shape[1], old.E.shape[-1]
+    if samples > r:
+        raise ValueError(
+            f"a refresh has {samples} samples (examples times positions) of a layer with bases=compact({r}): give "
+            f"compact({samples}), fewer examples, or FULL"
+        )
+    V, W, R = householder(F.pad(_scaled(x)[0], (0, 0, 0, r - samples)).mT)
+    R = R.to(x.dtype if how.dtype is None or x.device.type == "mps" else how.dtype)
+    E = eigenvectors(R @ R.mT)
+    good = _orthonormal(E, x.dtype)
+    new = Reflections(V, W, E.to(x.dtype))
+    return Reflections(*(torch.where(good, t, kept) for t, kept in zip(new, old, strict=True))), (~good).sum()
 
 
 def _iterate(C: Factor, old: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -455,31 +517,31 @@ def _(
     return eigenvectors_where_due(C.expand(size, *C.shape[1:]), old.expand(size, *old.shape[1:]), tolerance), 0
 
 
-@torch.library.custom_op("ekfac_func::complete_qr", mutates_args=())
-def complete_qr(X: Tensor) -> tuple[Tensor, Tensor]:
-    """`X = Q[..., :k] R` of matrices `[b d m]`: orthonormal Q `[b d d]`, triangular R `[b k m]` with k = min(d, m).
+@torch.library.custom_op("ekfac_func::householder", mutates_args=())
+def householder(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`X = (I - V W^T)[..., :k] R` of matrices `[b d m]`: V and W `[b d k]`, triangular R `[b k m]`, k = min(d, m).
 
-    The Householder vectors V of a QR make `Q = I - V T V^T`, which products with V alone multiply out: Joffrain et al.
-    2006, https://doi.org/10.1145/1141885.1141886. A custom operator, for `torch.geqrf` has no rule under Dynamo.
+    The Householder vectors V of a QR make the orthonormal `I - V T V^T`, and W is `V T^T`: Joffrain et al. 2006,
+    https://doi.org/10.1145/1141885.1141886. A custom operator, for `torch.geqrf` has no rule under Dynamo.
     """
     V, tau = torch.geqrf(X)
     k = tau.shape[-1]
     R = V[:, :k].triu()
-    one = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-    V = (V[..., :k].tril(-1) + one[:, :k]) * (tau != 0).to(X)[:, None]  # 0 where there was nothing to reflect
+    one = torch.eye(X.shape[1], k, dtype=X.dtype, device=X.device)
+    V = (V[..., :k].tril(-1) + one) * (tau != 0).to(X)[:, None]  # 0 where there was nothing to reflect
     inverse = (V.mT @ V).triu(1) + torch.diag_embed(1 / torch.where(tau == 0, 1, tau))
-    return one - V @ torch.linalg.solve_triangular(inverse, V.mT, upper=True), R
+    return V, torch.linalg.solve_triangular(inverse, V.mT, upper=True).mT.contiguous(), R
 
 
-@complete_qr.register_fake
-def _(X: Tensor) -> tuple[Tensor, Tensor]:
+@householder.register_fake
+def _(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b, d, m = X.shape
-    return X.new_empty(b, d, d), X.new_empty(b, min(d, m), m)
+    k = min(d, m)
+    return X.new_empty(b, d, k), X.new_empty(b, d, k), X.new_empty(b, k, m)
 
 
-@complete_qr.register_vmap
-def _(info: object, in_dims: tuple[int | None], X: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+@householder.register_vmap
+def _(info: object, in_dims: tuple[int | None], X: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
     (dim,) = in_dims
     X = X.movedim(dim or 0, 0)
-    Q, R = complete_qr(X.flatten(0, 1))
-    return (Q.unflatten(0, X.shape[:2]), R.unflatten(0, X.shape[:2])), (0, 0)
+    return tuple(t.unflatten(0, X.shape[:2]) for t in householder(X.flatten(0, 1))), (0, 0, 0)

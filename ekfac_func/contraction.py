@@ -256,12 +256,9 @@ def _halves(steps: Sequence[Step]) -> tuple[list[str], list[str]]:
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, Callable[[Patches], Tensor]]:
     """How to write patches, and a basis in their order: the fast one, unless the basis has more entries than they."""
-    if (
-        not isinstance(a, Patches)
-        or a.apart
-        or basis.Q_A.dim() != 3
-        or (projected and NOMINAL_N * a.shape[2] < a.shape[3])
-    ):
+    many = NOMINAL_N * a.shape[2] >= a.shape[3]
+    whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
+    if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
         return basis, Patches.write
     return basis._replace(Q_A=basis.Q_A[:, a.inverse()]), Patches.write_fast
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all
+from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
-from .types import Basis, Layer, Number, Params, State
+from .types import Basis, Layer, Number, Params, Reflections, Side, State
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Curvature:
         """A tree like params."""
         found = {}
         for layer in self.layers:
-            Q_A, Q_B = self.bases[layer.weight]
-            squared = Basis(Q_A.square(), Q_B.square())
+            squared = Basis(*(written(Q).square() for Q in self.bases[layer.weight]))
             found[layer.weight] = out_of_basis(self.values[layer.weight], squared, layer.sizes)
         return self._tree(found)
 
@@ -103,7 +102,10 @@ class Curvature:
         for layer in self.layers:
             refuse_large(layer)
             b, o, i, k = layer.sizes
-            values, basis = self.values[layer.weight].double(), Basis(*(Q.double() for Q in self.bases[layer.weight]))
+            values, basis = (
+                self.values[layer.weight].double(),
+                Basis(*(written(Q).double() for Q in self.bases[layer.weight])),
+            )
             units = torch.eye(o * i * k, dtype=torch.float64, device=values.device).reshape(o * i * k, 1, o, i, k)
             columns = out_of_basis(into_basis(units.expand(-1, b, -1, -1, -1), basis) * values, basis, layer.sizes)
             matrices[layer.weight] = columns.flatten(2).permute(1, 2, 0)
@@ -196,8 +198,10 @@ def _real(basis: Basis, layer: Layer) -> Tensor:
     return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
 
 
-def _length_inside(Q: Tensor, size: int) -> Tensor:
+def _length_inside(Q: Side, size: int) -> Tensor:
     """`[b D]`: the squared length of each column of a side within the side's first entries."""
+    if isinstance(Q, Reflections):
+        return Q.V.new_ones(Q.shape[:2])
     if Q.dim() == 3:
         return torch.ones_like(Q.diagonal(dim1=-2, dim2=-1))
     b, m, d = Q.shape[:3]

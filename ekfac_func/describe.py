@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import basis as eigenbasis
 from .basis import FULL, Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
@@ -101,7 +102,8 @@ def _row(layer: Layer, terms: Terms, chosen: Choice, p: Tensor, averaged: bool) 
     A, B = factor_shapes(layer, chosen, averaged)
     Q_A, Q_B = eigenbasis.shapes(layer, chosen)
     size = statistics_dtype(p).itemsize
-    factors, basis = (size * (math.prod(x) + math.prod(y)) for x, y in ((A, B), (Q_A, Q_B)))
+    factors = size * (math.prod(A) + math.prod(B))
+    basis = size * sum(t.numel() for t in pytree.tree_leaves(eigenbasis.empty(layer, chosen, p)))
     moment = size * math.prod(moment_shape(layer, chosen))
     s = sum(map(positions, terms))
     if isinstance(chosen, Thin):

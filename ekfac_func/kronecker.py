@@ -38,6 +38,8 @@ from .types import (
     Number,
     OneHot,
     Params,
+    Reflections,
+    Side,
     Term,
     Terms,
     outside,
@@ -76,12 +78,14 @@ def in_blocks(t: Any, entries: int, cached: bool = True) -> Sequence[Any]:
     return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
 
 
-def left_as_samples(Q: Tensor, samples: int, single: bool) -> bool:
-    """Whether a factor stays the samples that it is the sum of: one of some rank, or of few samples.
+def left_as_samples(Q: Side, samples: int, single: bool) -> bool:
+    """Whether a factor stays the samples that it is the sum of: one of some rank, a compact one, or of few samples.
 
     samples: of an example. Few are fewer in a nominal batch than a whole side has dimensions; the samples of several
     terms have no unit in common.
     """
+    if isinstance(Q, Reflections):
+        return True
     return outside(Q) > 0 or (single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2])
 
 
@@ -159,7 +163,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
             return FactorSums(A, B, G.shape[0], _trace(B), 1)
 
 
-def _gram(x: Tensor, equation: str, Q: Tensor, axis: int, left: bool = False) -> Factor:
+def _gram(x: Tensor, equation: str, Q: Side, axis: int, left: bool = False) -> Factor:
     """The second moment of samples along an axis, in the blocks of a side of the basis, or left as the samples."""
     if left:
         return Gram(x.movedim((1, axis), (0, -1)).flatten(1, -2))
@@ -186,10 +190,10 @@ def _patch_gram(a: Patches) -> Tensor:
     return torch.cat([torch.cat([gram, beside], 2), torch.cat([beside.mT, corner], 2)], 1)
 
 
-def _blocks(x: Tensor, Q: Tensor, axis: int) -> Tensor:
+def _blocks(x: Tensor, Q: Side, axis: int) -> Tensor:
     """An axis, counted from the right, as `m d` for the blocks of a side of the basis, filled up with zeros."""
     axis += x.dim()
-    if Q.dim() == 3:
+    if isinstance(Q, Reflections) or Q.dim() == 3:
         return x.unsqueeze(axis)
     m, d = Q.shape[1:3]
     missing = m * d - x.shape[axis]
@@ -372,15 +376,70 @@ def _is_matrix(M: Tensor, Q: Tensor) -> bool:
     return Q.dim() == 3 and Q.shape[0] == M.shape[-1] == 1 and Q.shape[-1] > 1
 
 
-def turn_inputs(M: Tensor, Q: Tensor) -> Tensor:
-    """`M Q_A`: `[... b o i k]` to `[... b o I k]`; inputs `[n b s i k]` alike."""
+class Transposed(NamedTuple):
+    """`Q^T` of a compact side."""
+
+    Q: Reflections
+
+
+def transposed(Q: Side) -> Tensor | Transposed:
+    """`Q^T` of a side."""
+    return Transposed(Q) if isinstance(Q, Reflections) else Q.mT
+
+
+def _reflected(x: Tensor, Q: Reflections | Transposed) -> Tensor:
+    """`x Q` or `x Q^T` of `[... b m d]`, in two thin products."""
+    V, W, E = Q if isinstance(Q, Reflections) else Q.Q
+    r = E.shape[-1]
+    if isinstance(Q, Reflections):
+        y = (x @ V) @ -W.mT
+        y += x
+        y[..., :r] = y[..., :r] @ E
+        return y
+    head = x[..., :r] @ E.mT
+    y = (head @ W[:, :r] + x[..., r:] @ W[:, r:]) @ -V.mT
+    y += x
+    y[..., :r] += head - x[..., :r]
+    return y
+
+
+def _reflected_columns(x: Tensor, Q: Reflections | Transposed) -> Tensor:
+    """`Q^T x` or `Q x` of `[... b d m]`; as above, transposed, for the layout in memory."""
+    V, W, E = Q if isinstance(Q, Reflections) else Q.Q
+    r = E.shape[-1]
+    if isinstance(Q, Reflections):
+        y = -W @ (V.mT @ x)
+        y += x
+        y[..., :r, :] = E.mT @ y[..., :r, :]
+        return y
+    head = E @ x[..., :r, :]
+    y = -V @ (W[:, :r].mT @ head + W[:, r:].mT @ x[..., r:, :])
+    y += x
+    y[..., :r, :] += head - x[..., :r, :]
+    return y
+
+
+def written(Q: Side) -> Tensor:
+    """A side `[b d d]` as it is."""
+    if not isinstance(Q, Reflections):
+        return Q
+    one = torch.eye(Q.shape[1], dtype=Q.V.dtype, device=Q.V.device)
+    return _reflected(one.expand(Q.shape), Q)
+
+
+def turn_inputs(M: Tensor, Q: Side | Transposed) -> Tensor:
+    """`M Q_A`: `[... b o i k]` to `[... b o I k]`; inputs `[n b s i k]` alike. Of a compact side k is 1."""
+    if isinstance(Q, Reflections | Transposed):
+        return _reflected(M[..., 0], Q)[..., None]
     if _is_matrix(M, Q):
         return (M[..., 0] @ Q[0])[..., None]
     return _turn(M, Q, "...bomdk,bmdD->...bomDk", -2)
 
 
-def turn_outputs(M: Tensor, Q: Tensor) -> Tensor:
+def turn_outputs(M: Tensor, Q: Side | Transposed) -> Tensor:
     """`Q_B^T M`: `[... b o i k]` to `[... b O i k]`."""
+    if isinstance(Q, Reflections | Transposed):
+        return _reflected_columns(M[..., 0], Q)[..., None]
     if _is_matrix(M, Q):
         return (Q[0].mT @ M[..., 0])[..., None]
     return _turn(M, Q, "...bmdik,bmdD->...bmDik", -3)
@@ -393,7 +452,7 @@ def into_basis(M: Tensor, basis: Basis) -> Tensor:
 
 def out_of_basis(M: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> Tensor:
     """`Q_B M Q_A^T`: `[... b O I k]` to `[... b o i k]`."""
-    return into_basis(M, Basis(basis.Q_A.mT, basis.Q_B.mT))[..., : sizes[1], : sizes[2], :]
+    return into_basis(M, Basis(*map(transposed, basis)))[..., : sizes[1], : sizes[2], :]
 
 
 def project_inputs(a: Tensor, basis: Basis) -> Tensor:
@@ -417,10 +476,10 @@ def eigenvalue_product(factors: Factors | Means, basis: Basis, positions: Number
     return product.clamp(max=torch.finfo(product.dtype).max)[..., None].expand_as(like)
 
 
-def _eigenvalues(C: Factor, Q: Tensor) -> Tensor:
+def _eigenvalues(C: Factor, Q: Side) -> Tensor:
     """`[b I]`; of what lies outside of a basis of some rank their mean."""
     if isinstance(C, Gram):
-        inside = (C.x @ Q).square().sum(1)
+        inside = (_reflected(C.x, Q) if isinstance(Q, Reflections) else C.x @ Q).square().sum(1)
     else:
         inside = torch.einsum("...de,...dD,...eD->...D", C, Q, Q).flatten(1).clamp(min=0)
     left = outside(Q)

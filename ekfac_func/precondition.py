@@ -10,11 +10,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import basis as eigenbasis
 from .basis import (
     Choice,
     Choices,
+    Compact,
     Rank,
     Refresh,
     Thin,
@@ -148,8 +150,8 @@ def ekfac(
     weight_sharing: what a sample of the factors is where an example uses a weight at several positions: `expand`, each
         position, or `reduce`, the example. The moment is exact in both.
     bases: by a pattern of the weight's name, as of a file's, how much of each factor is kept: `FULL`, the default,
-        `DIAGONAL`, `blocks(max_dim)`, or `Blocks(inputs, outputs)` for each side, `rank(r)` or `thin` for wide layers;
-        the first that fits.
+        `DIAGONAL`, `blocks(max_dim)`, or `Blocks(inputs, outputs)` for each side, `rank(r)`, `thin` or
+        `compact(samples)` for wide layers; the first that fits.
     rules: which torch calls are layers, e.g. `{**RULES, **SUA}`.
     has_aux: `loss_fn` returns a pair (loss, aux); the tree of tensors aux, with an axis n in front, is in `info.aux`.
     batched: `loss_fn` takes the batch as it is and returns the losses `[n]`; aux is returned as it is. It is for models
@@ -223,6 +225,11 @@ def ekfac(
     averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
     if any(isinstance(choice, Thin) for choice in choices.values()):
         _check_thin(basis_every, averaged, factor_decay, second_moment, at_refresh)
+    if averaged and any(isinstance(choice, Compact) for choice in choices.values()):
+        raise ValueError(
+            f"factor_decay={factor_decay!r} with compact bases: they are those of the samples of one batch, give "
+            "factor_decay=0, rank(r) or FULL"
+        )
     damp: Damping = damping if callable(damping) else functools.partial(_constant, damping)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
@@ -414,7 +421,7 @@ def _refresh(
     for name, of_layer in terms.items():
         old, moment = state.bases[name], state.second_moments[name]
         mean = mean_factors(factor_sums(of_layer, old, weight_sharing, averaged))
-        if averaged or not isinstance(chosen[name], Rank):
+        if averaged or not isinstance(chosen[name], Rank | Compact):
             factors[name] = average_factors(state.factors[name], mean, factor_decay)
         used = factors[name] if averaged else mean
         bases[name], failed = eigenbasis.refresh(used, old, how, state.step == 0)
@@ -485,7 +492,7 @@ def _choose(finite: Tensor, new: State, old: State) -> State:
     return replace(
         new,
         factors={name: Factors(*map(choose, new.factors[name], old.factors[name])) for name in new.factors},
-        bases={name: Basis(*map(choose, new.bases[name], old.bases[name])) for name in new.bases},
+        bases={name: pytree.tree_map(choose, new.bases[name], old.bases[name]) for name in new.bases},
         second_moments={
             name: Moment(*map(choose, new.second_moments[name], old.second_moments[name]))
             for name in new.second_moments

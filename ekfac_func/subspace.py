@@ -26,8 +26,9 @@ from .kronecker import (
     project_outputs,
     turn_inputs,
     turn_outputs,
+    written,
 )
-from .types import Basis, Dense, Factored, OneHot, Terms, outside
+from .types import Basis, Dense, Factored, OneHot, Side, Terms, outside
 
 NOMINAL_N = 256  # examples, in a graph: one that read the traced batch size would be another for each
 MAX_ENTRIES = 2**24  # that exist at a time of a norm that is summed over blocks of examples, in eager mode
@@ -288,8 +289,8 @@ def turned(old: Basis, new: Basis) -> Basis:
     return Basis(*(_turned(Q_old, Q_new) for Q_old, Q_new in zip(old, new, strict=True)))
 
 
-def _turned(old: Tensor, new: Tensor) -> Tensor:
-    R = (old.mT @ new).square()
+def _turned(old: Side, new: Side) -> Tensor:
+    R = (written(old).mT @ written(new)).square()
     c = outside(old)
     if not c:
         return R
@@ -305,7 +306,7 @@ def counts(basis: Basis, like: Tensor) -> Tensor:
     return in_B[:, None] * in_A
 
 
-def _counts(Q: Tensor, like: Tensor) -> Tensor:
+def _counts(Q: Side, like: Tensor) -> Tensor:
     columns = Q.shape[-1] if Q.dim() == 3 else Q.shape[1] * Q.shape[-1]
     one = like.new_ones(columns)
     return torch.cat([one[:-1], one[:1] * outside(Q)]) if outside(Q) else one

@@ -116,20 +116,42 @@ class Spectrum(NamedTuple):
     size: int  # coordinates of the layer; those that no entry stands for (`thin`) have a second moment of zero
 
 
+class Reflections(NamedTuple):
+    """A full orthonormal side `Q = (I - V W^T) diag(E, I)`, `[b d d]` unwritten: reflections, and a rotation of r axes.
+
+    The compact form of r Householder reflections: Schreiber & Van Loan 1989, https://doi.org/10.1137/0910005.
+    """
+
+    V: Tensor  # [b d r]
+    W: Tensor  # [b d r]
+    E: Tensor  # [b r r]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        b, d, _ = self.V.shape
+        return b, d, d
+
+    def dim(self) -> int:
+        return 3
+
+
+Side = Tensor | Reflections
+
+
 class Basis(NamedTuple):
     """Kronecker-factored eigenbasis (KFE) of one layer: orthonormal columns.
 
     A side is full, `[b i I]`, or block-diagonal, `[b m d D]` of m blocks: the last one is filled up with zeros where d
     does not divide the side, so that I and O are m d. Blocks of d = 1 leave the side as it is. A side of `rank(r)` has
     I = r + 1 < i: r orthonormal columns, and a column of zeros whose coordinate stands for all that lies outside of
-    them, in the moment for its mean. Of a `thin` layer the state has no columns.
+    them, in the moment for its mean. Of a `thin` layer the state has no columns. A side of `compact(samples)` is full.
     """
 
-    Q_A: Tensor  # [b i I] or [b m d D]
-    Q_B: Tensor  # [b o O] or [b m d D]
+    Q_A: Any  # Side: [b i I] or [b m d D]
+    Q_B: Any  # Side: [b o O] or [b m d D]
 
 
-def outside(Q: Tensor) -> int:
+def outside(Q: Side) -> int:
     """Dimensions that a side of `rank(r)` leaves to its complement; 0 of any other."""
     return Q.shape[-2] - Q.shape[-1] + 1 if Q.shape[-1] < Q.shape[-2] else 0
 
@@ -182,4 +204,4 @@ pytree.register_pytree_node(
         (state.step, state.layers),
     ),
 )
-torch.serialization.add_safe_globals([State, Factors, Basis, Moment, Layer])
+torch.serialization.add_safe_globals([State, Factors, Basis, Reflections, Moment, Layer])
