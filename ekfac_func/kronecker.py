@@ -392,15 +392,20 @@ def _reflected(x: Tensor, Q: Reflections | Transposed) -> Tensor:
     V, W, E = Q if isinstance(Q, Reflections) else Q.Q
     r = E.shape[-1]
     if isinstance(Q, Reflections):
-        y = (x @ V) @ -W.mT
+        y = _rows(_rows(x, V), -W.mT)
         y += x
-        y[..., :r] = y[..., :r] @ E
+        y[..., :r] = _rows(y[..., :r], E)
         return y
-    head = x[..., :r] @ E.mT
-    y = (head @ W[:, :r] + x[..., r:] @ W[:, r:]) @ -V.mT
+    head = _rows(x[..., :r], E.mT)
+    y = _rows(_rows(head, W[:, :r]) + _rows(x[..., r:], W[:, r:]), -V.mT)
     y += x
     y[..., :r] += head - x[..., :r]
     return y
+
+
+def _rows(x: Tensor, M: Tensor) -> Tensor:
+    """`x M` of `[... b m d]`, with all rows of a block in one product."""
+    return torch.einsum("...bmd,bde->...bme", x, M)
 
 
 def _reflected_columns(x: Tensor, Q: Reflections | Transposed) -> Tensor:

@@ -1,5 +1,6 @@
 """Bases for wide layers against explicit complements and full bases, and every way to refresh a basis."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -20,6 +21,7 @@ from ekfac_func import (
     averaged_intra_batch,
     blocks,
     centred,
+    compact,
     describe,
     eigh,
     ekfac,
@@ -30,6 +32,7 @@ from ekfac_func import (
     keep,
     kfac,
     optim,
+    per_example_gradients,
     qr,
     rank,
     reduce,
@@ -41,7 +44,8 @@ from ekfac_func import (
 )
 from ekfac_func import basis as eigenbasis
 from ekfac_func.discovery import Options, plan
-from ekfac_func.types import Layer, Params, outside
+from ekfac_func.kronecker import positions, written
+from ekfac_func.types import Basis, Layer, Params, Reflections, outside
 
 from .cases import Case, N, make
 from .oracles import blocks as dense_blocks
@@ -548,3 +552,99 @@ def test_vmap_over_states_of_every_refresh() -> None:
         for at, state in enumerate(states):
             alone = step.precondition(case.params, batch, state)[0]
             close_trees({name: p[at] for name, p in together.items()}, alone, 1e-8)
+
+
+# one position, several, groups, dilation, norms, a weight used twice: each with a side twice as wide as two examples
+WIDE = [
+    "in turn",
+    "attention causal",
+    "conv groups",
+    "conv depthwise",
+    "conv dilation",
+    "layer norm",
+    "same tensor twice",
+]
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.8), running_average(0.8), kfac, centred])
+def test_compact_is_the_full_basis_that_it_stands_for(name: str, estimator: SecondMoment) -> None:
+    """Stale and fresh steps, by the same step with the basis written out; a refresh finds eigenvectors."""
+    case = make(name)
+    batch = case.batch(2)
+    found = per_example_gradients(case.loss_fn, case.params, batch).captured
+    samples = 2 * max(positions(term) for terms in found.terms.values() for term in terms)
+    settings: dict[str, Any] = {"damping": 0.1, "second_moment": estimator, "basis_every": 2, "at_refresh": keep}
+    small = ekfac(case.loss_fn, bases={"*": compact(samples)}, **settings)
+    full = ekfac(case.loss_fn, **settings)
+    state = small.init(case.params, batch)
+    assert any(isinstance(Q, Reflections) for basis in state.bases.values() for Q in basis)
+    for n in (2, 2, 1, 2):
+        batch = case.batch(n)
+        same = dataclasses.replace(
+            state,
+            factors=full.init(case.params, batch).factors,
+            bases={weight: Basis(*map(written, basis)) for weight, basis in state.bases.items()},
+        )
+        natural, new, _ = small.precondition(case.params, batch, state)
+        if state.step % 2:
+            close_trees(natural, full.precondition(case.params, batch, same)[0])
+        else:
+            factors = full.precondition(case.params, batch, same)[1].factors
+            for weight, basis in new.bases.items():
+                for Q, C in zip(map(written, basis), factors[weight][:2], strict=True):
+                    if Q.dim() == 3 and Q.shape[-1] > 1:
+                        D = Q.mT @ C @ Q
+                        close(Q.mT @ Q, torch.eye(Q.shape[-1]).expand_as(D))
+                        close(D, torch.diag_embed(D.diagonal(dim1=-2, dim2=-1)))
+        state = new
+
+
+def test_compact_transports_an_averaged_moment_and_compiles() -> None:
+    case = make("mlp")
+    batch = case.batch(2)
+    settings: dict[str, Any] = {"damping": 0.1, "second_moment": averaged_intra_batch(0.8), "basis_every": 2}
+    step = ekfac(case.loss_fn, bases={"*": compact(2)}, **settings)
+    state = step.init(case.params, batch)
+    compiled = torch.compile(step.precondition, fullgraph=True, backend="eager")
+    assert any(isinstance(Q, Reflections) for basis in state.bases.values() for Q in basis)
+    again = state
+    for _ in range(4):
+        natural, state, info = step.precondition(case.params, batch, state)
+        other, again, _ = compiled(case.params, batch, again)
+        close_trees(other, natural)
+        assert not info.skipped
+        assert info.kept_bases == 0
+    moments = {name: moment.value.sum() for name, moment in state.second_moments.items()}
+    full = ekfac(case.loss_fn, damping=0.1)
+    _, fresh, _ = full.precondition(case.params, batch, full.init(case.params, batch))
+    for name, total in moments.items():  # the same batch throughout: E||G||^2, whatever the basis
+        close(total, fresh.second_moments[name].value.sum())
+
+
+def test_compact_over_an_ensemble_and_on_disk(tmp_path: Any) -> None:
+    case = make("mlp")
+    batch = case.batch(2)
+    step = ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)}, basis_every=2)
+    state = step.init(case.params, batch)
+    states = torch.utils._pytree.tree_map(lambda t: torch.stack([t, t]), state)
+    params = {name: torch.stack([p, 1.1 * p]) for name, p in case.params.items()}
+    both, _, _ = torch.func.vmap(step.precondition, (0, None, 0))(params, batch, states)
+    for k in range(2):
+        alone, new, _ = step.precondition({name: p[k] for name, p in params.items()}, batch, state)
+        close_trees({name: d[k] for name, d in both.items()}, alone)
+    torch.save(new, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    same_bits(step.precondition(case.params, batch, loaded)[0], step.precondition(case.params, batch, new)[0])
+
+
+def test_compact_refuses_what_it_cannot_hold() -> None:
+    case = make("mlp")
+    step = ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)})
+    state = step.init(case.params, case.batch(2))
+    with pytest.raises(ValueError, match=r"3 samples.*compact\(2\).*give compact\(3\)"):
+        step.precondition(case.params, case.batch(3), state)
+    with pytest.raises(ValueError, match=r"factor_decay=0\.9 with compact bases"):
+        ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)}, factor_decay=0.9)
+    with pytest.raises(ValueError, match="samples=0"):
+        compact(0)
