@@ -70,6 +70,13 @@ def table(seeds: list[Rows], part: str, along: str, layer: str = "all") -> None:
         print(f"    {name:32} " + " | ".join(mean(seeds, error, **wanted, **{along: x}) for x in columns))
 
 
+def differs(seeds: list[Rows], layer: str) -> bool:
+    """Whether SUA is another approximation of this layer than the full factors: whether it is a convolution."""
+    wanted = {"part": "all data", "layer": layer}
+    full, sua = (mean(seeds, error, **wanted, estimator=name) for name in ("intra_batch", "sua"))
+    return full not in ("-", sua)
+
+
 seeds = []
 for path in sys.argv[1:]:
     with open(path, newline="") as file:
@@ -78,10 +85,9 @@ for path in sys.argv[1:]:
     nearer(seeds[-1])
 table(seeds, "all data", "stage")
 table(seeds, "batches", "stage")
-if "sua" in column(seeds, "estimator", "all data"):
-    for layer in column(seeds, "layer", "all data"):
-        if layer != "all":
-            table(seeds, "all data", "stage", layer)
+for layer in column(seeds, "layer", "all data"):
+    if layer != "all" and differs(seeds, layer):
+        table(seeds, "all data", "stage", layer)
 table(seeds, "refresh", "since_refresh")
 fresh = {"part": "refresh", "layer": "all", "estimator": "stale basis, fresh moment"}
 since = column(seeds, "since_refresh", "refresh")

@@ -570,7 +570,7 @@ def _losses(loss_fn: LossFn, params: Params, batch: Batch, randomness: str, chun
         each = torch.func.vmap(loss_fn, (None, 0), randomness=randomness, chunk_size=chunk_size)
         return each(params, batch)
     except RuntimeError as error:
-        if "Batching rule not implemented" not in str(error):
+        if "Batching rule not implemented" not in str(error) and not str(error).startswith("vmap: "):
             raise
         examples = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(check_batch(batch)))
         return torch.stack([loss_fn(params, example) for example in examples])

@@ -1,5 +1,6 @@
 """The curvature as an operator, against `Q diag(m2) Q^T` by explicit Kronecker products, and against curvlinops."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -14,17 +15,22 @@ from ekfac_func import (
     DIAGONAL,
     RULES,
     SUA,
+    Basis,
     Blocks,
     Curvature,
+    Reflections,
     blocks,
+    compact,
     curvature,
     ekfac,
     exact,
     fisher_blocks,
     optim,
+    per_example_gradients,
     rank,
     thin,
 )
+from ekfac_func.kronecker import positions, written
 from ekfac_func.types import Params, State
 
 from .cases import Case, make
@@ -313,3 +319,21 @@ def test_a_basis_of_few_columns_is_refused_with_the_remedy(choice: Any) -> None:
     case = make("mlp")
     with pytest.raises(ValueError, match=r"'0.weight'.*columns.*blocks"):
         curvature(stepped(case, case.batch(5), bases={"*": choice}))
+
+
+@pytest.mark.parametrize("name", ["in turn", "layer norm", "conv groups"])
+def test_a_compact_basis_is_the_one_that_it_stands_for(name: str) -> None:
+    case = make(name)
+    batch = case.batch(2)
+    terms = per_example_gradients(case.loss_fn, case.params, batch).captured.terms
+    samples = 2 * max(positions(term) for of_layer in terms.values() for term in of_layer)
+    state = stepped(case, batch, bases={"*": compact(samples)})
+    assert any(isinstance(Q, Reflections) for basis in state.bases.values() for Q in basis)
+    bases = {weight: Basis(*map(written, basis)) for weight, basis in state.bases.items()}
+    one, other = curvature(state).damped(DAMPING), curvature(dataclasses.replace(state, bases=bases)).damped(DAMPING)
+    many = {key: torch.randn(2, 3, *p.shape) for key, p in case.params.items()}
+    close_trees(one.power(-1) @ many, other.power(-1) @ many)
+    close_trees(one.diagonal(), other.diagonal())
+    close_trees(one.dense().matrices, other.dense().matrices)
+    seed = torch.Generator()
+    close_trees(one.sample(seed.manual_seed(0), 2), other.sample(seed.manual_seed(0), 2))
