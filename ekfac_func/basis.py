@@ -373,6 +373,16 @@ def _grouped(layers: tuple[tuple[str, tuple[int, int, int, int]], ...], groups: 
     return names
 
 
+def check_samples(name: str, mean: Means, old: Basis) -> None:
+    """Refuse more samples of a layer than its compact basis holds."""
+    for C, Q in ((mean.A, old.Q_A), (mean.B, old.Q_B)):
+        if isinstance(C, Gram) and isinstance(Q, Reflections) and C.x.shape[1] > Q.E.shape[-1]:
+            raise ValueError(
+                f"a refresh of {name!r} has {C.x.shape[1]} samples (examples times positions), its basis is "
+                f"compact({Q.E.shape[-1]}): give compact({C.x.shape[1]}), fewer examples, or FULL"
+            )
+
+
 def refresh(
     factors: Factors | Means, old: Basis, how: Refresh | None = None, first: bool = True
 ) -> tuple[Basis, Tensor]:
@@ -409,13 +419,8 @@ def _where_good(Q: Tensor, good: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reflect(x: Tensor, old: Reflections, how: Refresh) -> tuple[Reflections, Tensor]:
     """The eigenvectors of `x^T x` by reflections onto the span of the samples `[b samples d]`, and in it."""
-    samples, r = x.shape[1], old.E.shape[-1]
-    if samples > r:
-        raise ValueError(
-            f"a refresh has {samples} samples (examples times positions) of a layer with bases=compact({r}): give "
-            f"compact({samples}), fewer examples, or FULL"
-        )
-    V, W, R = householder(F.pad(_scaled(x)[0], (0, 0, 0, r - samples)).mT)
+    missing = old.E.shape[-1] - x.shape[1]
+    V, W, R = householder(F.pad(_scaled(x)[0], (0, 0, 0, missing)).mT)
     R = R.to(x.dtype if how.dtype is None or x.device.type == "mps" else how.dtype)
     E = eigenvectors(R @ R.mT)
     good = _orthonormal(E, x.dtype)

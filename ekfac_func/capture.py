@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .batching import EXACT, OPEN, OPEN_LAYERS
+from .checks import check_inference_mode
 from .discovery import Along, Options, Plan, Tapped, check_loss, plan, spec
 from .patches import Patches
 from .rules import Call
@@ -44,6 +45,7 @@ def capture(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options
     params = own(params)
     if torch.compiler.is_compiling():
         return _tapped(plan(loss_fn, params, batch, options), loss_fn, params, batch, options)[0]
+    check_inference_mode()
     plans, key = _memo(loss_fn), _key(loss_fn, params, batch, options)
     if key in plans:
         found, expected = plans[key]

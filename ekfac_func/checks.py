@@ -131,6 +131,12 @@ def check_exponent(name: str, exponent: Number) -> None:
         raise ValueError(f"{name}={exponent!r}: give a negative number, -1 for the natural gradient")
 
 
+def check_inference_mode() -> None:
+    """Refuse `torch.inference_mode`, in which every gradient would be zero; what is compiled leaves it by itself."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode is on, in which no gradient can be taken: use torch.no_grad")
+
+
 def check_count(name: str, count: int) -> None:
     """Refuse what is not a positive whole number."""
     if not isinstance(count, int) or count < 1:

@@ -23,6 +23,7 @@ from .basis import (
     check_choices,
     check_patterns,
     check_refresh,
+    check_samples,
     choose,
     due,
     eigh,
@@ -421,6 +422,7 @@ def _refresh(
     for name, of_layer in terms.items():
         old, moment = state.bases[name], state.second_moments[name]
         mean = mean_factors(factor_sums(of_layer, old, weight_sharing, averaged))
+        check_samples(name, mean, old)
         if averaged or not isinstance(chosen[name], Rank | Compact):
             factors[name] = average_factors(state.factors[name], mean, factor_decay)
         used = factors[name] if averaged else mean

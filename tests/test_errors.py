@@ -14,6 +14,7 @@ from ekfac_func import RULES, SUA, averaged_intra_batch, ekfac, per_example_grad
 from ekfac_func.types import Params
 
 from .cases import N, classifier, make
+from .oracles import close_trees
 
 W = {"w": torch.randn(3, 4, dtype=torch.float64)}
 
@@ -213,3 +214,19 @@ def test_a_packed_sequence_is_refused_with_the_remedy() -> None:
 
     with pytest.raises(ValueError, match=r"packed sequence.*one example needs no packing"):
         per_example_gradients(loss_fn, params, torch.randn(N, 3, 4))
+
+
+def test_inference_mode_is_refused() -> None:
+    """Every gradient would be zero there; what is compiled leaves it by itself."""
+    case = make("mlp")
+    batch = case.batch(2)
+    step = ekfac(case.loss_fn, damping=0.1)
+    state = step.init(case.params, batch)
+    natural, _, _ = step.precondition(case.params, batch, state)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        step.precondition(case.params, batch, state)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        per_example_gradients(case.loss_fn, case.params, batch)
+    compiled = torch.compile(step.precondition, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        close_trees(compiled(case.params, batch, state)[0], natural)

@@ -642,7 +642,7 @@ def test_compact_refuses_what_it_cannot_hold() -> None:
     case = make("mlp")
     step = ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)})
     state = step.init(case.params, case.batch(2))
-    with pytest.raises(ValueError, match=r"3 samples.*compact\(2\).*give compact\(3\)"):
+    with pytest.raises(ValueError, match=r"of '0.weight' has 3 samples.*compact\(2\).*give compact\(3\)"):
         step.precondition(case.params, case.batch(3), state)
     with pytest.raises(ValueError, match=r"factor_decay=0\.9 with compact bases"):
         ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)}, factor_decay=0.9)
