@@ -37,6 +37,7 @@ from .describe import Description, Row, describe
 from .fisher import Fisher, empirical, exact, gradient, sampled
 from .kronecker import WeightSharing, expand, reduce
 from .optim import EKFACOptimizer, set_grads
+from .orders import COSTS, Contraction, Contractions, Cost, Order
 from .per_example import PerExampleGradients, per_example_gradients
 from .precondition import EKFAC, Damping, ekfac
 from .reference import DenseBlocks, fisher_blocks, ggn_blocks
@@ -71,6 +72,7 @@ from .types import (
 )
 
 __all__ = [
+    "COSTS",
     "DIAGONAL",
     "EKFAC",
     "ESTIMATORS",
@@ -83,6 +85,9 @@ __all__ = [
     "Choice",
     "Choices",
     "Compact",
+    "Contraction",
+    "Contractions",
+    "Cost",
     "Curvature",
     "Damping",
     "Dense",
@@ -98,6 +103,7 @@ __all__ = [
     "Means",
     "Moment",
     "OneHot",
+    "Order",
     "PerExampleGradients",
     "Rank",
     "Record",

@@ -8,7 +8,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -152,12 +152,12 @@ def check_choices(choices: Choices) -> None:
                 check_count(f"bases[{pattern!r}]", largest)
 
 
-def check_patterns(layers: Sequence[Layer], choices: Choices) -> None:
-    """bases: each pattern fits a layer."""
+def check_patterns(argument: str, layers: Sequence[Layer], patterns: Iterable[str]) -> None:
+    """Each pattern fits a layer."""
     names = [layer.weight for layer in layers]
-    for pattern in choices:
+    for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(f"bases has a pattern {pattern!r} that fits no layer: they are {', '.join(names)}")
+            raise ValueError(f"{argument} has a pattern {pattern!r} that fits no layer: they are {', '.join(names)}")
 
 
 def side(dim: int, largest: int | None) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from .kronecker import (
     unpack,
     unpack_all,
 )
+from .orders import contractions
 from .precondition import initial_state, rescaled
 from .reference import exact_block, part
 from .rules import RULES, SUA, Rules
@@ -425,12 +426,13 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
             factors[name] = average_factors(frame.factors[name], _factors(term, bases[name]), 0.0)
     starts = turn or t == 0
     sums: dict[Any, dict[str, Sums]] = {}
+    how = contractions(for_moment, bases)
     for member, estimator in members.items():
         rule = estimator.second_moment
         if rule.sums not in sums:
             n = {name: count(term) for name, term in for_moment.items()}
             sums[rule.sums] = {
-                name: mean_sums(rule.sums(term, bases[name]), n[name]) for name, term in for_moment.items()
+                name: mean_sums(rule.sums(term, bases[name], how[name]), n[name]) for name, term in for_moment.items()
             }
         carry = rule.at_refresh if estimator.at_refresh is None else estimator.at_refresh
         moments[member] = {}

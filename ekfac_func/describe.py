@@ -13,12 +13,13 @@ from . import basis as eigenbasis
 from .basis import FULL, Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
 from .capture import shapes
 from .checks import check_batch, check_params
-from .contraction import Contraction, contraction
 from .discovery import Options
 from .kronecker import positions
+from .orders import DEFAULT, Contraction, Contractions, check_contractions
+from .orders import contractions as plan_contractions
 from .rules import RULES, Rules
 from .subspace import compress
-from .types import Batch, Layer, LossFn, Number, Terms, statistics_dtype
+from .types import Basis, Batch, Layer, LossFn, Number, Terms, statistics_dtype
 
 
 class Row(NamedTuple):
@@ -76,6 +77,7 @@ def describe(
     factor_decay: Number = 0.0,
     has_aux: bool = False,
     batched: bool = False,
+    contractions: Contractions = DEFAULT,
 ) -> Description:
     """Print, and return as data, which rule reads each parameter, its axes, its memory and how its moment is summed.
 
@@ -86,18 +88,36 @@ def describe(
     options, choices = Options(rules, has_aux=has_aux, batched=batched), {} if bases is None else bases
     check_choices(choices)
     captured = shapes(loss_fn, params, batch, options)
-    check_patterns(list(captured.layers.values()), choices)
-    chosen = choose(list(captured.layers.values()), choices)
+    check_contractions(contractions)
+    layers = captured.layers
+    check_patterns("bases", list(layers.values()), choices)
+    check_patterns("orders", list(layers.values()), contractions.orders)
+    chosen = choose(list(layers.values()), choices)
     averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
+    given = {name: _given(layer, captured.terms[name], chosen[name], params[name]) for name, layer in layers.items()}
+    how = plan_contractions(
+        {name: terms for name, (terms, _) in given.items()}, {name: Q for name, (_, Q) in given.items()}, contractions
+    )
     rows = Description(
-        _row(layer, captured.terms[name], chosen[name], params[name], averaged)
-        for name, layer in captured.layers.items()
+        _row(layer, captured.terms[name], chosen[name], params[name], averaged, how[name])
+        for name, layer in layers.items()
     )
     print(rows)
     return rows
 
 
-def _row(layer: Layer, terms: Terms, chosen: Choice, p: Tensor, averaged: bool) -> Row:
+def _given(layer: Layer, terms: Terms, chosen: Choice, p: Tensor) -> tuple[Terms, Basis]:
+    """What the moment is summed of."""
+    if not isinstance(chosen, Thin):
+        return terms, eigenbasis.empty(layer, chosen, p)
+    terms, span = compress(terms)
+    b, o, i, k = layer.sizes
+    i, o = (dim if U is None else U.shape[-1] for dim, U in zip((i, o), span, strict=True))
+    in_span = layer._replace(sizes=(b, o, i, k))
+    return terms, eigenbasis.empty(in_span, FULL._replace(outputs=1 if layer.table else None), p)
+
+
+def _row(layer: Layer, terms: Terms, chosen: Choice, p: Tensor, averaged: bool, how: Contraction) -> Row:
     b, o, i, k = layer.sizes
     A, B = factor_shapes(layer, chosen, averaged)
     Q_A, Q_B = eigenbasis.shapes(layer, chosen)
@@ -105,16 +125,7 @@ def _row(layer: Layer, terms: Terms, chosen: Choice, p: Tensor, averaged: bool) 
     factors = size * (math.prod(A) + math.prod(B))
     basis = size * sum(t.numel() for t in pytree.tree_leaves(eigenbasis.empty(layer, chosen, p)))
     moment = size * math.prod(moment_shape(layer, chosen))
-    s = sum(map(positions, terms))
-    if isinstance(chosen, Thin):
-        terms, span = compress(terms)
-        i, o = (dim if U is None else U.shape[-1] for dim, U in zip((i, o), span, strict=True))
-        in_span = layer._replace(sizes=(b, o, i, k))
-        how = contraction(terms, eigenbasis.empty(in_span, FULL._replace(outputs=1 if layer.table else None), p))
-        _, o, i, _ = layer.sizes
-    else:
-        how = contraction(terms, eigenbasis.empty(layer, chosen, p))
-    head = (layer.weight, layer.bias, layer.rule, layer.hidden_by, b, s, i, o, k)
+    head = (layer.weight, layer.bias, layer.rule, layer.hidden_by, b, sum(map(positions, terms)), i, o, k)
     return Row(*head, A, B, Q_A, Q_B, factors, basis, moment, how)
 
 
@@ -124,7 +135,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     sides = ("x".join(map(str, shape)) for shape in (row.basis_A, row.basis_B))
     memory = map(_bytes, (row.factor_bytes, row.basis_bytes, row.moment_bytes))
     name = row.name if row.bias is None else f"{row.name}, {row.bias.rpartition('.')[2]}"
-    return (name, rule, axes, *sides, *memory, row.contraction.order, f"{row.contraction.operations:.1e}")
+    return (name, rule, axes, *sides, *memory, str(row.contraction), f"{row.contraction.operations:.1e}")
 
 
 def _bytes(size: float) -> str:

@@ -50,32 +50,35 @@ MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
 CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
 
 
-def block_count(t: Tensor | Patches, entries: int, cached: bool = True) -> int:
-    """Into how many blocks examples are split that need so many entries each.
+def block_count(t: Tensor | Patches, entries: int, most: int) -> int:
+    """Into how many blocks examples are split that need so many entries each, for `most` bytes of them at a time.
 
-    cached: on a CPU so many that a block stays in its cache, else no more than memory asks for.
+    In a graph those of a nominal batch, in eager mode those of t.
     """
     x = t.x if isinstance(t, Patches) else t
-    if torch.compiler.is_compiling():
-        n, most = NOMINAL_N, MAX_BYTES
-    else:
-        n, most = x.shape[0], min(MAX_BYTES, CACHE_BYTES) if cached and x.device.type == "cpu" else MAX_BYTES
+    n = NOMINAL_N if torch.compiler.is_compiling() else x.shape[0]
     return min(n, max(1, -(-n * entries * x.element_size() // most)))
 
 
-def in_blocks(t: Any, entries: int, cached: bool = True) -> Sequence[Any]:
-    """A tensor or patches in blocks of examples that need so many entries each.
+def split(t: Any, count: int) -> Sequence[Any]:
+    """A tensor or patches in blocks of examples.
 
     In a graph filled up with examples of zeros, since blocks of the traced batch's size would fix it.
     """
     if isinstance(t, Patches):
-        return [replace(t, x=x) for x in in_blocks(t.x, entries, cached)]
-    count = block_count(t, entries, cached)
+        return [replace(t, x=x) for x in split(t.x, count)]
     if count == 1 or not torch.compiler.is_compiling():
         return t.tensor_split(count)
     n = t.shape[0]
     size = n // count + 2  # two more than needed, for a size of 0 or 1 would be a graph of its own
     return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
+
+
+def in_blocks(t: Any, entries: int) -> Sequence[Any]:
+    """A tensor or patches in blocks of examples that need so many entries each: of what stays in a CPU's cache."""
+    eager = not torch.compiler.is_compiling()
+    most = CACHE_BYTES if eager and (t.x if isinstance(t, Patches) else t).device.type == "cpu" else MAX_BYTES
+    return split(t, block_count(t, entries, most))
 
 
 def left_as_samples(Q: Side, samples: int, single: bool) -> bool:
@@ -360,6 +363,10 @@ def _square_norms(term: Term) -> Tensor:
             pairs_a = torch.einsum("nbsik,nbtik->nbst", a, a)
             pairs_g = torch.einsum("nbso,nbto->nbst", term.g, term.g)
             return torch.einsum("nbst,nbst->n", pairs_a, pairs_g)
+        entries = math.prod(term.a.shape[1:2] + term.a.shape[3:]) * o
+        blocks = zip(in_blocks(term.g, entries), in_blocks(term.a, entries), strict=True)
+        squares = [_dense(Factored(a, g)).square().sum((1, 2, 3, 4)) for g, a in blocks]
+        return torch.cat(squares)[: term.g.shape[0]]
     return _dense(term).square().sum((1, 2, 3, 4))
 
 

@@ -59,6 +59,8 @@ from .kronecker import (
     pack,
     unpack_all,
 )
+from .orders import DEFAULT, Contractions, check_contractions
+from .orders import contractions as plan_contractions
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, reset
 from .second_moment import refresh as carry_on
@@ -122,6 +124,7 @@ def ekfac(
     batched: bool = False,
     randomness: str = "different",
     chunk_size: int | None = None,
+    contractions: Contractions = DEFAULT,
 ) -> EKFAC:
     """Natural gradients in the Kronecker-factored eigenbasis, from exact per-example gradients.
 
@@ -164,6 +167,8 @@ def ekfac(
     chunk_size: examples differentiated at a time, against the memory of the backward pass (inputs and output gradients
         of all layers stay for the whole batch); None takes the batch at once. Under `torch.compile` every batch size
         then costs graphs of its own.
+    contractions: how the moments are summed, `Contractions(max_bytes, orders, costs)`: the memory that it may take, and
+        the order of the products, which changes the cost alone.
 
     Parameters in half precision have their statistics, and so the state, in float32.
 
@@ -216,6 +221,7 @@ def ekfac(
     curvature_loss = loss_fn if fisher.loss is None else fisher.loss
     of_curvature = options if fisher.loss is None else options._replace(has_aux=False)
     check_refresh("refresh", refresh)
+    check_contractions(contractions)
     if refresh.groups > basis_every:
         raise ValueError(
             f"refresh={refresh.name} in {refresh.groups} groups with basis_every={basis_every!r}: groups take turns, "
@@ -239,7 +245,8 @@ def ekfac(
         if check:
             certify(loss_fn, params, batch, options)
         layers = plan(curvature_loss, own(params), fisher.examples(params, batch), of_curvature).layers
-        check_patterns(layers, choices)
+        check_patterns("bases", layers, choices)
+        check_patterns("orders", layers, contractions.orders)
         return initial_state(layers, choose(layers, choices), params, averaged)
 
     @torch.no_grad()
@@ -277,7 +284,8 @@ def ekfac(
         bases, n, loss = carried.bases, len(losses), losses.mean()
         every = state.step % moment_every == 0
         estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
-        means = {name: mean_sums(estimators[name].sums(given[name], bases[name]), n) for name in layers}
+        how = plan_contractions(given, bases, contractions)
+        means = {name: mean_sums(estimators[name].sums(given[name], bases[name], how[name]), n) for name in layers}
         updated = {name: estimators[name].update(carried.second_moments[name], means[name], n) for name in layers}
         slopes = {
             name: Mean(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .checks import check_decay
 from .contraction import exact_sums, gradient_sums
 from .kronecker import into_basis
+from .orders import Contraction
 from .subspace import turned
 from .types import Basis, Moment, Number, Sums, Terms
 
@@ -21,14 +22,15 @@ AtRefresh = Callable[[Moment, Basis, Basis, Callable[[], Tensor]], Moment]
 class SecondMoment(NamedTuple):
     """An estimator of the second moment of the gradient's coordinates in the eigenbasis.
 
-    `sums(terms, basis)` is what it needs of a batch; `update(moment, mean, n)` takes that as means over the n
-    examples. Before the first observation it `starts_from_eigenvalues` of the factors or from nothing. One that
-    `reads_mean` takes the mean gradient for that of independent draws, which not every Fisher has. One that `carries`
-    nothing from step to step, once its basis is of the step itself, may be used with `thin` bases.
+    `sums(terms, basis, how)` is what it needs of a batch, `how` being the order that sums the moment; `update(moment,
+    mean, n)` takes that as means over the n examples. Before the first observation it `starts_from_eigenvalues` of the
+    factors or from nothing. One that `reads_mean` takes the mean gradient for that of independent draws, which not
+    every Fisher has. One that `carries` nothing from step to step, once its basis is of the step itself, may be used
+    with `thin` bases.
     """
 
     name: str
-    sums: Callable[[Terms, Basis], Sums]
+    sums: Callable[[Terms, Basis, Contraction], Sums]
     update: Callable[[Moment, Sums, int], Moment]
     at_refresh: AtRefresh
     starts_from_eigenvalues: bool = False

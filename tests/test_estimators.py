@@ -1,5 +1,6 @@
 """Each estimator against dense per-example gradients, in the basis that the step used."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from torch import Tensor
 from ekfac_func import (
     RULES,
     SUA,
+    Blocks,
+    Factored,
     Moment,
+    Order,
     SecondMoment,
     State,
     averaged_intra_batch,
@@ -27,7 +31,8 @@ from ekfac_func import (
 )
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
-from ekfac_func.kronecker import factor_sums, mean_factors
+from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
+from ekfac_func.orders import contraction
 from ekfac_func.types import Layer, Params
 
 from .cases import Case, N, every_case, make
@@ -75,19 +80,31 @@ def test_intra_batch_is_the_exact_moment(name: str, rules: Any) -> None:
 
 
 @every_case
-def test_squares_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The moment without the gradient, by pairs of positions and without, and outside of a basis of some rank."""
+def test_every_order_sums_the_same_moment(name: str) -> None:
+    """Of full bases, blocks and some rank, in few bytes and many; the square alone as beside the gradient."""
     case = make(name)
     batch = case.batch(N)
     terms = per_example_gradients(case.loss_fn, case.params, batch).captured.terms
-    for bases in ({}, {"*": rank(2)}):
+    for bases in ({}, {"*": Blocks(2, 2)}, {"*": rank(2)}):
         step = ekfac(case.loss_fn, damping=1e-2, bases=bases)
         state = step.precondition(case.params, batch, step.init(case.params, batch))[1]
-        for paired in (0, 12):
-            monkeypatch.setattr("ekfac_func.contraction.MAX_PAIRED", paired)
-            for weight, of_layer in terms.items():
-                squares = exact_squares(of_layer, state.bases[weight])
-                close(squares / N, state.second_moments[weight].value)
+        for weight, of_layer in terms.items():
+            basis, taken = state.bases[weight], set()
+            for order, max_bytes in itertools.product(Order, (1, 2**26)):
+                try:
+                    how = contraction(of_layer, basis, order, max_bytes)
+                except ValueError:
+                    continue
+                taken.add(order)
+                assert how.order is order
+                close(exact_squares(of_layer, basis, how) / N, state.second_moments[weight].value)
+                total, projected, square = exact_sums(of_layer, basis, how)
+                assert square is not None
+                close(square / N, state.second_moments[weight].value)
+                close(total, gradient(of_layer))
+                close(projected, into_basis(total, basis))
+            assert contraction(of_layer, basis).order in taken
+            assert len(taken) >= (5 if isinstance(of_layer[0], Factored) else 1)
 
 
 @every_case

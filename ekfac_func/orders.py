@@ -1,0 +1,310 @@
+"""Which way each layer's second moment is summed, as data: from sizes and a table of costs, nothing timed.
+
+Orders of `sum_n (Q_B^T G[n] Q_A)^2` for one layer, all exact:
+
+| order | operations | extra memory |
+|---|---|---|
+| one position, so that the square factors | 2n(o^2 + i^2) + 2noi | none |
+| project, then form G[n] | 2ns(o^2 + i^2) + 2nsoi | n o i |
+| form G[n], then project | 2nsoi + 2n(o i^2 + o^2 i) | n o i |
+| pairs of positions | 2ns(o^2 + i^2) + ns(s+1)oi | ns(s+1)(o + i)/2 |
+
+and those between the second and the third. Blocks of examples bound the extra memory.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import opt_einsum
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import kernels
+from .checks import check_count
+from .kronecker import MAX_BYTES, NOMINAL_N, block_count
+from .patches import Patches
+from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms
+
+
+class Order(enum.Enum):
+    """What is done in turn. `ONE_POSITION` is for a weight that an example uses once, `KERNEL` for CUDA devices."""
+
+    ONE_POSITION = "project a and g, multiply the squares"
+    PAIRS = "project a and g, multiply pairs of positions"
+    PROJECT_BOTH = "project a and g, form G[n]"
+    PROJECT_INPUTS = "project a, form G[n], project its outputs"
+    PROJECT_OUTPUTS = "project g, form G[n], project its inputs"
+    FORM_FIRST = "form G[n], project it"
+    KERNEL = "project a and g, sum G[n] and its square in the GPU kernel"
+    IDS = "add up ids, project, add rows"
+    AS_GIVEN = "project G[n]"
+
+
+class Cost(NamedTuple):
+    """What a device does in a second. Only ratios matter."""
+
+    operations: float  # floating-point, of a large matrix product
+    bytes: float  # between memory and processor
+    cache: int  # bytes that stay near the processor from one product to the next
+
+
+COSTS: Mapping[tuple[str, torch.dtype], Cost] = MappingProxyType(
+    {
+        ("cpu", torch.float32): Cost(1.2e11, 1e10, 2**21),
+        ("cpu", torch.float64): Cost(6e10, 1e10, 2**21),
+        ("cuda", torch.float32): Cost(5e13, 4e12, 0),
+        ("cuda", torch.float64): Cost(5e13, 4e12, 0),
+    }
+)
+"""By type of device and dtype of the statistics: two x86-64 cores as measured, a GPU by its data sheet."""
+
+
+class Contractions(NamedTuple):
+    """How the second moments of a model are summed.
+
+    max_bytes: of per-example gradients, or of what is written to sum their squares, that exist at a time; None is a
+        quarter of what the layers' inputs and output gradients take, or 64 MiB where that is more. One example is
+        never split.
+    orders: by a pattern of the weight's name, as of a file's, the order that is taken; the first that fits. The
+        cheapest by `costs` where none does.
+    costs: of devices and dtypes; of others those of a CPU in float32 hold.
+    """
+
+    max_bytes: int | None = None
+    orders: Mapping[str, Order] = MappingProxyType({})
+    costs: Mapping[tuple[str, torch.dtype], Cost] = COSTS
+
+
+DEFAULT = Contractions()
+Costs = Mapping[tuple[str, torch.dtype], Cost]
+FORMED = (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST)
+
+
+class Step(NamedTuple):
+    """One product, of a nominal batch of 256 examples."""
+
+    name: str
+    operations: int  # floating-point
+    bytes: int  # read from memory and written to it
+
+
+class Contraction(NamedTuple):
+    """How the second moment of one layer is summed."""
+
+    order: Order
+    steps: tuple[Step, ...]
+    blocks: int = 1  # of examples, taken one after another, as memory asks for
+    parts: int = 1  # of a block, of which G[n] is formed at a time, as the cache does
+
+    @property
+    def operations(self) -> int:
+        """Floating-point, of a nominal batch."""
+        return sum(step.operations for step in self.steps)
+
+    def __str__(self) -> str:
+        return ", ".join(step.name for step in self.steps)
+
+
+def check_contractions(chosen: Contractions) -> None:
+    """contractions: a budget of at least a byte, and orders."""
+    if not isinstance(chosen, Contractions):
+        raise TypeError(f"contractions is a {type(chosen).__name__}: give Contractions(max_bytes, orders, costs)")
+    if chosen.max_bytes is not None:
+        check_count("max_bytes", chosen.max_bytes)
+    for pattern, order in chosen.orders.items():
+        if not isinstance(order, Order):
+            raise TypeError(f"orders[{pattern!r}] is {order!r}: give one of {', '.join(map(str, Order))}")
+
+
+def contractions(
+    terms: Mapping[str, Terms], bases: Mapping[str, Basis], chosen: Contractions = DEFAULT
+) -> dict[str, Contraction]:
+    """How the moment of each layer is summed. ValueError where an order that is asked for cannot do it."""
+    budget = max(MAX_BYTES, sum(map(_held, terms.values())) // 4) if chosen.max_bytes is None else chosen.max_bytes
+    orders = _orders(tuple(terms), (chosen.orders,))
+    return {
+        name: contraction(of_layer, bases[name], order, budget, chosen.costs, name)
+        for (name, of_layer), order in zip(terms.items(), orders, strict=True)
+    }
+
+
+@torch.compiler.assume_constant_result
+def _orders(names: tuple[str, ...], orders: tuple[Mapping[str, Order]]) -> tuple[Order | None, ...]:
+    def first(name: str) -> Order | None:
+        return next((order for pattern, order in orders[0].items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+    return tuple(map(first, names))
+
+
+def _held(terms: Terms) -> int:
+    """Bytes of the inputs and output gradients of a layer; in a graph of a nominal batch."""
+    leaves = [leaf for leaf in pytree.tree_leaves(terms) if isinstance(leaf, Tensor)]
+    compiling = torch.compiler.is_compiling()
+    return sum(
+        (NOMINAL_N if compiling else leaf.shape[0]) * math.prod(leaf.shape[1:]) * leaf.element_size() for leaf in leaves
+    )
+
+
+def contraction(
+    terms: Terms,
+    basis: Basis,
+    order: Order | None = None,
+    max_bytes: int = MAX_BYTES,
+    costs: Costs = COSTS,
+    name: str = "this layer",
+) -> Contraction:
+    """How the moment of one layer is summed, from its shapes: in this order, or in the cheapest."""
+    match terms:
+        case (OneHot(_, _, g),):
+            _check(order, [Order.IDS], name)
+            s, i = g.shape[1:]
+            of_ids = Step("add up ids, project, add rows", 2 * NOMINAL_N * s * i * (_turned(basis.Q_A) + 2), 0)
+            return Contraction(Order.IDS, (of_ids,))
+        case (Dense(G),):
+            _check(order, [Order.AS_GIVEN], name)
+            entries = math.prod(G.shape[1:])  # of one example
+            operations = 2 * NOMINAL_N * entries * (sum(map(_turned, basis)) + 1)
+            step = Step("project G[n]", operations, 4 * NOMINAL_N * entries * G.element_size())
+            cache = _cost(G, costs).cache
+            return Contraction(Order.AS_GIVEN, (step,), block_count(G, entries, _limit(max_bytes, cache)))
+        case (Factored() as factored, OneHot(_, _, h)):
+            of_factored = contraction((factored,), basis, order, max_bytes, costs, name)
+            s, i = h.shape[1:]
+            operations = 2 * NOMINAL_N * s * i * (factored.g.shape[2] + _turned(basis.Q_A) + 3)
+            cross = Step("ids and their product with it", operations, 0)
+            return of_factored._replace(steps=(*of_factored.steps, cross))
+        case (Factored() as factored,):
+            possible = [*FORMED, Order.PAIRS]
+            if factored.g.shape[2] == 1:
+                possible.append(Order.ONE_POSITION)
+            if isinstance(factored.a, Tensor) and kernels.takes(factored.g, factored.a, basis):
+                possible.append(Order.KERNEL)
+            _check(order, possible, name)
+            return _of_factored(factored, basis, order or _cheapest(factored, basis, possible, costs), max_bytes, costs)
+    raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
+
+
+def _check(order: Order | None, possible: Sequence[Order], name: str) -> None:
+    if order is not None and order not in possible:
+        raise ValueError(f"orders gives {order} to {name}: give one of {', '.join(map(str, possible))}")
+
+
+def _cheapest(term: Factored, basis: Basis, possible: Sequence[Order], costs: Costs) -> Order:
+    """What has one position has one order; a side that is not full is projected first, as it costs little."""
+    for only in (Order.ONE_POSITION, Order.KERNEL):
+        if only in possible:
+            return only
+    cost = _cost(term.g, costs)
+    full = [isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] == Q.shape[-2] > 1 for Q in basis]
+    cheap = {side for side, is_full in zip("ag", full, strict=True) if not is_full}
+    left = [order for order in possible if cheap <= set(_early(order))]
+    return min(left, key=lambda order: _seconds(_steps(term, basis, order, cost), cost))
+
+
+def _seconds(steps: Iterable[Step], cost: Cost) -> float:
+    """Each product is bound by arithmetic or by memory."""
+    return sum(max(step.operations / cost.operations, step.bytes / cost.bytes) for step in steps)
+
+
+def _early(order: Order) -> str:
+    """The sides that are projected before G[n] is formed."""
+    return {Order.PROJECT_INPUTS: "a", Order.PROJECT_OUTPUTS: "g", Order.FORM_FIRST: ""}.get(order, "ag")
+
+
+def _of_factored(term: Factored, basis: Basis, order: Order, max_bytes: int, costs: Costs) -> Contraction:
+    cost = _cost(term.g, costs)
+    steps = _steps(term, basis, order, cost)
+    _, b, s, i, k = term.a.shape
+    o, unwritten = term.g.shape[3], isinstance(term.a, Patches)
+    few = _limit(max_bytes, cost.cache)
+    if order in (Order.ONE_POSITION, Order.KERNEL):
+        return Contraction(order, steps)
+    if order is Order.PAIRS:
+        return Contraction(order, steps, block_count(term.g, b * s * (s + 1) // 2 * (o + i * k), few))
+    of_G = b * o * i * k
+    if torch.compiler.is_compiling() or "a" not in _early(order):
+        return Contraction(order, steps, block_count(term.g, of_G + b * s * i * k * unwritten, few))
+    # what comes before G[n] is one product for as many examples as memory allows, since each reads the basis
+    blocks = block_count(term.g, b * s * (i * k * (1 + unwritten) + o), max_bytes)
+    parts = -(-block_count(term.g, of_G, few) // blocks)
+    return Contraction(order, steps, blocks, parts)
+
+
+def _limit(max_bytes: int, cache: int) -> int:
+    """Of what is written at a time: in eager mode it stays in cache."""
+    return min(max_bytes, cache) if cache and not torch.compiler.is_compiling() else max_bytes
+
+
+def _cost(t: Tensor, costs: Costs) -> Cost:
+    return costs.get((t.device.type, t.dtype), COSTS["cpu", torch.float32])
+
+
+def _turned(Q: Side) -> int:
+    """Products of each entry that a side turns."""
+    return 2 * Q.E.shape[-1] if isinstance(Q, Reflections) else Q.shape[-1] if Q.shape[-1] > 1 else 0
+
+
+def _steps(term: Factored, basis: Basis, order: Order, cost: Cost) -> tuple[Step, ...]:
+    a = term.a
+    sizes = (*a.shape[1:], term.g.shape[3])
+    size = term.g.element_size()
+    return _products(order, sizes, (_turned(basis.Q_A), _turned(basis.Q_B)), isinstance(a, Patches), size, cost)
+
+
+@torch.compiler.assume_constant_result
+def _products(
+    order: Order, sizes: tuple[int, ...], turned: tuple[int, int], unwritten: bool, size: int, cost: Cost
+) -> tuple[Step, ...]:
+    """The products of an order. An entry of `[o i]` that does not stay in cache is written, and read by the next."""
+    b, s, i, k, o = sizes
+    n, (A, B) = NOMINAL_N, turned
+    of_a, of_g, of_G = n * b * s * i * k, n * b * s * o, n * b * o * i * k
+    cached = b * o * i * k * size <= cost.cache
+    form = Step("form G[n]", 2 * of_a * o, size * (of_a * (not unwritten) + of_g + of_G * (not cached)))
+    early = {
+        "a": Step("project a", 2 * of_a * A, size * (of_a * (2 + 2 * unwritten) + i * A)),
+        "g": Step("project g", 2 * of_g * B, size * (2 * of_g + o * B)),
+    }
+    first = [early[side] for side in _early(order)]
+    if order is Order.ONE_POSITION:
+        return (*first, Step("multiply the squares", 2 * of_G, 2 * size * (of_a + of_g)))
+    if order is Order.KERNEL:
+        return (*first, form._replace(bytes=size * (of_a + of_g)))
+    if order is Order.PAIRS:
+        pairs = n * b * s * (s + 1) // 2
+        products = Step("multiply pairs", 2 * pairs * o * i * k, 2 * size * pairs * (o + i * k))
+        return (*first, products, form._replace(name="sum G", bytes=size * (of_a + of_g)))
+    late = []
+    for side, operations in _late(o, i, tuple(side for side in "ag" if side not in _early(order))):
+        of_Q = size * (i * i if side == "a" else o * o)
+        again = of_Q * of_G * size // cost.cache if cached and of_Q > cost.cache else 0  # of Q, for every part
+        traffic = again if cached else 2 * size * of_G
+        late.append(Step(f"project G[n] {'Q_A' if side == 'a' else 'Q_B'}", n * b * k * operations, traffic))
+    total = Step("add up", 4 * of_G, 3 * size * of_G * (not cached))
+    return (*first, form, *late, total)
+
+
+@functools.lru_cache
+def _late(o: int, i: int, sides: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """The order in which `opt_einsum` projects G[n] on these sides, and the operations of each product."""
+    if not sides:
+        return ()
+    size = {"o": o, "i": i, "O": o, "I": i}
+    parts = ["oi", *({"a": "iI", "g": "oO"}[side] for side in sides)]
+    out = f"{'O' if 'g' in sides else 'o'}{'I' if 'a' in sides else 'i'}"
+    shapes = [tuple(size[letter] for letter in part) for part in parts]
+    equation = f"{','.join(parts)}->{out}"
+    _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
+    found = []
+    for contracted in info.contraction_list:
+        letters = set(contracted[2]) & size.keys()
+        found.append(("a" if {"i", "I"} <= letters else "g", 2 * math.prod(size[letter] for letter in letters)))
+    return tuple(found)
