@@ -50,14 +50,14 @@ MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
 CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
 
 
-def block_count(t: Tensor | Patches, entries: int, most: int) -> int:
-    """Into how many blocks examples are split that need so many entries each, for `most` bytes of them at a time.
+def nominal(t: Tensor | Patches) -> int:
+    """The examples that a plan is for: in a graph a nominal batch, in eager mode those of t."""
+    return NOMINAL_N if torch.compiler.is_compiling() else (t.x if isinstance(t, Patches) else t).shape[0]
 
-    In a graph those of a nominal batch, in eager mode those of t.
-    """
-    x = t.x if isinstance(t, Patches) else t
-    n = NOMINAL_N if torch.compiler.is_compiling() else x.shape[0]
-    return min(n, max(1, -(-n * entries * x.element_size() // most)))
+
+def block_count(n: int, size: int, most: int) -> int:
+    """Into how many blocks n examples of so many bytes each are split, for `most` bytes at a time."""
+    return max(1, -(-n // max(1, most // max(1, size))))
 
 
 def split(t: Any, count: int) -> Sequence[Any]:
@@ -76,9 +76,9 @@ def split(t: Any, count: int) -> Sequence[Any]:
 
 def in_blocks(t: Any, entries: int) -> Sequence[Any]:
     """A tensor or patches in blocks of examples that need so many entries each: of what stays in a CPU's cache."""
-    eager = not torch.compiler.is_compiling()
-    most = CACHE_BYTES if eager and (t.x if isinstance(t, Patches) else t).device.type == "cpu" else MAX_BYTES
-    return split(t, block_count(t, entries, most))
+    x = t.x if isinstance(t, Patches) else t
+    most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
+    return split(t, block_count(nominal(t), entries * x.element_size(), most))
 
 
 def left_as_samples(Q: Side, samples: int, single: bool) -> bool:

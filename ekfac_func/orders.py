@@ -19,17 +19,15 @@ import fnmatch
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import opt_einsum
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from . import kernels
 from .checks import check_count
-from .kronecker import MAX_BYTES, NOMINAL_N, block_count
+from .kronecker import MAX_BYTES, NOMINAL_N, block_count, nominal
 from .patches import Patches
 from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms
 
@@ -56,14 +54,12 @@ class Cost(NamedTuple):
     cache: int  # bytes that stay near the processor from one product to the next
 
 
-COSTS: Mapping[tuple[str, torch.dtype], Cost] = MappingProxyType(
-    {
-        ("cpu", torch.float32): Cost(1.2e11, 1e10, 2**21),
-        ("cpu", torch.float64): Cost(6e10, 1e10, 2**21),
-        ("cuda", torch.float32): Cost(5e13, 4e12, 0),
-        ("cuda", torch.float64): Cost(5e13, 4e12, 0),
-    }
-)
+COSTS: Mapping[tuple[str, torch.dtype], Cost] = {
+    ("cpu", torch.float32): Cost(1.2e11, 1e10, 2**21),
+    ("cpu", torch.float64): Cost(6e10, 1e10, 2**21),
+    ("cuda", torch.float32): Cost(5e13, 4e12, 0),
+    ("cuda", torch.float64): Cost(5e13, 4e12, 0),
+}
 """By type of device and dtype of the statistics: two x86-64 cores as measured, a GPU by its data sheet."""
 
 
@@ -79,7 +75,7 @@ class Contractions(NamedTuple):
     """
 
     max_bytes: int | None = None
-    orders: Mapping[str, Order] = MappingProxyType({})
+    orders: Mapping[str, Order] = {}
     costs: Mapping[tuple[str, torch.dtype], Cost] = COSTS
 
 
@@ -128,7 +124,11 @@ def contractions(
     terms: Mapping[str, Terms], bases: Mapping[str, Basis], chosen: Contractions = DEFAULT
 ) -> dict[str, Contraction]:
     """How the moment of each layer is summed. ValueError where an order that is asked for cannot do it."""
-    budget = max(MAX_BYTES, sum(map(_held, terms.values())) // 4) if chosen.max_bytes is None else chosen.max_bytes
+    budget = (
+        max(MAX_BYTES, sum([_held(of_layer) for of_layer in terms.values()]) // 4)
+        if chosen.max_bytes is None
+        else chosen.max_bytes
+    )
     orders = _orders(tuple(terms), (chosen.orders,))
     return {
         name: contraction(of_layer, bases[name], order, budget, chosen.costs, name)
@@ -146,11 +146,13 @@ def _orders(names: tuple[str, ...], orders: tuple[Mapping[str, Order]]) -> tuple
 
 def _held(terms: Terms) -> int:
     """Bytes of the inputs and output gradients of a layer; in a graph of a nominal batch."""
-    leaves = [leaf for leaf in pytree.tree_leaves(terms) if isinstance(leaf, Tensor)]
-    compiling = torch.compiler.is_compiling()
-    return sum(
-        (NOMINAL_N if compiling else leaf.shape[0]) * math.prod(leaf.shape[1:]) * leaf.element_size() for leaf in leaves
-    )
+    held = 0
+    for term in terms:
+        for field in term:
+            x = field.x if isinstance(field, Patches) else field
+            if isinstance(x, Tensor):
+                held += nominal(x) * math.prod(x.shape[1:]) * x.element_size()
+    return held
 
 
 def contraction(
@@ -173,8 +175,8 @@ def contraction(
             entries = math.prod(G.shape[1:])  # of one example
             operations = 2 * NOMINAL_N * entries * (sum(map(_turned, basis)) + 1)
             step = Step("project G[n]", operations, 4 * NOMINAL_N * entries * G.element_size())
-            cache = _cost(G, costs).cache
-            return Contraction(Order.AS_GIVEN, (step,), block_count(G, entries, _limit(max_bytes, cache)))
+            few = _limit(max_bytes, _cost(G, costs).cache)
+            return Contraction(Order.AS_GIVEN, (step,), block_count(nominal(G), entries * G.element_size(), few))
         case (Factored() as factored, OneHot(_, _, h)):
             of_factored = contraction((factored,), basis, order, max_bytes, costs, name)
             s, i = h.shape[1:]
@@ -188,7 +190,8 @@ def contraction(
             if isinstance(factored.a, Tensor) and kernels.takes(factored.g, factored.a, basis):
                 possible.append(Order.KERNEL)
             _check(order, possible, name)
-            return _of_factored(factored, basis, order or _cheapest(factored, basis, possible, costs), max_bytes, costs)
+            wanted = possible if order is None else [order]
+            return _of_factored(factored, basis, wanted, max_bytes, _cost(factored.g, costs))
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
@@ -197,16 +200,44 @@ def _check(order: Order | None, possible: Sequence[Order], name: str) -> None:
         raise ValueError(f"orders gives {order} to {name}: give one of {', '.join(map(str, possible))}")
 
 
-def _cheapest(term: Factored, basis: Basis, possible: Sequence[Order], costs: Costs) -> Order:
-    """What has one position has one order; a side that is not full is projected first, as it costs little."""
-    for only in (Order.ONE_POSITION, Order.KERNEL):
-        if only in possible:
-            return only
-    cost = _cost(term.g, costs)
-    full = [isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] == Q.shape[-2] > 1 for Q in basis]
-    cheap = {side for side, is_full in zip("ag", full, strict=True) if not is_full}
-    left = [order for order in possible if cheap <= set(_early(order))]
-    return min(left, key=lambda order: _seconds(_steps(term, basis, order, cost), cost))
+class Sizes(NamedTuple):
+    """Of one example and its basis, all that the choice reads."""
+
+    b: int
+    s: int
+    i: int
+    k: int
+    o: int
+    A: int  # products of each entry that a side turns
+    B: int
+    full_A: bool
+    full_B: bool
+    unwritten: bool  # inputs that are patches
+    itemsize: int
+
+
+def _sizes(term: Factored, basis: Basis) -> Sizes:
+    b, s, i, k = term.a.shape[1:]
+    Q_A, Q_B = basis
+    sides = _turned(Q_A), _turned(Q_B), _is_full(Q_A), _is_full(Q_B)
+    return Sizes(b, s, i, k, term.g.shape[3], *sides, isinstance(term.a, Patches), term.g.element_size())
+
+
+def _is_full(Q: Side) -> bool:
+    return isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] == Q.shape[-2] > 1
+
+
+def _turned(Q: Side) -> int:
+    return 2 * Q.E.shape[-1] if isinstance(Q, Reflections) else Q.shape[-1] if Q.shape[-1] > 1 else 0
+
+
+@torch.compiler.assume_constant_result
+def _cheapest(possible: tuple[Order, ...], given: tuple[int, ...], cost: Cost) -> tuple[Order, tuple[Step, ...]]:
+    """The order and its products; a side that is not full is projected first, as it costs little."""
+    sizes = Sizes(*given)  # type: ignore[arg-type]  # a plain tuple, for Dynamo's constants
+    cheap = {side for side, full in zip("ag", (sizes.full_A, sizes.full_B), strict=True) if not full}
+    left = [order for order in possible if len(possible) == 1 or cheap <= set(_early(order))]
+    return min(((order, _products(order, sizes, cost)) for order in left), key=lambda found: _seconds(found[1], cost))
 
 
 def _seconds(steps: Iterable[Step], cost: Cost) -> float:
@@ -219,23 +250,22 @@ def _early(order: Order) -> str:
     return {Order.PROJECT_INPUTS: "a", Order.PROJECT_OUTPUTS: "g", Order.FORM_FIRST: ""}.get(order, "ag")
 
 
-def _of_factored(term: Factored, basis: Basis, order: Order, max_bytes: int, costs: Costs) -> Contraction:
-    cost = _cost(term.g, costs)
-    steps = _steps(term, basis, order, cost)
-    _, b, s, i, k = term.a.shape
-    o, unwritten = term.g.shape[3], isinstance(term.a, Patches)
-    few = _limit(max_bytes, cost.cache)
+def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_bytes: int, cost: Cost) -> Contraction:
+    only = [order for order in (Order.ONE_POSITION, Order.KERNEL) if order in possible]
+    sizes = _sizes(term, basis)
+    order, steps = _cheapest(tuple(only or possible), (*sizes,), cost)
     if order in (Order.ONE_POSITION, Order.KERNEL):
         return Contraction(order, steps)
+    b, s, i, k, o = sizes[:5]
+    few, n, size = _limit(max_bytes, cost.cache), nominal(term.g), sizes.itemsize
     if order is Order.PAIRS:
-        return Contraction(order, steps, block_count(term.g, b * s * (s + 1) // 2 * (o + i * k), few))
-    of_G = b * o * i * k
-    if torch.compiler.is_compiling() or "a" not in _early(order):
-        return Contraction(order, steps, block_count(term.g, of_G + b * s * i * k * unwritten, few))
+        return Contraction(order, steps, block_count(n, size * b * s * (s + 1) // 2 * (o + i * k), few))
+    of_G = size * b * o * i * k
+    if torch.compiler.is_compiling() or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
+        return Contraction(order, steps, block_count(n, of_G + size * b * s * i * k * sizes.unwritten, few))
     # what comes before G[n] is one product for as many examples as memory allows, since each reads the basis
-    blocks = block_count(term.g, b * s * (i * k * (1 + unwritten) + o), max_bytes)
-    parts = -(-block_count(term.g, of_G, few) // blocks)
-    return Contraction(order, steps, blocks, parts)
+    blocks = block_count(n, size * b * s * (i * k * (1 + sizes.unwritten) + o), max_bytes)
+    return Contraction(order, steps, blocks, block_count(-(-n // blocks), of_G, few))
 
 
 def _limit(max_bytes: int, cache: int) -> int:
@@ -247,25 +277,11 @@ def _cost(t: Tensor, costs: Costs) -> Cost:
     return costs.get((t.device.type, t.dtype), COSTS["cpu", torch.float32])
 
 
-def _turned(Q: Side) -> int:
-    """Products of each entry that a side turns."""
-    return 2 * Q.E.shape[-1] if isinstance(Q, Reflections) else Q.shape[-1] if Q.shape[-1] > 1 else 0
-
-
-def _steps(term: Factored, basis: Basis, order: Order, cost: Cost) -> tuple[Step, ...]:
-    a = term.a
-    sizes = (*a.shape[1:], term.g.shape[3])
-    size = term.g.element_size()
-    return _products(order, sizes, (_turned(basis.Q_A), _turned(basis.Q_B)), isinstance(a, Patches), size, cost)
-
-
-@torch.compiler.assume_constant_result
-def _products(
-    order: Order, sizes: tuple[int, ...], turned: tuple[int, int], unwritten: bool, size: int, cost: Cost
-) -> tuple[Step, ...]:
+@functools.lru_cache
+def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
     """The products of an order. An entry of `[o i]` that does not stay in cache is written, and read by the next."""
-    b, s, i, k, o = sizes
-    n, (A, B) = NOMINAL_N, turned
+    b, s, i, k, o, A, B, _, _, unwritten, size = sizes
+    n = NOMINAL_N
     of_a, of_g, of_G = n * b * s * i * k, n * b * s * o, n * b * o * i * k
     cached = b * o * i * k * size <= cost.cache
     form = Step("form G[n]", 2 * of_a * o, size * (of_a * (not unwritten) + of_g + of_G * (not cached)))
@@ -292,7 +308,6 @@ def _products(
     return (*first, form, *late, total)
 
 
-@functools.lru_cache
 def _late(o: int, i: int, sides: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     """The order in which `opt_einsum` projects G[n] on these sides, and the operations of each product."""
     if not sides:

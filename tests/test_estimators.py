@@ -6,17 +6,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_func import (
     RULES,
     SUA,
+    Basis,
     Blocks,
+    Contractions,
+    Cost,
     Factored,
     Moment,
     Order,
     SecondMoment,
     State,
     averaged_intra_batch,
+    describe,
     ekfac,
     exact_squares,
     exact_sums,
@@ -105,6 +110,76 @@ def test_every_order_sums_the_same_moment(name: str) -> None:
                 close(projected, into_basis(total, basis))
             assert contraction(of_layer, basis).order in taken
             assert len(taken) >= (5 if isinstance(of_layer[0], Factored) else 1)
+
+
+def test_no_more_gradients_exist_than_the_budget_allows() -> None:
+    """What is written at a time, whichever order; an example is never split."""
+    n, s, o, i = 64, 20, 30, 40
+    term = Factored(torch.randn(n, 1, s, i, 1), torch.randn(n, 1, s, o))
+    basis = Basis(torch.linalg.qr(torch.randn(1, i, i))[0], torch.linalg.qr(torch.randn(1, o, o))[0])
+    for order in (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST, Order.PAIRS):
+        largest = {}
+        for max_bytes in (2**17, 2**30):
+            how = contraction((term,), basis, order, max_bytes)
+            with Written() as written:
+                exact_sums((term,), basis, how)
+            largest[max_bytes] = written.largest
+        assert largest[2**17] <= 2**17 < largest[2**30], order
+
+
+class Written(TorchDispatchMode):
+    """The bytes of the largest tensor that an operator makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view:
+            self.largest = max(self.largest, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("shapes", "order"),
+    [
+        ((64, 1, 1024, 28, 32), Order.FORM_FIRST),  # a first convolution: many positions, few entries
+        ((64, 1, 128, 257, 768), Order.PROJECT_BOTH),  # attention
+        ((64, 1, 4, 1024, 1024), Order.PAIRS),  # bound by memory otherwise
+        ((64, 1, 1, 1024, 1024), Order.ONE_POSITION),
+    ],
+)
+def test_the_cheapest_order(shapes: tuple[int, ...], order: Order) -> None:
+    """Of what was measured, on layers where the orders differ by a factor of two or more; it never reads n."""
+    n, b, s, i, o = shapes
+    basis = Basis(torch.empty(b, i, i, dtype=torch.float32), torch.empty(b, o, o, dtype=torch.float32))
+    for size in (1, n):
+        terms = (Factored(torch.empty(size, b, s, i, 1).float(), torch.empty(size, b, s, o).float()),)
+        assert contraction(terms, basis).order is order
+    without_memory = {("cpu", torch.float32): Cost(operations=1.0, bytes=1e30, cache=0)}
+    assert contraction(terms, basis, costs=without_memory).order is not Order.PAIRS  # more arithmetic than the others
+
+
+def test_contractions_by_pattern() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    name = next(iter(case.params))
+    chosen = Contractions(orders={name: Order.FORM_FIRST})
+    rows = describe(case.loss_fn, case.params, batch, contractions=chosen)
+    assert [row.contraction.order for row in rows][:2] == [Order.FORM_FIRST, Order.ONE_POSITION]
+    plain, step = (ekfac(case.loss_fn, damping=1e-2, contractions=c) for c in (Contractions(), chosen))
+    state = plain.init(case.params, batch)
+    close_trees(step.precondition(case.params, batch, state)[0], plain.precondition(case.params, batch, state)[0])
+    impossible = ekfac(case.loss_fn, damping=1e-2, contractions=Contractions(orders={name: Order.IDS}))
+    with pytest.raises(ValueError, match=f"orders gives Order.IDS to {name}: give one of .*FORM_FIRST"):
+        impossible.precondition(case.params, batch, state)
+    with pytest.raises(ValueError, match="orders has a pattern 'no such' that fits no layer"):
+        ekfac(case.loss_fn, damping=1.0, contractions=Contractions(orders={"no such": Order.IDS})).init(
+            case.params, batch
+        )
+    with pytest.raises(TypeError, match=r"orders\['\*'\] is 'pairs': give one of"):
+        ekfac(case.loss_fn, damping=1.0, contractions=Contractions(orders={"*": "pairs"}))  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="max_bytes"):
+        ekfac(case.loss_fn, damping=1.0, contractions=Contractions(max_bytes=0))
 
 
 @every_case
