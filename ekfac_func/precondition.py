@@ -254,6 +254,14 @@ def ekfac(
         check_params(params)
         check_batch(batch)
         losses, layers, terms, aux = capture(curvature_loss, params, fisher.examples(params, batch), of_curvature)
+        data = None if fisher.loss is None else capture(loss_fn, params, batch, options)
+        with _no_autocast(losses.device):
+            return finish(params, state, Captured(losses, layers, terms, aux), data)
+
+    def finish(
+        params: Mapping[str, Tensor], state: State, captured: Captured, data: Captured | None
+    ) -> tuple[Params, State, Info]:
+        losses, layers, terms, aux = captured
         chosen = choose(list(layers.values()), choices)
         check_state(
             state,
@@ -296,8 +304,7 @@ def ekfac(
             )
             for name, mean in means.items()
         }
-        if fisher.loss is not None:
-            data = capture(loss_fn, params, batch, options)
+        if data is not None:
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
         dampings = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
         check_dampings(dampings, layers)
@@ -328,6 +335,11 @@ def ekfac(
         return unpack_all(layers.values(), natural, params), _choose(finite, new, state), info
 
     return EKFAC(init, precondition)
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """Statistics are those of their own dtype where autocast is on around the call, for the loss, as well."""
+    return torch.autocast(device.type, enabled=False)
 
 
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)

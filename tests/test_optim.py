@@ -13,7 +13,16 @@ from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ekfac_func import EKFACOptimizer, averaged_intra_batch, ekfac, intra_batch, kfac, running_average, set_grads
+from ekfac_func import (
+    EKFACOptimizer,
+    averaged_intra_batch,
+    ekfac,
+    intra_batch,
+    kfac,
+    rank,
+    running_average,
+    set_grads,
+)
 from ekfac_func.optim import (
     Transform,
     apply_updates,
@@ -763,6 +772,22 @@ def test_half_precision_has_statistics_in_float32(kind: str, estimator: Any) -> 
     calls = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")(given, batch, initial)
     for name in params:
         close(calls[0][name].float(), natural[name].float(), BF16)
+
+
+@pytest.mark.parametrize("options", [{}, {"bases": {"*": rank(4)}}])
+def test_autocast_around_the_step_is_autocast_inside_the_loss(options: Any) -> None:
+    """As of Lightning's `precision="bf16-mixed"`: the forward pass in bfloat16, the statistics not."""
+    params, batch, plain, autocast = half_precision()
+    inside, around = (ekfac(loss, damping=0.1, **options) for loss in (autocast, plain))
+    state = inside.init(params, batch)
+    expected = inside.precondition(params, batch, state)[:2]
+    around.precondition(params, batch, state)  # a plan of the same shapes without autocast
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same_bits(around.precondition(params, batch, state)[:2], expected)
+        compiled = torch.compile(around.precondition, fullgraph=True, backend="aot_eager")
+        found, state, _ = compiled(params, batch, state)
+    close_trees(found, expected[0], BF16)
+    assert {leaf.dtype for leaf in pytree.tree_leaves(state)} == {torch.float32}
 
 
 def test_bf16_parameters_with_a_float32_master() -> None:
