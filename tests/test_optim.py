@@ -1,7 +1,10 @@
 """Blocks, damping rules, bridges and metrics, each against a formula of its own or `torch.optim`."""
 
+import copy
 import io
 import math
+import pickle
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -328,7 +331,7 @@ def test_trees_that_do_not_match() -> None:
         one.update(params, chain(momentum(0.9), learning_rate(0.1)).init(params), params, report(params))
 
 
-def net_and_loss() -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
+def net_and_loss() -> tuple[Any, Callable[[Any, Any], Tensor], Any]:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
     def loss(model: Any, batch: Any) -> Tensor:
@@ -487,16 +490,148 @@ def test_the_optimizer_skips_compiles_and_takes_a_closure() -> None:
     close_trees(list(twin.parameters()), list(net.parameters()), 1e-8)
 
 
+def cross_entropy(model: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+def test_copies_of_the_optimizer_go_on_with_the_same_bits() -> None:
+    net, _, batches = net_and_loss()
+    optimizer = EKFACOptimizer(
+        net, cross_entropy, lr=0.1, damping=1e-2, second_moment=averaged_intra_batch(0.9), basis_every=4
+    )
+    fresh = EKFACOptimizer(net, cross_entropy, lr=0.1, damping=1e-2)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # before the first step
+    fresh = copy.deepcopy(fresh)
+    assert fresh.step(batches[0]).isfinite()
+    for batch in batches[:2]:
+        optimizer.step(batch)
+    twin, again = copy.deepcopy((net, optimizer))
+    optimizer.step(batches[2])
+    assert not torch.equal(twin[0].weight, net[0].weight)
+    again.step(batches[2])
+    same_bits(twin.state_dict(), net.state_dict())
+    plain = EKFACOptimizer(net, cross_entropy, lr=0.1, damping=1e-2, basis_every=4)  # a pickle has no closures
+    plain.step(batches[3])
+    twin, again = pickle.loads(pickle.dumps((net, plain)))
+    plain.step(batches[4])
+    again.step(batches[4])
+    same_bits(twin.state_dict(), net.state_dict())
+
+
+def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones() -> None:
+    net, loss, batches = net_and_loss()
+    net[0].weight.requires_grad_(False)
+    optimizer = EKFACOptimizer(net, loss, list(net[0].parameters()), lr=0.1, damping=1e-2, weight_decay=0.1)
+
+    def moved(batch: Any) -> set[str]:
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        twin = EKFACOptimizer(copy.deepcopy(net), loss, lr=0.1, damping=1e-2)
+        optimizer.step(batch)
+        twin.step(batch)
+        assert optimizer.natural is not None
+        assert optimizer.ekfac_state is not None
+        if len(optimizer.param_groups) == 2 and optimizer.ekfac_state.step == 1:  # anew, so a basis of this batch
+            close_trees(optimizer.natural, twin.natural)
+        return {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+
+    assert moved(batches[0]) == moved(batches[1]) == {"0.bias"}
+    net[0].weight.requires_grad_(True)
+    assert moved(batches[2]) == {"0.weight", "0.bias"}
+    optimizer.add_param_group({"params": net[2].parameters()})
+    assert moved(batches[3]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert optimizer.ekfac_state is not None
+    assert optimizer.ekfac_state.step == 1
+    net[2].bias.requires_grad_(False)
+    assert moved(batches[4]) == {"0.weight", "0.bias", "2.weight"}
+
+
+def test_the_optimizer_takes_the_batch_as_it_is() -> None:
+    """BatchNorm in training mode: the functional step, and the running statistics of plain training."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    _, loss, batches = net_and_loss()
+
+    def losses(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def losses_fn(params: Params, batch: Any) -> Tensor:
+        buffers = {name: b.clone() for name, b in net.named_buffers()}
+        return F.cross_entropy(functional_call(net, {**params, **buffers}, (batch[0],)), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match="batched=True"):
+        EKFACOptimizer(net, loss, lr=0.1, damping=1e-2).step(batches[0])
+    optimizer = EKFACOptimizer(net, losses, lr=0.1, damping=1e-2, batched=True)
+    step = ekfac(losses_fn, damping=1e-2, batched=True)
+    for batch in batches[:2]:
+        params = {name: p.detach().clone() for name, p in net.named_parameters()}
+        expected, _, info = step.precondition(params, batch, step.init(params, batch))
+        plain = copy.deepcopy(net)
+        plain(batch[0])
+        close(optimizer.step(batch), info.loss)
+        assert optimizer.natural is not None
+        close_trees(optimizer.natural, expected)
+        close_trees(dict(net.named_buffers()), dict(plain.named_buffers()))
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    optimizer.step((batches[2][0] * math.nan, batches[2][1]))
+    same_bits(dict(net.named_buffers()), before)
+
+
+def test_the_optimizer_takes_what_a_collator_gives() -> None:
+    net, _, batches = net_and_loss()
+    optimizer = EKFACOptimizer(net, lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), lr=0.1, damping=1e-2)
+    tree = dict(zip("xy", batches[0], strict=True))
+    first = optimizer.step(tree)
+    assert optimizer.step(UserDict(tree)) < first
+
+
+def test_a_gradient_scaler_changes_nothing() -> None:
+    net, loss, batches = net_and_loss()
+    twin = copy.deepcopy(net)
+    scaled, plain = (EKFACOptimizer(model, loss, lr=0.1, damping=1e-2) for model in (net, twin))
+    scaler = torch.amp.GradScaler("cpu")
+    for batch in batches[:3]:
+        scaled.zero_grad()
+        scaler.scale(loss(net, batch)).backward()
+        scaler.step(scaled, batch)
+        scaler.update()
+        plain.step(batch)
+    same_bits(net.state_dict(), twin.state_dict())
+
+
+def test_a_scaled_loss() -> None:
+    """The natural gradient of S times the loss, with S^2 times the damping, is 1 / S of the loss's."""
+    net, _, batches = net_and_loss()
+    loss_fn, params = functional(net), dict(net.named_parameters())
+    step = ekfac(loss_fn, damping=1e-2)
+    loud = ekfac(lambda p, e: 65536 * loss_fn(p, e), damping=65536**2 * 1e-2)
+    expected, _, _ = step.precondition(params, batches[0], step.init(params, batches[0]))
+    found, _, _ = loud.precondition(params, batches[0], loud.init(params, batches[0]))
+    close_trees(scaled(found, 65536), expected, 1e-8)
+
+
 def test_errors_of_the_optimizer() -> None:
     net, loss, _ = net_and_loss()
     with pytest.raises(ValueError, match=r"lr=0.0.*positive"):
         EKFACOptimizer(net, loss, lr=0.0, damping=1e-2)
-    with pytest.raises(ValueError, match=r"momentum=-1.*at least 0"):
+    with pytest.raises(ValueError, match=r"momentum=-1.*0 <= momentum < 1"):
         EKFACOptimizer(net, loss, lr=0.1, momentum=-1.0, damping=1e-2)
     with pytest.raises(ValueError, match=r"shape \(2,\).*no parameter of model"):
         EKFACOptimizer(net, loss, [torch.ones(2, requires_grad=True)], lr=0.1, damping=1e-2)
     with pytest.raises(ValueError, match=r"damping=-1.*positive"):
         EKFACOptimizer(net, loss, lr=0.1, damping=-1.0)
+    with pytest.raises(TypeError, match=r"loss is a NoneType.*\(model, batch\)"):
+        EKFACOptimizer(net, None, lr=0.1, damping=1.0)  # type: ignore[arg-type]
+    optimizer = EKFACOptimizer(net, loss, net[0].parameters(), lr=0.1, damping=1.0)
+    for wrong, message in (
+        ({"lr": -1.0}, r"lr=-1.0.*positive"),
+        ({"momentum": 1.5}, r"momentum=1.5.*0 <= momentum < 1"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1.0.*at least 0"),
+        ({"damping": 0.1}, r"group of params has 'damping'.*beside params"),
+        ({"params": [torch.ones(2, requires_grad=True)]}, r"shape \(2,\).*no parameter of model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": net[2].parameters(), **wrong})
+        assert len(optimizer.param_groups) == 1
     with pytest.raises(TypeError, match="unexpected keyword argument 'basis_evry'"):
         EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
 
