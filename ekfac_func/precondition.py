@@ -81,8 +81,8 @@ from .types import (
     statistics_dtype,
 )
 
-Damping = Callable[[Mapping[str, Spectrum]], Mapping[str, Tensor]]
-"""second moment of each layer -> damping of each, `[]`"""
+Damping = Callable[[Mapping[str, Spectrum]], Mapping[str, Number]]
+"""second moment of each layer -> damping of each, a number or `[]`"""
 
 
 class Init(Protocol):
@@ -290,7 +290,7 @@ def ekfac(
                 chosen,
             )
         bases, n, loss = carried.bases, len(losses), losses.mean()
-        every = state.step % moment_every == 0
+        every = len(refreshing) == len(layers) or state.step % moment_every == 0  # a guard, and so a graph, the fewer
         estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
         how = plan_contractions(given, bases, contractions)
         means = {name: mean_sums(estimators[name].sums(given[name], bases[name], how[name]), n) for name in layers}
@@ -306,8 +306,9 @@ def ekfac(
         }
         if data is not None:
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
-        dampings = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
-        check_dampings(dampings, layers)
+        ruled = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
+        check_dampings(ruled, layers)
+        dampings = {name: ruled[name] + updated[name].weight.new_zeros(()) for name in layers}
         natural_in = {}
         for name in layers:
             M = rescaled(slopes[name], updated[name], bases[name], dampings[name], exponent, sizes[name])
@@ -469,9 +470,9 @@ def _of_data(
     return captured.losses.mean(), slopes
 
 
-def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Number]:
     """The same damping for every layer."""
-    return {name: damping + moment.weight.new_zeros(()) for name, moment in moments.items()}
+    return dict.fromkeys(moments, damping)
 
 
 def rescaled(

@@ -1,6 +1,7 @@
 """Blocks, damping rules, bridges and metrics, each against a formula of its own or `torch.optim`."""
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -326,6 +327,8 @@ def test_trees_that_do_not_match() -> None:
         apply_updates(params, {**params, "c": torch.ones(())})
     with pytest.raises(ValueError, match=r"updates\['b'\] has shape \(4,\).*\(3,\).*same shape"):
         apply_updates(params, {**params, "b": torch.ones(4)})
+    with pytest.raises(ValueError, match=r"direction has no 'b'.*same names"):
+        momentum(0.9).update({"w": params["w"]}, momentum(0.9).init(params), params, report(params))
     one = chain(learning_rate(0.1))
     with pytest.raises(ValueError, match=r"2 parts.*1 transforms.*init\(params\)"):
         one.update(params, chain(momentum(0.9), learning_rate(0.1)).init(params), params, report(params))
@@ -365,6 +368,11 @@ def test_set_grads() -> None:
     leaves = dict(net.named_parameters())
     set_grads(leaves, natural)
     same_bits([p.grad for p in leaves.values()], list(natural.values()))
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    assert all((t == 1).all() for t in natural.values())
+    flipped = {name: torch.ones(p.shape[::-1]).movedim(0, -1) for name, p in leaves.items()}
+    set_grads(net, flipped)
+    torch.optim.LBFGS(net.parameters()).step(lambda: torch.ones(()))
     part = {name: t for name, t in natural.items() if name != "0.bias"}
     set_grads(net, part)
     assert leaves["0.bias"].grad is None
@@ -698,6 +706,22 @@ def test_a_damping_rule_of_ones_own() -> None:
     step = ekfac(case.loss_fn, damping=lambda moments: {"0.weight": torch.tensor(0.1)})
     with pytest.raises(ValueError, match=r"no number for the layer '2.weight'.*one for each name"):
         step.precondition(case.params, batch, step.init(case.params, batch))
+    wrong: tuple[tuple[Any, Any, str], ...] = (
+        ({"0.weight": 0.1, "2.weight": -1.0}, ValueError, r"damping of '2.weight'=-1.0.*positive"),
+        ({"0.weight": 0.1, "2.weight": torch.ones(3)}, ValueError, r"damping of '2.weight' has shape \(3,\)"),
+        (None, TypeError, "gave a NoneType.*a dict"),
+    )
+    for given, error, message in wrong:
+        step = ekfac(case.loss_fn, damping=functools.partial(lambda given, moments: given, given))
+        with pytest.raises(error, match=message):
+            step.precondition(case.params, batch, step.init(case.params, batch))
+    numbers: dict[str, Any] = {"0.weight": 0.1, "2.weight": 2.0}
+    initial = step.init(case.params, batch)
+    found, _, info = ekfac(case.loss_fn, damping=lambda moments: numbers).precondition(case.params, batch, initial)
+    close(info.damping, torch.tensor([0.1, 2.0]))
+    for name, damping in numbers.items():  # each as if it were alone
+        alone, _, _ = ekfac(case.loss_fn, damping=damping).precondition(case.params, batch, initial)
+        close(found[name], alone[name])
     with pytest.raises(ValueError, match=r"exponent=0.5.*negative"):
         ekfac(case.loss_fn, damping=1.0, exponent=0.5)
 

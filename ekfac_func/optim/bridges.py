@@ -18,6 +18,7 @@ from ..types import Batch, Info, Number, Params, State
 from .transforms import Velocity, check_like, momentum, nesterov
 
 
+@torch.no_grad()
 def set_grads(params: nn.Module | Mapping[str, Tensor], natural: Mapping[str, Tensor]) -> None:
     """Write the natural gradient where any optimizer of `torch.optim` reads its gradient, `p.grad`.
 
@@ -31,7 +32,8 @@ def set_grads(params: nn.Module | Mapping[str, Tensor], natural: Mapping[str, Te
     named = dict(params.named_parameters()) if isinstance(params, nn.Module) else params
     check_like({name: named[name] for name in natural if name in named}, natural, "natural")
     for name, p in named.items():
-        p.grad = natural[name].to(p.dtype) if name in natural else None
+        # a copy in the layout of p: clipping changes it in place, LBFGS views it as a vector
+        p.grad = torch.empty_like(p, requires_grad=False).copy_(natural[name]) if name in natural else None
 
 
 class EKFACOptimizer(torch.optim.Optimizer):
