@@ -40,8 +40,8 @@ def check_batch(batch: Batch) -> int:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, close over "
-                "anything else in loss_fn"
+                f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
+                + ("pass dict(batch)" if isinstance(leaf, Mapping) else "close over anything else in loss_fn")
             )
         if leaf.dim() == 0:
             raise ValueError(
