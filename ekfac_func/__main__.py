@@ -14,7 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train.add(commands)
     study.add(commands)
     options = parser.parse_args(arguments)
-    options.run(options)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:  # while data are read, or for the second time: the last checkpoint is whole
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -405,6 +405,7 @@ def _memo(loss_fn: LossFn) -> dict[Any, tuple[Plan, list[Any]]]:
 
 def _key(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Any:
     leaves, tree = pytree.tree_flatten(batch)
+    devices = {p.device.type for p in params.values()}  # on which autocast decides the dtypes of the outputs
     return (
         getattr(loss_fn, "__func__", None),
         tuple((name, spec(p, p.shape)) for name, p in params.items()),
@@ -413,4 +414,5 @@ def _key(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Any
         tuple(options.rules.items()),
         options.has_aux,
         options.batched,
+        *(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in sorted(devices)),
     )

@@ -40,8 +40,8 @@ def check_batch(batch: Batch) -> int:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, close over "
-                "anything else in loss_fn"
+                f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
+                + ("pass dict(batch)" if isinstance(leaf, Mapping) else "close over anything else in loss_fn")
             )
         if leaf.dim() == 0:
             raise ValueError(
@@ -103,14 +103,20 @@ def check_positive(name: str, value: Number) -> None:
         raise ValueError(f"{name}={value!r}: give a positive number")
 
 
-def check_dampings(dampings: Mapping[str, Tensor], layers: Iterable[str]) -> None:
+def check_dampings(dampings: Mapping[str, Number], layers: Iterable[str]) -> None:
     """damping, as a rule: one number for each layer."""
+    if not isinstance(dampings, Mapping):
+        raise TypeError(
+            f"damping, as a rule, gave a {type(dampings).__name__}: let it return a dict with a number for each name "
+            "in its argument"
+        )
     for name in layers:
         if name not in dampings:
             raise ValueError(
                 f"damping, as a rule, gave no number for the layer {name!r}, only for {list(dampings)}: let it "
                 "return one for each name in its argument"
             )
+        check_positive(f"damping of {name!r}", dampings[name])
 
 
 def check_decay(name: str, decay: Number) -> None:

@@ -81,8 +81,8 @@ from .types import (
     statistics_dtype,
 )
 
-Damping = Callable[[Mapping[str, Spectrum]], Mapping[str, Tensor]]
-"""second moment of each layer -> damping of each, `[]`"""
+Damping = Callable[[Mapping[str, Spectrum]], Mapping[str, Number]]
+"""second moment of each layer -> damping of each, a number or `[]`"""
 
 
 class Init(Protocol):
@@ -254,6 +254,14 @@ def ekfac(
         check_params(params)
         check_batch(batch)
         losses, layers, terms, aux = capture(curvature_loss, params, fisher.examples(params, batch), of_curvature)
+        data = None if fisher.loss is None else capture(loss_fn, params, batch, options)
+        with _no_autocast(losses.device):
+            return finish(params, state, Captured(losses, layers, terms, aux), data)
+
+    def finish(
+        params: Mapping[str, Tensor], state: State, captured: Captured, data: Captured | None
+    ) -> tuple[Params, State, Info]:
+        losses, layers, terms, aux = captured
         chosen = choose(list(layers.values()), choices)
         check_state(
             state,
@@ -282,7 +290,7 @@ def ekfac(
                 chosen,
             )
         bases, n, loss = carried.bases, len(losses), losses.mean()
-        every = state.step % moment_every == 0
+        every = len(refreshing) == len(layers) or state.step % moment_every == 0  # a guard, and so a graph, the fewer
         estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
         how = plan_contractions(given, bases, contractions)
         means = {name: mean_sums(estimators[name].sums(given[name], bases[name], how[name]), n) for name in layers}
@@ -296,11 +304,11 @@ def ekfac(
             )
             for name, mean in means.items()
         }
-        if fisher.loss is not None:
-            data = capture(loss_fn, params, batch, options)
+        if data is not None:
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
-        dampings = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
-        check_dampings(dampings, layers)
+        ruled = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
+        check_dampings(ruled, layers)
+        dampings = {name: ruled[name] + updated[name].weight.new_zeros(()) for name in layers}
         natural_in = {}
         for name in layers:
             M = rescaled(slopes[name], updated[name], bases[name], dampings[name], exponent, sizes[name])
@@ -328,6 +336,11 @@ def ekfac(
         return unpack_all(layers.values(), natural, params), _choose(finite, new, state), info
 
     return EKFAC(init, precondition)
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """Statistics are those of their own dtype where autocast is on around the call, for the loss, as well."""
+    return torch.autocast(device.type, enabled=False)
 
 
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
@@ -457,9 +470,9 @@ def _of_data(
     return captured.losses.mean(), slopes
 
 
-def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Number]:
     """The same damping for every layer."""
-    return {name: damping + moment.weight.new_zeros(()) for name, moment in moments.items()}
+    return dict.fromkeys(moments, damping)
 
 
 def rescaled(

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the argument, its shape and the remedy."""
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ def loss_fn(params: Params, example: Any) -> Tensor:
         (W, torch.randn(0, 4), ValueError, r"\(0, 4\).*empty batch.*at least one"),
         (W, {}, ValueError, "batch has no tensors.*leading axis"),
         (W, {"x": torch.randn(5, 4), "k": 3}, TypeError, r"batch\['k'\] is a int.*close over"),
+        (W, UserDict(x=torch.randn(5, 4)), TypeError, r"batch is a UserDict.*pass dict\(batch\)"),
         (W, {"x": torch.randn(5, 4), "k": torch.tensor(1.0)}, ValueError, r"batch\['k'\].*shape \(\).*leading axis"),
         ({"w": torch.ones(3, 4, dtype=torch.int64)}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*int64.*floating"),
         ({"w": torch.ones(3, 4) * 1j}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*complex.*real"),

@@ -1,7 +1,11 @@
 """Blocks, damping rules, bridges and metrics, each against a formula of its own or `torch.optim`."""
 
+import copy
+import functools
 import io
 import math
+import pickle
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +17,16 @@ from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ekfac_func import EKFACOptimizer, averaged_intra_batch, ekfac, intra_batch, kfac, running_average, set_grads
+from ekfac_func import (
+    EKFACOptimizer,
+    averaged_intra_batch,
+    ekfac,
+    intra_batch,
+    kfac,
+    rank,
+    running_average,
+    set_grads,
+)
 from ekfac_func.optim import (
     Transform,
     apply_updates,
@@ -314,12 +327,14 @@ def test_trees_that_do_not_match() -> None:
         apply_updates(params, {**params, "c": torch.ones(())})
     with pytest.raises(ValueError, match=r"updates\['b'\] has shape \(4,\).*\(3,\).*same shape"):
         apply_updates(params, {**params, "b": torch.ones(4)})
+    with pytest.raises(ValueError, match=r"direction has no 'b'.*same names"):
+        momentum(0.9).update({"w": params["w"]}, momentum(0.9).init(params), params, report(params))
     one = chain(learning_rate(0.1))
     with pytest.raises(ValueError, match=r"2 parts.*1 transforms.*init\(params\)"):
         one.update(params, chain(momentum(0.9), learning_rate(0.1)).init(params), params, report(params))
 
 
-def net_and_loss() -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
+def net_and_loss() -> tuple[Any, Callable[[Any, Any], Tensor], Any]:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
     def loss(model: Any, batch: Any) -> Tensor:
@@ -353,6 +368,11 @@ def test_set_grads() -> None:
     leaves = dict(net.named_parameters())
     set_grads(leaves, natural)
     same_bits([p.grad for p in leaves.values()], list(natural.values()))
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    assert all((t == 1).all() for t in natural.values())
+    flipped = {name: torch.ones(p.shape[::-1]).movedim(0, -1) for name, p in leaves.items()}
+    set_grads(net, flipped)
+    torch.optim.LBFGS(net.parameters()).step(lambda: torch.ones(()))
     part = {name: t for name, t in natural.items() if name != "0.bias"}
     set_grads(net, part)
     assert leaves["0.bias"].grad is None
@@ -478,16 +498,148 @@ def test_the_optimizer_skips_compiles_and_takes_a_closure() -> None:
     close_trees(list(twin.parameters()), list(net.parameters()), 1e-8)
 
 
+def cross_entropy(model: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+def test_copies_of_the_optimizer_go_on_with_the_same_bits() -> None:
+    net, _, batches = net_and_loss()
+    optimizer = EKFACOptimizer(
+        net, cross_entropy, lr=0.1, damping=1e-2, second_moment=averaged_intra_batch(0.9), basis_every=4
+    )
+    fresh = EKFACOptimizer(net, cross_entropy, lr=0.1, damping=1e-2)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # before the first step
+    fresh = copy.deepcopy(fresh)
+    assert fresh.step(batches[0]).isfinite()
+    for batch in batches[:2]:
+        optimizer.step(batch)
+    twin, again = copy.deepcopy((net, optimizer))
+    optimizer.step(batches[2])
+    assert not torch.equal(twin[0].weight, net[0].weight)
+    again.step(batches[2])
+    same_bits(twin.state_dict(), net.state_dict())
+    plain = EKFACOptimizer(net, cross_entropy, lr=0.1, damping=1e-2, basis_every=4)  # a pickle has no closures
+    plain.step(batches[3])
+    twin, again = pickle.loads(pickle.dumps((net, plain)))
+    plain.step(batches[4])
+    again.step(batches[4])
+    same_bits(twin.state_dict(), net.state_dict())
+
+
+def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones() -> None:
+    net, loss, batches = net_and_loss()
+    net[0].weight.requires_grad_(False)
+    optimizer = EKFACOptimizer(net, loss, list(net[0].parameters()), lr=0.1, damping=1e-2, weight_decay=0.1)
+
+    def moved(batch: Any) -> set[str]:
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        twin = EKFACOptimizer(copy.deepcopy(net), loss, lr=0.1, damping=1e-2)
+        optimizer.step(batch)
+        twin.step(batch)
+        assert optimizer.natural is not None
+        assert optimizer.ekfac_state is not None
+        if len(optimizer.param_groups) == 2 and optimizer.ekfac_state.step == 1:  # anew, so a basis of this batch
+            close_trees(optimizer.natural, twin.natural)
+        return {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+
+    assert moved(batches[0]) == moved(batches[1]) == {"0.bias"}
+    net[0].weight.requires_grad_(True)
+    assert moved(batches[2]) == {"0.weight", "0.bias"}
+    optimizer.add_param_group({"params": net[2].parameters()})
+    assert moved(batches[3]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert optimizer.ekfac_state is not None
+    assert optimizer.ekfac_state.step == 1
+    net[2].bias.requires_grad_(False)
+    assert moved(batches[4]) == {"0.weight", "0.bias", "2.weight"}
+
+
+def test_the_optimizer_takes_the_batch_as_it_is() -> None:
+    """BatchNorm in training mode: the functional step, and the running statistics of plain training."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    _, loss, batches = net_and_loss()
+
+    def losses(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def losses_fn(params: Params, batch: Any) -> Tensor:
+        buffers = {name: b.clone() for name, b in net.named_buffers()}
+        return F.cross_entropy(functional_call(net, {**params, **buffers}, (batch[0],)), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match="batched=True"):
+        EKFACOptimizer(net, loss, lr=0.1, damping=1e-2).step(batches[0])
+    optimizer = EKFACOptimizer(net, losses, lr=0.1, damping=1e-2, batched=True)
+    step = ekfac(losses_fn, damping=1e-2, batched=True)
+    for batch in batches[:2]:
+        params = {name: p.detach().clone() for name, p in net.named_parameters()}
+        expected, _, info = step.precondition(params, batch, step.init(params, batch))
+        plain = copy.deepcopy(net)
+        plain(batch[0])
+        close(optimizer.step(batch), info.loss)
+        assert optimizer.natural is not None
+        close_trees(optimizer.natural, expected)
+        close_trees(dict(net.named_buffers()), dict(plain.named_buffers()))
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    optimizer.step((batches[2][0] * math.nan, batches[2][1]))
+    same_bits(dict(net.named_buffers()), before)
+
+
+def test_the_optimizer_takes_what_a_collator_gives() -> None:
+    net, _, batches = net_and_loss()
+    optimizer = EKFACOptimizer(net, lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), lr=0.1, damping=1e-2)
+    tree = dict(zip("xy", batches[0], strict=True))
+    first = optimizer.step(tree)
+    assert optimizer.step(UserDict(tree)) < first
+
+
+def test_a_gradient_scaler_changes_nothing() -> None:
+    net, loss, batches = net_and_loss()
+    twin = copy.deepcopy(net)
+    scaled, plain = (EKFACOptimizer(model, loss, lr=0.1, damping=1e-2) for model in (net, twin))
+    scaler = torch.amp.GradScaler("cpu")
+    for batch in batches[:3]:
+        scaled.zero_grad()
+        scaler.scale(loss(net, batch)).backward()
+        scaler.step(scaled, batch)
+        scaler.update()
+        plain.step(batch)
+    same_bits(net.state_dict(), twin.state_dict())
+
+
+def test_a_scaled_loss() -> None:
+    """The natural gradient of S times the loss, with S^2 times the damping, is 1 / S of the loss's."""
+    net, _, batches = net_and_loss()
+    loss_fn, params = functional(net), dict(net.named_parameters())
+    step = ekfac(loss_fn, damping=1e-2)
+    loud = ekfac(lambda p, e: 65536 * loss_fn(p, e), damping=65536**2 * 1e-2)
+    expected, _, _ = step.precondition(params, batches[0], step.init(params, batches[0]))
+    found, _, _ = loud.precondition(params, batches[0], loud.init(params, batches[0]))
+    close_trees(scaled(found, 65536), expected, 1e-8)
+
+
 def test_errors_of_the_optimizer() -> None:
     net, loss, _ = net_and_loss()
     with pytest.raises(ValueError, match=r"lr=0.0.*positive"):
         EKFACOptimizer(net, loss, lr=0.0, damping=1e-2)
-    with pytest.raises(ValueError, match=r"momentum=-1.*at least 0"):
+    with pytest.raises(ValueError, match=r"momentum=-1.*0 <= momentum < 1"):
         EKFACOptimizer(net, loss, lr=0.1, momentum=-1.0, damping=1e-2)
     with pytest.raises(ValueError, match=r"shape \(2,\).*no parameter of model"):
         EKFACOptimizer(net, loss, [torch.ones(2, requires_grad=True)], lr=0.1, damping=1e-2)
     with pytest.raises(ValueError, match=r"damping=-1.*positive"):
         EKFACOptimizer(net, loss, lr=0.1, damping=-1.0)
+    with pytest.raises(TypeError, match=r"loss is a NoneType.*\(model, batch\)"):
+        EKFACOptimizer(net, None, lr=0.1, damping=1.0)  # type: ignore[arg-type]
+    optimizer = EKFACOptimizer(net, loss, net[0].parameters(), lr=0.1, damping=1.0)
+    for wrong, message in (
+        ({"lr": -1.0}, r"lr=-1.0.*positive"),
+        ({"momentum": 1.5}, r"momentum=1.5.*0 <= momentum < 1"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1.0.*at least 0"),
+        ({"damping": 0.1}, r"group of params has 'damping'.*beside params"),
+        ({"params": [torch.ones(2, requires_grad=True)]}, r"shape \(2,\).*no parameter of model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": net[2].parameters(), **wrong})
+        assert len(optimizer.param_groups) == 1
     with pytest.raises(TypeError, match="unexpected keyword argument 'basis_evry'"):
         EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
 
@@ -554,6 +706,22 @@ def test_a_damping_rule_of_ones_own() -> None:
     step = ekfac(case.loss_fn, damping=lambda moments: {"0.weight": torch.tensor(0.1)})
     with pytest.raises(ValueError, match=r"no number for the layer '2.weight'.*one for each name"):
         step.precondition(case.params, batch, step.init(case.params, batch))
+    wrong: tuple[tuple[Any, Any, str], ...] = (
+        ({"0.weight": 0.1, "2.weight": -1.0}, ValueError, r"damping of '2.weight'=-1.0.*positive"),
+        ({"0.weight": 0.1, "2.weight": torch.ones(3)}, ValueError, r"damping of '2.weight' has shape \(3,\)"),
+        (None, TypeError, "gave a NoneType.*a dict"),
+    )
+    for given, error, message in wrong:
+        step = ekfac(case.loss_fn, damping=functools.partial(lambda given, moments: given, given))
+        with pytest.raises(error, match=message):
+            step.precondition(case.params, batch, step.init(case.params, batch))
+    numbers: dict[str, Any] = {"0.weight": 0.1, "2.weight": 2.0}
+    initial = step.init(case.params, batch)
+    found, _, info = ekfac(case.loss_fn, damping=lambda moments: numbers).precondition(case.params, batch, initial)
+    close(info.damping, torch.tensor([0.1, 2.0]))
+    for name, damping in numbers.items():  # each as if it were alone
+        alone, _, _ = ekfac(case.loss_fn, damping=damping).precondition(case.params, batch, initial)
+        close(found[name], alone[name])
     with pytest.raises(ValueError, match=r"exponent=0.5.*negative"):
         ekfac(case.loss_fn, damping=1.0, exponent=0.5)
 
@@ -765,6 +933,22 @@ def test_half_precision_has_statistics_in_float32(kind: str, estimator: Any) -> 
         close(calls[0][name].float(), natural[name].float(), BF16)
 
 
+@pytest.mark.parametrize("options", [{}, {"bases": {"*": rank(4)}}])
+def test_autocast_around_the_step_is_autocast_inside_the_loss(options: Any) -> None:
+    """As of Lightning's `precision="bf16-mixed"`: the forward pass in bfloat16, the statistics not."""
+    params, batch, plain, autocast = half_precision()
+    inside, around = (ekfac(loss, damping=0.1, **options) for loss in (autocast, plain))
+    state = inside.init(params, batch)
+    expected = inside.precondition(params, batch, state)[:2]
+    around.precondition(params, batch, state)  # a plan of the same shapes without autocast
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same_bits(around.precondition(params, batch, state)[:2], expected)
+        compiled = torch.compile(around.precondition, fullgraph=True, backend="aot_eager")
+        found, state, _ = compiled(params, batch, state)
+    close_trees(found, expected[0], BF16)
+    assert {leaf.dtype for leaf in pytree.tree_leaves(state)} == {torch.float32}
+
+
 def test_bf16_parameters_with_a_float32_master() -> None:
     """The master takes steps that bfloat16 would round away."""
     master, batch, loss_fn, _ = half_precision()
@@ -786,7 +970,7 @@ def test_the_compiled_training_step() -> None:
     """Schedule, capture, moment, refresh, rescale, clipping, momentum, decay, update, average and metrics at once."""
     net, _, batches = net_and_loss()
     loss_fn, optimizer, average = functional(net), full_chain(), exponential_average(0.9)
-    options: dict[str, Any] = {"basis_every": 4, "moment_every": 2, "second_moment": averaged_intra_batch(0.9)}
+    options: dict[str, Any] = {"basis_every": 3, "moment_every": 2, "second_moment": averaged_intra_batch(0.9)}
     method = ekfac(loss_fn, damping=relative(0.3), **options)
 
     def step(params: Params, opt_state: Any, state: Any, mean: Any, batch: Any) -> Any:
@@ -802,12 +986,13 @@ def test_the_compiled_training_step() -> None:
     twin = carried
     counters.clear()
     fast = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for batch in batches * 2:
+    smaller = [(x[:13], y[:13]) for x, y in batches]
+    for batch in [*batches, *smaller]:
         found, expected = fast(*carried, batch), step(*twin, batch)
         carried, twin = found[:4], expected[:4]
         close_trees(carried[:2], twin[:2], 1e-7)
         close(found[4]["loss"], expected[4]["loss"], 1e-8)
-    assert counters["stats"]["unique_graphs"] <= 4  # the first step, a refresh, a moment alone, neither
+    assert counters["stats"]["unique_graphs"] <= 7  # the first step; a refresh, a moment alone, neither, for two sizes
     x, y = batches[0]
     after = fast(*carried, (x * math.nan, y))
     assert after[4]["skipped"] == 1

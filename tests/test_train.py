@@ -121,6 +121,26 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "give a directory" in message
 
 
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "digits-mlp.checkpoint.pt"
+    for content in (b"", b"half", b"PK\x03\x04"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--model", "mlp", "--out", str(tmp_path)])
+        assert stopped.value.code == 2
+        assert f"{path} is no checkpoint" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, seed: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", load)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+
+
 def test_a_missing_package_is_named_with_its_extra() -> None:
     done = call(
         "-c", "import sys; sys.modules['sklearn'] = None; from ekfac_func.__main__ import main; main(['train'])"

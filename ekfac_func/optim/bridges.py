@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,12 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..checks import check_positive
+from ..checks import check_decay, check_positive
 from ..precondition import Damping, ekfac
 from ..types import Batch, Info, Number, Params, State
 from .transforms import Velocity, check_like, momentum, nesterov
 
 
+@torch.no_grad()
 def set_grads(params: nn.Module | Mapping[str, Tensor], natural: Mapping[str, Tensor]) -> None:
     """Write the natural gradient where any optimizer of `torch.optim` reads its gradient, `p.grad`.
 
@@ -29,7 +32,8 @@ def set_grads(params: nn.Module | Mapping[str, Tensor], natural: Mapping[str, Te
     named = dict(params.named_parameters()) if isinstance(params, nn.Module) else params
     check_like({name: named[name] for name in natural if name in named}, natural, "natural")
     for name, p in named.items():
-        p.grad = natural[name].to(p.dtype) if name in natural else None
+        # a copy in the layout of p: clipping changes it in place, LBFGS views it as a vector
+        p.grad = torch.empty_like(p, requires_grad=False).copy_(natural[name]) if name in natural else None
 
 
 class EKFACOptimizer(torch.optim.Optimizer):
@@ -50,9 +54,13 @@ class EKFACOptimizer(torch.optim.Optimizer):
     nor velocity. `p.grad` is neither read nor written; nothing is read back to the host.
 
     model: the module; its parameters that require gradients, in place, are those of `params`.
-    loss: `(model, batch) -> scalar`, called on batches of one example, each tensor with a leading axis of 1.
+    loss: `(model, batch) -> scalar`, called on batches of one example, each tensor with a leading axis of 1. With the
+        option `batched=True` it meets the whole batch and returns the losses `[n]`; the buffers of a step that is not
+        skipped, such as the running statistics of BatchNorm, are then the model's.
     params: parameters or groups of them with lr, momentum, weight_decay and nesterov of their own, as in
-        `torch.optim`; by default those of the model. What the groups leave out is frozen.
+        `torch.optim`; by default those of the model. What the groups leave out is frozen, and what does not require
+        gradients at a step. Where other parameters are trained than in the step before, the state of `ekfac` starts
+        anew.
     lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor.
     damping: as in `ekfac`; the attribute may be changed from step to step.
     options: the others of `ekfac`.
@@ -75,38 +83,66 @@ class EKFACOptimizer(torch.optim.Optimizer):
         nesterov: bool = False,
         **options: Any,
     ) -> None:
-        check_positive("lr", lr)
-        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value!r}: give a number, at least 0")
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
-        names = {p: name for name, p in model.named_parameters()}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p not in names:
-                    raise ValueError(
-                        f"params has a tensor of shape {tuple(p.shape)} that is no parameter of model: pass "
-                        "model.parameters() or some of them"
-                    )
-        self.names = names
+        if not callable(loss):
+            raise TypeError(f"loss is a {type(loss).__name__}: pass a function (model, batch) -> scalar loss")
+        self.model, self.loss, self.options = model, loss, options
         self.damping = damping
         self.ekfac_state: State | None = None
         self.natural: Params | None = None
         self.info: Info | None = None
-        bound = _Bound(model, loss)
+        self._trained: set[str] | None = None  # names of the parameters that the last step trained
+        self._bind()
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
 
-        def loss_fn(params: Params, example: Any) -> Tensor:
+    def _bind(self) -> None:
+        """Make what the module and the loss decide, and no copy or pickle carries."""
+        self.names = {p: name for name, p in self.model.named_parameters()}
+        self._bound = bound = _Bound(self.model, self.loss)
+        has_aux, options = self.options.get("has_aux", False), self.options
+        if self.options.get("batched", False):
+            options = {**options, "has_aux": True}
+
+        def loss_fn(params: Params, example: Any) -> Any:
             given = {f"model.{name}": p for name, p in params.items()}
-            return functional_call(bound, given, (pytree.tree_map(lambda leaf: leaf[None], example),))
+            if not options.get("batched", False):
+                return functional_call(bound, given, (pytree.tree_map(lambda leaf: leaf[None], example),))
+            buffers = {name: b.clone() for name, b in bound.named_buffers()}
+            found = functional_call(bound, {**given, **buffers}, (example,))
+            losses, aux = found if has_aux else (found, ())
+            return losses, (aux, buffers)
 
         def precondition(
             params: Params, batch: Batch, state: State, damping: Number | Damping
         ) -> tuple[Params, State, Info]:
             return ekfac(loss_fn, damping=damping, **options).precondition(params, batch, state)
 
-        self._init = ekfac(loss_fn, damping=damping, **options).init
+        self._init = ekfac(loss_fn, damping=self.damping, **options).init
         self.precondition = precondition
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As that of `torch.optim.Optimizer`. ValueError for settings out of range and parameters not of the model."""
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        check_positive("lr", group["lr"])
+        check_decay("momentum", group["momentum"])
+        if not group["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay={group['weight_decay']!r}: give a number, at least 0")
+        for p in group["params"]:
+            if p not in self.names:
+                raise ValueError(
+                    f"params has a tensor of shape {tuple(p.shape)} that is no parameter of model: pass "
+                    "model.parameters() or some of them"
+                )
+        for option in inspect.signature(ekfac).parameters:
+            if option in group:
+                raise ValueError(f"a group of params has {option!r}, which is one for all: pass it beside params")
 
     @torch.no_grad()
     def step(self, batch: Batch, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -119,16 +155,24 @@ class EKFACOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        params = {self.names[p]: p for group in self.param_groups for p in group["params"]}
-        if self.ekfac_state is None:
+        if isinstance(batch, UserDict):  # of a collator of `transformers`
+            batch = batch.data
+        params = {self.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        if self.ekfac_state is None or self._trained not in (None, set(params)):
             self.ekfac_state = self._init(params, batch)
+        self._trained = set(params)
         self.natural, self.ekfac_state, self.info = self.precondition(params, batch, self.ekfac_state, self.damping)
+        if self.options.get("batched", False):
+            aux, buffers = self.info.aux
+            self.info = self.info._replace(aux=aux)
+            for name, b in self._bound.named_buffers():
+                b.copy_(torch.where(self.info.skipped, b, buffers[name]))
         for group in self.param_groups:
             self._update(group, self.natural, self.info)
         return self.info.loss if closure is None else result
 
     def _update(self, group: dict[str, Any], natural: Params, info: Info) -> None:
-        params: Params = {self.names[p]: p for p in group["params"]}
+        params: Params = {self.names[p]: p for p in group["params"] if p.requires_grad}
         rule = (nesterov if group["nesterov"] else momentum)(group["momentum"])
         zero = rule.init(params).velocity
         old = Velocity({name: self.state[p].get("velocity", zero[name]) for name, p in params.items()})
@@ -151,9 +195,19 @@ class EKFACOptimizer(torch.optim.Optimizer):
         rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
         super().load_state_dict(rest)
         device = self.param_groups[0]["params"][0].device
-        self.ekfac_state = pytree.tree_map(lambda t: t.to(device, copy=True), state_dict["ekfac"])
+        self.ekfac_state = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), state_dict["ekfac"])
+        self._trained = None
         if not callable(self.damping):
             self.damping = state_dict["damping"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("model", "loss", "options", "damping", "ekfac_state", "natural", "info", "_trained")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # a copy, where `load_state_dict` gives groups and velocities alone
+            self._bind()
 
 
 class _Bound(nn.Module):

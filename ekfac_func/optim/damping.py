@@ -24,7 +24,7 @@ def relative(fraction: Number, scope: Scope = each) -> Damping:
     """
     check_positive("fraction", fraction)
 
-    def damping(moments: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+    def damping(moments: Mapping[str, Spectrum]) -> dict[str, Number]:
         sums = scope({name: (m.value * m.counts[..., None]).sum() for name, m in moments.items()})
         counts = scope({name: m.value.new_tensor(m.size) for name, m in moments.items()})
         tiny = {name: torch.finfo(m.value.dtype).tiny for name, m in moments.items()}  # for a layer without gradients

@@ -211,6 +211,7 @@ def _accumulate(decay: Number, read: Callable[[Tensor, Tensor], Tensor]) -> Tran
         return Velocity({name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()})
 
     def update(direction: Params, state: Velocity, params: Mapping[str, Tensor], info: Info) -> tuple[Params, Velocity]:
+        check_like(state.velocity, direction, "direction")
         velocity = {name: (decay * v + direction[name]).to(v.dtype) for name, v in state.velocity.items()}
         return {name: read(d, velocity[name]) for name, d in direction.items()}, Velocity(velocity)
 

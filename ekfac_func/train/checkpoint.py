@@ -28,9 +28,18 @@ def write(path: Path, tree: Any) -> None:
     os.replace(temporary, path)
 
 
+class Unreadable(Exception):
+    """The file is nothing that `write` saved."""
+
+
 def read(path: Path) -> Any | None:
-    """What `write` saved, on the CPU; None where there is nothing."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    """What `write` saved, on the CPU; None where there is nothing. Unreadable where there is something else."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as reason:  # of bytes at random the unpickler raises anything
+        raise Unreadable(f"{path} is no checkpoint ({type(reason).__name__}): give --restart") from reason
 
 
 class Flag:

@@ -112,7 +112,7 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
                 options.restart,
             ),
         )
-    except compare.OtherRun as reason:
+    except (compare.OtherRun, checkpoint.Unreadable) as reason:
         error(f"argument --out: {reason}")
     except checkpoint.Interrupted as reason:
         print(reason)
