@@ -251,11 +251,12 @@ def _early(order: Order) -> str:
 
 
 def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_bytes: int, cost: Cost) -> Contraction:
-    only = [order for order in (Order.ONE_POSITION, Order.KERNEL) if order in possible]
     sizes = _sizes(term, basis)
-    order, steps = _cheapest(tuple(only or possible), (*sizes,), cost)
-    if order in (Order.ONE_POSITION, Order.KERNEL):
-        return Contraction(order, steps)
+    for only in (Order.ONE_POSITION, Order.KERNEL):
+        if only in possible:
+            traced = torch.compiler.is_compiling()  # whose sizes may be symbols, of `thin`
+            return Contraction(only, () if traced else _products(only, sizes, cost))
+    order, steps = _cheapest(tuple(possible), (*sizes,), cost)
     b, s, i, k, o = sizes[:5]
     few, n, size = _limit(max_bytes, cost.cache), nominal(term.g), sizes.itemsize
     if order is Order.PAIRS:

@@ -23,6 +23,7 @@ from ekfac_func import (
     ekfac,
     intra_batch,
     kfac,
+    optim,
     rank,
     running_average,
     set_grads,
@@ -525,6 +526,31 @@ def test_copies_of_the_optimizer_go_on_with_the_same_bits() -> None:
     plain.step(batches[4])
     again.step(batches[4])
     same_bits(twin.state_dict(), net.state_dict())
+
+
+def test_the_defaults_of_the_optimizer() -> None:
+    """`optim.DEFAULTS` where no damping is given, and no others; they train, and can be pickled."""
+    net, _, batches = net_and_loss()
+    params = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    step = ekfac(functools.partial(cross_entropy_of, net), **optim.DEFAULTS)
+    natural = step.precondition(params, batches[0], step.init(params, batches[0]))[0]
+    plain = EKFACOptimizer(net, cross_entropy, momentum=0.0)
+    twin = pickle.loads(pickle.dumps(plain))
+    first = plain.step(batches[0])
+    assert twin.step(batches[0]) == first
+    expected = {name: p - 0.0025 * natural[name] for name, p in params.items()}
+    close_trees({name: p.detach() for name, p in net.named_parameters()}, expected)
+    for _ in range(200):
+        last = plain.step(batches[0])
+    assert last < 0.8 * first
+    assert EKFACOptimizer(net, cross_entropy, damping=0.1).options == {}
+    assert EKFACOptimizer(net, cross_entropy, exponent=-1.0).options == {"exponent": -1.0, "basis_every": 10}
+
+
+def cross_entropy_of(net: nn.Module, params: Params, example: Any) -> Tensor:
+    x, y = example
+    return F.cross_entropy(functional_call(net, params, (x[None],)), y[None])
 
 
 def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones() -> None:

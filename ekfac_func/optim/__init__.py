@@ -3,6 +3,7 @@
 from .averages import Average, Averaging, exponential_average
 from .bridges import EKFACOptimizer, set_grads
 from .damping import (
+    DEFAULTS,
     fisher_quadratic,
     levenberg_marquardt,
     preconditioned_quadratic,
@@ -29,6 +30,7 @@ from .transforms import (
 )
 
 __all__ = [
+    "DEFAULTS",
     "Average",
     "Averaging",
     "EKFACOptimizer",

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..checks import check_decay, check_positive
 from ..precondition import Damping, ekfac
 from ..types import Batch, Info, Number, Params, State
+from .damping import DEFAULTS
 from .transforms import Velocity, check_like, momentum, nesterov
 
 
@@ -62,7 +63,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
         gradients at a step. Where other parameters are trained than in the step before, the state of `ekfac` starts
         anew.
     lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor.
-    damping: as in `ekfac`; the attribute may be changed from step to step.
+    damping: as in `ekfac`; the attribute may be changed from step to step. Without one, `optim.DEFAULTS` are the
+        defaults of damping, exponent and basis_every, for which the default lr is.
     options: the others of `ekfac`.
 
     `state_dict` has the state of `ekfac`, and damping where it is a number or a tensor. After a step `info` is that of
@@ -76,8 +78,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
         loss: Callable[[Any, Any], Tensor],
         params: Iterable[Any] | None = None,
         *,
-        lr: Number,
-        damping: Number | Damping,
+        lr: Number = 2.5e-3,
+        damping: Number | Damping | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
@@ -85,8 +87,11 @@ class EKFACOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not callable(loss):
             raise TypeError(f"loss is a {type(loss).__name__}: pass a function (model, batch) -> scalar loss")
+        if damping is None:
+            options = {**DEFAULTS, **options}
+            damping = options.pop("damping")
         self.model, self.loss, self.options = model, loss, options
-        self.damping = damping
+        self.damping: Number | Damping = damping
         self.ekfac_state: State | None = None
         self.natural: Params | None = None
         self.info: Info | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +26,21 @@ def relative(fraction: Number, scope: Scope = each) -> Damping:
     """
     check_positive("fraction", fraction)
 
-    def damping(moments: Mapping[str, Spectrum]) -> dict[str, Number]:
-        sums = scope({name: (m.value * m.counts[..., None]).sum() for name, m in moments.items()})
-        counts = scope({name: m.value.new_tensor(m.size) for name, m in moments.items()})
-        tiny = {name: torch.finfo(m.value.dtype).tiny for name, m in moments.items()}  # for a layer without gradients
-        return {name: (fraction * sums[name] / counts[name].clamp(min=1)).clamp(min=tiny[name]) for name in moments}
+    return functools.partial(_relative, fraction, scope)
 
-    return damping
+
+def _relative(fraction: Number, scope: Scope, moments: Mapping[str, Spectrum]) -> dict[str, Number]:
+    sums = scope({name: (m.value * m.counts[..., None]).sum() for name, m in moments.items()})
+    counts = scope({name: m.value.new_tensor(m.size) for name, m in moments.items()})
+    tiny = {name: torch.finfo(m.value.dtype).tiny for name, m in moments.items()}  # for a layer without gradients
+    return {name: (fraction * sums[name] / counts[name].clamp(min=1)).clamp(min=tiny[name]) for name in moments}
+
+
+DEFAULTS: Mapping[str, Any] = {"damping": relative(0.01), "exponent": -0.5, "basis_every": 10}
+"""Arguments of `ekfac` for a step as that of Adam and SOAP in the eigenbasis, with a learning rate of about 0.0025.
+
+They trained every model of `benchmarks/convergence.py` as they are.
+"""
 
 
 def levenberg_marquardt(
