@@ -11,13 +11,13 @@ from benchmarks import convergence, soap
 
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
-    options = ["--quick", "--task", "tabular", "--out", str(tmp_path)]
+    options = ["--quick", "--task", "tabular", "--out", str(tmp_path), "--optimizer", *convergence.grids("tabular")]
     convergence.main(options)
     table, lines = capsys.readouterr().out, (tmp_path / "convergence.jsonl").read_text()
     assert all(f"| {name} |" in table for name in convergence.grids("tabular"))
     assert (tmp_path / "convergence-tabular.png").stat().st_size > 1000
     runs = [json.loads(line) for line in lines.splitlines()]
-    assert len(runs) == 7 * 3  # two settings and one seed
+    assert len(runs) == 7 * 3 + 2  # two settings and one seed; of the defaults one setting
     assert all(run["points"][-1][0] == 2 and run["points"][-1][2] > 0 for run in runs)
 
     (tmp_path / "convergence.jsonl").write_text(lines + '{"task": "tab')  # killed while it wrote
