@@ -44,7 +44,8 @@ from ekfac_func import (
     rank,
     running_average,
 )
-from ekfac_func.basis import Choices, Refresh
+from ekfac_func.basis import Choices
+from ekfac_func.refreshes import Refresh
 from ekfac_func.train import data as images
 from ekfac_func.train import models
 from ekfac_func.train.run import batches
@@ -297,7 +298,7 @@ def operations(trainer: Plain | Natural, given: Iterator[Examples]) -> tuple[flo
 
     costs: dict[Any, Any] = {
         torch.ops.aten._linalg_eigh: decomposition(9),
-        torch.ops.ekfac_func.eigenvectors: decomposition(9),
+        torch.ops.ekfac_func.eigenvectors: lambda shapes, *rest, **more: sum(map(decomposition(9), shapes)),
         torch.ops.aten.linalg_qr: decomposition(8 / 3),
     }
     for batch in given:

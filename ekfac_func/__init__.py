@@ -9,15 +9,10 @@ from .basis import (
     Choices,
     Compact,
     Rank,
-    Refresh,
     Thin,
-    adaptive,
     blocks,
     compact,
-    eigh,
-    qr,
     rank,
-    staggered,
     thin,
 )
 from .compare import (
@@ -41,6 +36,7 @@ from .orders import COSTS, Contraction, Contractions, Cost, Order
 from .per_example import PerExampleGradients, per_example_gradients
 from .precondition import EKFAC, Damping, ekfac
 from .reference import DenseBlocks, fisher_blocks, ggn_blocks
+from .refreshes import Refresh, adaptive, eigh, qr, staggered
 from .rules import RULES, SUA, Call, Rule, Rules
 from .second_moment import (
     SecondMoment,

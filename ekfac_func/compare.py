@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import basis as eigenbasis
+from .basis import choose
 from .capture import Captured, capture
 from .checks import check_batch, check_count, check_decay, check_params, check_positive, check_randomness
 from .contraction import exact_sums, mean_sums
@@ -34,6 +34,7 @@ from .kronecker import (
 from .orders import contractions
 from .precondition import initial_state, rescaled
 from .reference import exact_block, part
+from .refreshes import refresh_bases
 from .rules import RULES, SUA, Rules
 from .second_moment import (
     AtRefresh,
@@ -352,8 +353,9 @@ class _Data:
         total = [
             FactorSums(*(_total(list(field)) for field in zip(*kind, strict=True))) for kind in zip(*sums, strict=True)
         ]
-        factors = average_factors(initial.factors[layer.weight], mean_factors(total), 0.0)
-        basis, _ = eigenbasis.refresh(factors, initial.bases[layer.weight])
+        name = layer.weight
+        factors = average_factors(initial.factors[name], mean_factors(total), 0.0)
+        basis = refresh_bases({name: factors}, initial.bases)[0][name]
         return exact_means(terms, basis), basis
 
     def mean_loss(self, params: Params) -> float:
@@ -374,7 +376,7 @@ def exact_means(terms: Sequence[Terms], basis: Basis) -> Sums:
 
 def _started(layers: tuple[Layer, ...], params: Params) -> State:
     """The state before the first step, with whole bases."""
-    return initial_state(layers, eigenbasis.choose(layers, {}), params)
+    return initial_state(layers, choose(layers, {}), params)
 
 
 def _factors(terms: Terms, basis: Basis) -> Means:
@@ -420,7 +422,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
         assert for_basis is not None
         for name, term in for_basis.items():
             factors[name] = average_factors(frame.factors[name], _factors(term, bases[name]), recipe.factor_decay)
-            bases[name], _ = eigenbasis.refresh(factors[name], frame.bases[name])
+        bases |= refresh_bases({name: factors[name] for name in for_basis}, frame.bases)[0]
     elif for_basis is None and t == 0:
         for name, term in for_moment.items():  # K-FAC's eigenvalues in the parameters' own coordinates
             factors[name] = average_factors(frame.factors[name], _factors(term, bases[name]), 0.0)

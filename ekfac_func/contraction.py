@@ -13,6 +13,7 @@ from .kronecker import (
     CACHE_BYTES,
     NOMINAL_N,
     add_rows,
+    add_up,
     coalesce,
     form,
     gradient,
@@ -52,8 +53,7 @@ def _inside_sums(terms: Terms, basis: Basis, how: Contraction) -> Sums:
             return Sums(gradient(terms), *_tied_sums(factored, table, basis, how))
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             a, g = project_inputs(term.inputs, basis), project_outputs(term.g, basis)
-            projected = torch.einsum("nbso,nbsik->boik", g, a)
-            return Sums(gradient(terms), projected, _single_squares(g, a))
+            return Sums(gradient(terms), add_up(g, a), _single_squares(g, a))
         case (Factored() as term,) if how.order is Order.KERNEL:
             projected, square = _kernel_sums(term, basis)
             return Sums(_turned_back(projected, term, basis), projected, square)
@@ -102,7 +102,7 @@ def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
 
 def _single_squares(g: Tensor, a: Tensor) -> Tensor:
     """Of one position the square factors."""
-    return torch.einsum("nbso,nbsik->boik", g.square(), a.square())
+    return add_up(g.square(), a.square())
 
 
 def mean_sums(sums: Sums, n: int) -> Sums:
@@ -147,7 +147,7 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     for of_g, of_a in zip(split(g, how.blocks), split(a, how.blocks), strict=True):
         h, x = project_outputs(of_g, basis), project_inputs(of_a, basis)
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
-        of_block = torch.einsum("nbso,nbsik->boik", pairs_h, pairs_x)
+        of_block = add_up(pairs_h, pairs_x)
         square = of_block if square is None else square + of_block
     assert square is not None
     return square
@@ -170,7 +170,7 @@ def _formed_sums(term: Factored, basis: Basis, how: Contraction, total: bool = T
         x = write(of_a) if isinstance(of_a, Patches) else of_a
         x = project_inputs(x, basis) if "project a" in early else x
         if total and apart:
-            of_block = torch.einsum("nbso,nbsik->boik", h, x)
+            of_block = add_up(h, x)
             in_basis = of_block if in_basis is None else in_basis + of_block
         for few_h, few_x in zip(split(h, how.parts), split(x, how.parts), strict=True):
             G = form(few_h, few_x)

@@ -16,6 +16,7 @@ follow the weight's axes.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .patches import Patches
+from .products import outer, rotate
 from .types import (
     Basis,
     Dense,
@@ -48,6 +50,8 @@ from .types import (
 NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
 MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
 CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
+STRIPS = 4  # of a symmetric product, of 5/8 of the operations
+STRIPS_FROM = 256  # dimensions
 
 
 def nominal(t: Tensor | Patches) -> int:
@@ -168,23 +172,37 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
 
 def _gram(x: Tensor, equation: str, Q: Side, axis: int, left: bool = False) -> Factor:
     """The second moment of samples along an axis, in the blocks of a side of the basis, or left as the samples."""
-    if left:
-        return Gram(x.movedim((1, axis), (0, -1)).flatten(1, -2))
+    if left or Q.dim() == 3:
+        samples = x.movedim((1, axis), (0, -1)).flatten(1, -2)
+        return Gram(samples) if left else symmetric(samples)
     x = _blocks(x, Q, axis)
-    C = torch.einsum(equation, x, x)
-    return C.squeeze(1) if Q.dim() == 3 else C
+    return torch.einsum(equation, x, x)
+
+
+def symmetric(x: Tensor) -> Tensor:
+    """`x^T x` of `[b samples d]`; on a CPU a large one in strips, without what lies below the diagonal."""
+    d = x.shape[-1]
+    if d < STRIPS_FROM or x.device.type != "cpu":
+        return outer(x, x)
+    cuts = [d * k // STRIPS for k in range(STRIPS + 1)]
+    strips = [outer(x[..., start:end], x[..., start:]) for start, end in itertools.pairwise(cuts)]
+    rows = []
+    for k, (start, end) in enumerate(itertools.pairwise(cuts)):
+        mirrored = [strip[..., start - at : end - at].mT for strip, at in zip(strips[:k], cuts, strict=False)]
+        rows.append(torch.cat([*mirrored, strips[k]], -1))
+    return torch.cat(rows, -2)
 
 
 def _patch_gram(a: Patches) -> Tensor:
     """The second moment of patches `[b i i]`, some examples at a time; a last input stands beside them."""
-    n, b, s, i, _ = a.shape
+    n, b, s, _, _ = a.shape
     ones = a.x.new_full((n,), float(s)).sum()
     rows = replace(a, last=None)
     last, at = a.last, rows.order()
     gram, total = a.x.new_zeros(b, len(at), len(at)), a.x.new_zeros(b, len(at))
-    for block in in_blocks(rows, b * s * i):
-        x = block.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
-        gram, total = gram + x.mT @ x, total + x.sum(1)
+    for block in in_blocks(rows, rows.x[0].numel() * rows.shape[3] // (rows.kernel[0] * rows.x.shape[-1])):
+        square, sum = block.moments()
+        gram, total = gram + square, total + sum
     gram = gram[:, at][:, :, at]
     if last is None:
         return gram
@@ -264,7 +282,7 @@ def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
 
 def formed(C: Factor) -> Tensor:
     """A factor as it is."""
-    return C.x.mT @ C.x if isinstance(C, Gram) else C
+    return symmetric(C.x) if isinstance(C, Gram) else C
 
 
 def count(terms: Terms) -> int:
@@ -301,6 +319,12 @@ def form(g: Tensor, a: Tensor) -> Tensor:
     return (g.mT @ a.flatten(3)).unflatten(3, a.shape[3:])
 
 
+def add_up(g: Tensor, a: Tensor) -> Tensor:
+    """The sum over examples and positions of `g a^T`, `[b o i k]`."""
+    g, a = (t.transpose(0, 1).flatten(1, 2) for t in (g, a))
+    return outer(g, a.flatten(2)).unflatten(2, a.shape[2:])
+
+
 def gradient(terms: Terms) -> Tensor:
     """Sum over the examples of the gradients, `[b o i k]`."""
     return functools.reduce(torch.add, map(_gradient, terms))
@@ -311,10 +335,10 @@ def _gradient(term: Term) -> Tensor:
         case Factored(Patches() as a, g) if not a.apart:
             total, entries = g.new_zeros(a.shape[1], g.shape[3], *a.shape[3:]), math.prod(a.shape[1:])
             for of_g, of_a in zip(in_blocks(g, entries), in_blocks(a, entries), strict=True):
-                total = total + torch.einsum("nbso,nbsik->boik", of_g, of_a.write_fast())
+                total = total + add_up(of_g, of_a.write_fast())
             return total[:, :, a.order()]
         case Factored(_, g):
-            return torch.einsum("nbso,nbsik->boik", g, term.inputs)
+            return add_up(g, term.inputs)
         case OneHot(ids, size, g):
             return add_rows(ids, g, size)
         case Dense(G):
@@ -412,6 +436,8 @@ def _reflected(x: Tensor, Q: Reflections | Transposed) -> Tensor:
 
 def _rows(x: Tensor, M: Tensor) -> Tensor:
     """`x M` of `[... b m d]`, with all rows of a block in one product."""
+    if M.shape[0] == 1:
+        return rotate(x, M[0])
     return torch.einsum("...bmd,bde->...bme", x, M)
 
 
@@ -420,12 +446,12 @@ def _reflected_columns(x: Tensor, Q: Reflections | Transposed) -> Tensor:
     V, W, E = Q if isinstance(Q, Reflections) else Q.Q
     r = E.shape[-1]
     if isinstance(Q, Reflections):
-        y = -W @ (V.mT @ x)
+        y = outer(-W.mT, outer(V, x))
         y += x
-        y[..., :r, :] = E.mT @ y[..., :r, :]
+        y[..., :r, :] = outer(E, y[..., :r, :])
         return y
-    head = E @ x[..., :r, :]
-    y = -V @ (W[:, :r].mT @ head + W[:, r:].mT @ x[..., r:, :])
+    head = outer(E.mT, x[..., :r, :])
+    y = outer(-V.mT, outer(W[:, :r], head) + outer(W[:, r:], x[..., r:, :]))
     y += x
     y[..., :r, :] += head - x[..., :r, :]
     return y
@@ -444,7 +470,7 @@ def turn_inputs(M: Tensor, Q: Side | Transposed) -> Tensor:
     if isinstance(Q, Reflections | Transposed):
         return _reflected(M[..., 0], Q)[..., None]
     if _is_matrix(M, Q):
-        return (M[..., 0] @ Q[0])[..., None]
+        return rotate(M[..., 0], Q[0])[..., None]
     return _turn(M, Q, "...bomdk,bmdD->...bomDk", -2)
 
 
@@ -453,7 +479,7 @@ def turn_outputs(M: Tensor, Q: Side | Transposed) -> Tensor:
     if isinstance(Q, Reflections | Transposed):
         return _reflected_columns(M[..., 0], Q)[..., None]
     if _is_matrix(M, Q):
-        return (Q[0].mT @ M[..., 0])[..., None]
+        return outer(Q, M[..., 0])[..., None]
     return _turn(M, Q, "...bmdik,bmdD->...bmDik", -3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,43 @@ class Patches:
     def write_fast(self) -> Tensor:
         """`[n b s i 1]`, kernel offsets before channels on i, as in memory: `order` leads back. Not where apart."""
         return self._written(self._windows().movedim(3, -1))  # [n b m *output *kernel c]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Sums over examples and pixels of `patch patch^T`, `[b i i]`, and of patches, `[b i]`; i as in `write_fast`.
+
+        At stride 1 all rows of the kernel see the same rows of the input, but for some at the borders: the product of
+        rows so far apart is summed once, for all pairs of kernel rows at that distance.
+        """
+        if self.stride[0] > 1:
+            x = self.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
+            return x.mT @ x, x.sum(1)
+        y, K, step = self._rows(), self.kernel[0], self.dilation[0]
+        pixels = y.shape[1] - step * (K - 1)
+        seen = [(step * k, step * k + pixels) for k in range(K)]  # the input rows of each kernel row
+        blocks: dict[tuple[int, int], Tensor] = {}
+        for apart in range(K):
+            cuts = sorted({cut for rows in seen[: K - apart] for cut in rows})
+            for start, end in itertools.pairwise(cuts):
+                both = [k for k in range(K - apart) if seen[k][0] <= start and end <= seen[k][1]]
+                if both:
+                    one, other = y[:, start:end], y[:, start + step * apart : end + step * apart]
+                    product = one.flatten(1, 2).mT @ other.flatten(1, 2)
+                for k in both:
+                    at = k, k + apart
+                    blocks[at] = blocks[at] + product if at in blocks else product
+        grid = [[blocks[j, k] if j <= k else blocks[k, j].mT for k in range(K)] for j in range(K)]
+        gram = torch.cat([torch.cat(row, -1) for row in grid], -2)
+        return gram, torch.cat([y[:, start:end].sum((1, 2)) for start, end in seen], -1)
+
+    def _rows(self) -> Tensor:
+        """Patches in each row of the input, `[b rows (n m pixels) (kernel c)]`, of the kernel's other axes."""
+        x = self.x.movedim(-1, 3)  # [n m b c *spatial]
+        for axis, (k, s, d) in list(enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)))[1:]:
+            x = x.unfold(4 + axis, d * (k - 1) + 1, s)[..., ::d]
+        nd = len(self.kernel)
+        pixels, offsets = range(5, 4 + nd), range(4 + nd, 3 + 2 * nd)
+        x = x.permute(2, 4, 0, 1, *pixels, *offsets, 3)
+        return x.reshape(*x.shape[:2], -1, math.prod(self.kernel[1:]) * self.x.shape[-1])
 
     def _written(self, windows: Tensor) -> Tensor:
         """Windows `[n b m *output ... ]` in the shape of the inputs, with the last one beside them."""

@@ -18,15 +18,10 @@ from .basis import (
     Choices,
     Compact,
     Rank,
-    Refresh,
     Thin,
     check_choices,
     check_patterns,
-    check_refresh,
-    check_samples,
     choose,
-    due,
-    eigh,
     factor_shapes,
     moment_shape,
 )
@@ -61,6 +56,7 @@ from .kronecker import (
 )
 from .orders import DEFAULT, Contractions, check_contractions
 from .orders import contractions as plan_contractions
+from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, reset
 from .second_moment import refresh as carry_on
@@ -438,20 +434,19 @@ def _refresh(
 
     Layers without terms stay as they are.
     """
-    factors, bases, second_moments = dict(state.factors), dict(state.bases), dict(state.second_moments)
-    kept = []
+    factors, second_moments, means = dict(state.factors), dict(state.second_moments), {}
     for name, of_layer in terms.items():
-        old, moment = state.bases[name], state.second_moments[name]
-        mean = mean_factors(factor_sums(of_layer, old, weight_sharing, averaged))
-        check_samples(name, mean, old)
+        means[name] = mean_factors(factor_sums(of_layer, state.bases[name], weight_sharing, averaged))
+        check_samples(name, means[name], state.bases[name])
         if averaged or not isinstance(chosen[name], Rank | Compact):
-            factors[name] = average_factors(state.factors[name], mean, factor_decay)
-        used = factors[name] if averaged else mean
-        bases[name], failed = eigenbasis.refresh(used, old, how, state.step == 0)
-        product = functools.partial(eigenvalue_product, used, bases[name], mean.positions, moment.value)
-        second_moments[name] = carry_on(estimator, carry, moment, old, bases[name], product)
-        kept.append(failed)
-    return replace(state, factors=factors, bases=bases, second_moments=second_moments), torch.stack(kept).sum()
+            factors[name] = average_factors(state.factors[name], means[name], factor_decay)
+    used = {name: factors[name] if averaged else mean for name, mean in means.items()}
+    new, kept = refresh_bases(used, state.bases, how, state.step == 0)
+    for name, basis in new.items():
+        moment = state.second_moments[name]
+        product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
+        second_moments[name] = carry_on(estimator, carry, moment, state.bases[name], basis, product)
+    return replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments), kept
 
 
 def _of_data(

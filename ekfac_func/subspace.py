@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .kronecker import (
     add_rows,
+    add_up,
     coalesce,
     look_up,
     out_of_basis,
@@ -28,6 +29,7 @@ from .kronecker import (
     turn_outputs,
     written,
 )
+from .products import outer
 from .types import Basis, Dense, Factored, OneHot, Side, Terms, outside
 
 NOMINAL_N = 256  # examples, in a graph: one that read the traced batch size would be another for each
@@ -76,7 +78,7 @@ def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
         h = _replace_last(h, _rest_outputs(g, g_O, basis).square().sum(-1, keepdim=True) / c_o, -1)
     if c_i:
         x = _replace_last(x, _rest_inputs(a, a_I, basis).square().sum(-2, keepdim=True) / c_i, -2)
-    return torch.einsum("nbso,nbsik->boik", g_O, a_I), torch.einsum("nbso,nbsik->boik", h, x)
+    return add_up(g_O, a_I), add_up(h, x)
 
 
 def _of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Tensor:
@@ -265,7 +267,7 @@ def _rescaled_samples(
     else:
         left.append(basis.Q_B.mT)
         right.append(turn_inputs(inside, basis.Q_A.mT)[:, :, :i, 0])
-    return (torch.cat(left, 1).mT @ torch.cat(right, 1))[..., None]
+    return outer(torch.cat(left, 1), torch.cat(right, 1))[..., None]
 
 
 def _out_blocks(x: Tensor, Q: Tensor, dim: int) -> Tensor:

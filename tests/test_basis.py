@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac
+from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac, refreshes
 from ekfac_func import basis as eigenbasis
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
 
@@ -55,8 +55,8 @@ def refresh(C: Tensor) -> tuple[Basis, int]:
     b, dim, _ = C.shape
     layer = Layer("w", None, (b, dim, dim, 1), (b, dim, dim, 1), (0, 1, 2, 3), (b, dim, dim), ())
     old = eigenbasis.identity(layer, eigenbasis.FULL, C)
-    basis, kept = eigenbasis.refresh(Factors(C, C, torch.ones(())), old)
-    return basis, int(kept)
+    bases, kept = refreshes.refresh_bases({"w": Factors(C, C, torch.ones(()))}, {"w": old})
+    return bases["w"], int(kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -91,7 +91,8 @@ def test_eigenvectors_from_samples(name: str, dtype: torch.dtype) -> None:
     """As those of the factor: orthonormal, ascending, and diagonal in them."""
     x = SAMPLES[name]().to(dtype)
     old = torch.eye(24, dtype=dtype).repeat(len(x), 1, 1)
-    basis, kept = eigenbasis.refresh(Means(Gram(x), Gram(x), 1), Basis(old, old))
+    bases, kept = refreshes.refresh_bases({"w": Means(Gram(x), Gram(x), 1)}, {"w": Basis(old, old)})
+    basis = bases["w"]
     assert kept == 0
     assert_orthonormal(basis.Q_A)
     if torch.isfinite(x).all() and x.abs().max() > 0:
@@ -131,7 +132,7 @@ def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monke
         solved.append(C.shape[-1])
         return torch.linalg.eigh(C)
 
-    monkeypatch.setattr(eigenbasis, "eigensolver", solver)
+    monkeypatch.setattr(refreshes, "eigensolver", solver)
     params = {"w": torch.randn(4, 300) / 17}
     step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, factor_decay=factor_decay, basis_every=2)
     state = step.init(params, torch.randn(5, 300))
@@ -196,7 +197,7 @@ def test_a_failing_solver_keeps_the_old_basis(solver: Any, compiled: bool, monke
         torch.compile(step.precondition, fullgraph=True, backend="aot_eager") if compiled else step.precondition
     )
     _, good, _ = precondition(case.params, batch, step.init(case.params, batch))
-    monkeypatch.setattr(eigenbasis, "eigensolver", solver)
+    monkeypatch.setattr(refreshes, "eigensolver", solver)
     natural, state, info = precondition(case.params, batch, good)
     assert not info.skipped
     assert info.kept_bases == 2 * 2 + 2  # A and B of two groups, and of the head
@@ -208,7 +209,7 @@ def test_a_failing_solver_keeps_the_old_basis(solver: Any, compiled: bool, monke
 
 
 def test_one_failing_block_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eigenbasis, "eigensolver", raises_on_near_ones)
+    monkeypatch.setattr(refreshes, "eigensolver", raises_on_near_ones)
     C = torch.stack([low_rank(20, 8), 1 - 1e-3 * (1 - torch.eye(8)), low_rank(20, 8)])
     basis, kept = refresh(C)
     assert kept == 2  # the second block, on both sides

@@ -36,13 +36,13 @@ from ekfac_func import (
     qr,
     rank,
     reduce,
+    refreshes,
     reset,
     running_average,
     staggered,
     thin,
     transport,
 )
-from ekfac_func import basis as eigenbasis
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import positions, written
 from ekfac_func.types import Basis, Layer, Params, Reflections, outside
@@ -345,7 +345,7 @@ def test_a_failing_solver_keeps_the_old_rank(monkeypatch: pytest.MonkeyPatch) ->
     loss_fn, params, batch = wide(20)
     step = ekfac(loss_fn, damping=1e-2, bases={"*": rank(5)})
     _, good, _ = step.precondition(params, batch, step.init(params, batch))
-    monkeypatch.setattr(eigenbasis, "eigensolver", lambda C: (C, C * torch.nan))
+    monkeypatch.setattr(refreshes, "eigensolver", lambda C: (C, C * torch.nan))
     natural, state, info = step.precondition(params, torch.randn(20, 1, 40), good)
     assert info.kept_bases == 2
     same_bits(state.bases, good.bases)
@@ -392,7 +392,7 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     solver = Counted()
-    monkeypatch.setattr(eigenbasis, "eigensolver", solver)
+    monkeypatch.setattr(refreshes, "eigensolver", solver)
     return solver
 
 
@@ -503,7 +503,7 @@ def test_number_of_graphs_of_staggered_refreshes() -> None:
 
 def test_staggered_groups_are_even() -> None:
     sizes = [("a", (1, 100, 100, 1)), ("b", (1, 80, 80, 1)), ("c", (1, 80, 60, 1)), ("d", (2, 50, 60, 1))]
-    groups = eigenbasis._grouped(tuple(sizes), 2)
+    groups = refreshes._grouped(tuple(sizes), 2)
     cost = [sum(b * (o**3 + i**3) for name, (b, o, i, _) in sizes if name in group) for group in groups]
     assert max(cost) < 1.3 * min(cost)
 
@@ -516,7 +516,7 @@ def test_every_refresh_keeps_what_it_cannot_solve(refresh: Refresh, monkeypatch:
     state = step.init(case.params, batches[0])
     _, good, info = step.precondition(case.params, batches[0], state)
     assert info.kept_bases == 0
-    monkeypatch.setattr(eigenbasis, "eigensolver", lambda C: (C, C * torch.nan))
+    monkeypatch.setattr(refreshes, "eigensolver", lambda C: (C, C * torch.nan))
     monkeypatch.setattr(torch.linalg, "qr", lambda C, _=torch.linalg.qr: _(C * torch.nan))
     good = State(2, good.factors, good.bases, good.second_moments)
     natural, state, info = step.precondition(case.params, batches[1], good)

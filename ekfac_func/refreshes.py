@@ -1,0 +1,441 @@
+"""How eigenbases are refreshed, as values: always finite, and orthonormal where a solver fails.
+
+`torch.linalg.eigh` can return NaN eigenvectors without an error, or raise. So each factor is cleaned, symmetrised,
+scaled by its largest entry, solved, and the result tested; a factor that fails keeps its old basis.
+"""
+
+from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_count
+from .kronecker import formed
+from .types import Basis, Factor, Factors, Gram, Layer, Means, Reflections, Side, outside
+
+eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail on any machine
+
+ORTHONORMAL = {torch.float64: 1e-6, torch.float32: 1e-4}  # largest entry of |Q^T Q - I| of a good basis, as solved
+MAX_GROUPS = 4  # each is a graph of its own, beside those of the first step and of no refresh; Dynamo's limit is eight
+RANK_ITERATIONS = 1  # multiplications by the factor at a refresh of a rank(r) side, one more at the first step
+LARGE = 96  # dimensions from which on a thread of its own pays for a matrix
+
+
+class Refresh(NamedTuple):
+    """How eigenbases are refreshed.
+
+    solve: `(factors, old bases, first) -> eigenvectors` of symmetric matrices `[... d d]`, a list of all that are
+        refreshed at a step, the largest entry of each 1; first is whether this is the first step, whose old bases say
+        nothing.
+    dtype: in which the factors are given to it; None is that of the state.
+    groups: of layers, refreshed at steps of their own.
+    iterations: of the subspace iteration of `rank(r)` sides.
+    from_samples: whether a factor of fewer samples than dimensions is left to an eigenvalue problem in their span.
+    """
+
+    name: str
+    solve: Callable[[list[Tensor], list[Tensor], bool], list[Tensor]]
+    dtype: torch.dtype | None = None
+    groups: int = 1
+    iterations: int = RANK_ITERATIONS
+    from_samples: bool = False
+
+
+def eigh(dtype: torch.dtype | None = None) -> Refresh:
+    """The eigenvectors by `torch.linalg.eigh`, on a CPU of as many factors at a time as torch has threads.
+
+    Of a layer with `factor_decay=0` and fewer samples than dimensions (of a batch of 256; a linear layer of more inputs
+    that is used once an example) they come from a QR of the samples and an eigenvalue problem in their span: the same
+    eigenvectors, and any of the null space, for a small part of the time.
+
+    dtype: torch.float64 or torch.float32; None is that of the state, and float64 for what float32 leaves not
+        orthonormal. On a device without float64 it is float32.
+    """
+    _check_dtype(dtype)
+    return Refresh("eigh", lambda C, old, first: eigenvectors(C), dtype, from_samples=True)
+
+
+def qr(iterations: int = 1) -> Refresh:
+    """Orthogonal iteration from the old basis, `Q <- qr(C Q)`, as in SOAP: https://arxiv.org/abs/2409.11321.
+
+    In the dtype of the state. The columns are taken in descending order of `diag(Q^T C Q)`, in which the iteration
+    converges, and put back: a coordinate goes on where it was. The first step is an `eigh`, since an iteration from
+    the identity says little; where that step was skipped the iteration starts from the identity all the same.
+    """
+    check_count("iterations", iterations)
+
+    def iterate(C: Tensor, old: Tensor) -> Tensor:
+        order = torch.einsum("...de,...dD,...eD->...D", C, old, old).argsort(-1, descending=True)
+        Q = old.gather(-1, order[..., None, :].expand_as(old))
+        for _ in range(iterations):
+            Q = torch.linalg.qr(C @ Q).Q
+        return Q.gather(-1, order.argsort(-1)[..., None, :].expand_as(Q))
+
+    def solve(factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]:
+        return eigenvectors(factors) if first else list(map(iterate, factors, old))
+
+    return Refresh("qr", solve, None, iterations=iterations)
+
+
+def adaptive(tolerance: float, dtype: torch.dtype | None = None) -> Refresh:
+    """`eigh(dtype)` of the factors that the old basis does not diagonalise, `||off-diagonal|| > tolerance ||C||`.
+
+    The criterion of Eschenhagen et al. 2025, https://arxiv.org/abs/2506.03595, for each factor, or block of one, by
+    itself; the others are not solved, for the price of one product `C Q`. Below 1e-3 it cannot be told in float32. On
+    a GPU each decision is read back to the host. `rank(r)` sides are refreshed in any case.
+
+    tolerance: between 0 and 1, of Frobenius norms.
+    dtype: as for `eigh`.
+    """
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance!r}: a share of the factor's norm, give 0 <= tolerance < 1")
+    _check_dtype(dtype)
+    share = float(tolerance)
+    return Refresh("adaptive", lambda C, old, first: eigenvectors_where_due(C, old, share), dtype)
+
+
+def staggered(groups: int, of: Refresh | None = None) -> Refresh:
+    """Layers in groups of about equal cost that are refreshed one group after another: no step pays for all.
+
+    Each layer is refreshed every `basis_every` steps; the groups `basis_every / groups` steps apart, from the first
+    step on, which refreshes all layers. Between, a layer keeps its factors and basis, and its moment goes on.
+
+    groups: from 2 to 4; each is a graph of a compiled step.
+    of: how: `eigh()`, the default, `qr(iterations)` or `adaptive(tolerance)`.
+    """
+    check_count("groups", groups)
+    if not 2 <= groups <= MAX_GROUPS:
+        raise ValueError(f"groups={groups!r}: give 2 to {MAX_GROUPS}, since each is a graph of a compiled step")
+    of = eigh() if of is None else of
+    check_refresh("of", of)
+    return of._replace(name=f"staggered {of.name}", groups=groups)
+
+
+def check_refresh(argument: str, value: object) -> None:
+    """Refuse what is no refresh."""
+    if not isinstance(value, Refresh):
+        raise TypeError(
+            f"{argument}={value!r} is not a refresh: give eigh(), qr(iterations), adaptive(tolerance) or "
+            "staggered(groups)"
+        )
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype!r}: give torch.float64, torch.float32 or None")
+
+
+def due(layers: Mapping[str, Layer], how: Refresh, step: int, every: int) -> list[str]:
+    """The layers that are refreshed at a step."""
+    turn = step % every
+    if how.groups == 1 or step == 0:
+        return list(layers) if turn == 0 else []
+    for group in range(how.groups):
+        if turn == group * every // how.groups:
+            names = _grouped(tuple((name, layer.sizes) for name, layer in layers.items()), how.groups)
+            return names[group]
+    return []
+
+
+@torch.compiler.assume_constant_result
+def _grouped(layers: tuple[tuple[str, tuple[int, int, int, int]], ...], groups: int) -> list[list[str]]:
+    """The most expensive layer first, always to the group with the least work so far."""
+    work, names = [0] * groups, [[] for _ in range(groups)]  # type: tuple[list[int], list[list[str]]]
+    for name, (b, o, i, _) in sorted(layers, key=lambda layer: -layer[1][0] * (layer[1][1] ** 3 + layer[1][2] ** 3)):
+        least = work.index(min(work))
+        work[least] += b * (o**3 + i**3)
+        names[least].append(name)
+    return names
+
+
+def check_samples(name: str, mean: Means, old: Basis) -> None:
+    """Refuse more samples of a layer than its compact basis holds."""
+    for C, Q in ((mean.A, old.Q_A), (mean.B, old.Q_B)):
+        if isinstance(C, Gram) and isinstance(Q, Reflections) and C.x.shape[1] > Q.E.shape[-1]:
+            raise ValueError(
+                f"a refresh of {name!r} has {C.x.shape[1]} samples (examples times positions), its basis is "
+                f"compact({Q.E.shape[-1]}): give compact({C.x.shape[1]}), fewer examples, or FULL"
+            )
+
+
+class Problem(NamedTuple):
+    """What a side of a layer asks of an eigensolver."""
+
+    C: Tensor  # [... d d] symmetric, the largest entry 1
+    old: Tensor | None  # [... d d] its eigenvectors of last time; None of a problem in a span of its own
+    read: Callable[[Tensor], tuple[Side, Tensor]]  # its eigenvectors -> the side, and how many blocks kept theirs
+
+
+def refresh_bases(
+    factors: Mapping[str, Factors | Means], old: Mapping[str, Basis], how: Refresh | None = None, first: bool = True
+) -> tuple[dict[str, Basis], Tensor]:
+    """Eigenvectors of both factors of each layer, and how many blocks `[]` kept their old ones because a solver failed.
+
+    The problems of all layers are gathered, so that a solver may take several at a time.
+    """
+    how = eigh() if how is None else how
+    sides = {name: list(old[name]) for name in factors}
+    whole: list[tuple[str, int, Problem]] = []
+    inner: list[tuple[str, int, Problem]] = []
+    for name, of_layer in factors.items():
+        for k, C in enumerate((of_layer.A, of_layer.B)):
+            problem = _problem(C, old[name][k], how, first)
+            if problem is not None:
+                (inner if problem.old is None else whole).append((name, k, problem))
+    solved: list[Tensor] = []
+    if whole:
+        solved += how.solve([p.C for *_, p in whole], [p.old for *_, p in whole if p.old is not None], first)
+    if inner:
+        solved += eigenvectors([p.C for *_, p in inner])
+    kept = []
+    for (name, k, problem), U in zip([*whole, *inner], solved, strict=True):
+        sides[name][k], failed = problem.read(U)
+        kept.append(failed)
+    total = torch.stack(kept).sum() if kept else torch.zeros((), dtype=torch.int64)
+    return {name: Basis(*pair) for name, pair in sides.items()}, total
+
+
+def _problem(C: Factor, old: Side, how: Refresh, first: bool) -> Problem | None:
+    """None where there is nothing to rotate."""
+    if isinstance(old, Reflections):
+        assert isinstance(C, Gram)
+        return _reflected(C.x, old, how)
+    if outside(old):
+        return _iterated(C, old, how.iterations + first)
+    if isinstance(C, Gram) and how.from_samples:
+        return _spanned(C.x, old, how)
+    C = formed(C)
+    if C.shape[-1] <= 1:
+        return None
+    dtype = _solved_in(how, old)
+    C, _ = _scaled(C.to(torch.promote_types(C.dtype, dtype)))
+    C = C.to(dtype)
+    return Problem((C + C.mT) / 2, old.to(dtype) if how.dtype is None else old, lambda U: _where_good(U, old))
+
+
+def _solved_in(how: Refresh, like: Tensor) -> torch.dtype:
+    return like.dtype if how.dtype is None or like.device.type == "mps" else how.dtype
+
+
+def _where_good(Q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The new eigenvectors, else the old ones; how many those are."""
+    good = _good(Q)
+    return torch.where(good, Q.to(old.dtype), old), (~good).sum()
+
+
+def _good(Q: Tensor) -> Tensor:
+    """Whether a matrix was solved, `[... 1 1]`: what a solver returns is orthonormal or NaN."""
+    return torch.isfinite(Q.sum((-2, -1), keepdim=True))
+
+
+def _spanned(x: Tensor, old: Tensor, how: Refresh) -> Problem:
+    """The eigenvectors of `x^T x` of samples `[b samples d]`, ascending: those in their span, after any others."""
+    V, W, R = householder(_scaled(x)[0].mT)
+    k = R.shape[1]
+
+    def read(U: Tensor) -> tuple[Tensor, Tensor]:
+        Q = torch.eye(x.shape[2], dtype=x.dtype, device=x.device) - V @ W.mT
+        return _where_good(torch.cat([Q[..., k:], Q[..., :k] @ U.to(x.dtype)], dim=-1), old)
+
+    R = R.to(_solved_in(how, x))
+    return Problem(R @ R.mT, None, read)
+
+
+def _reflected(x: Tensor, old: Reflections, how: Refresh) -> Problem:
+    """The eigenvectors of `x^T x` by reflections onto the span of the samples `[b samples d]`, and in it."""
+    missing = old.E.shape[-1] - x.shape[1]
+    V, W, R = householder(F.pad(_scaled(x)[0], (0, 0, 0, missing)).mT)
+
+    def read(E: Tensor) -> tuple[Reflections, Tensor]:
+        good = _good(E)
+        new = Reflections(V, W, E.to(x.dtype))
+        return Reflections(*(torch.where(good, t, kept) for t, kept in zip(new, old, strict=True))), (~good).sum()
+
+    R = R.to(_solved_in(how, x))
+    return Problem(R @ R.mT, None, read)
+
+
+def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
+    """The leading eigenvectors by subspace iteration from the old ones, in descending order."""
+    x, largest = _scaled(C.x if isinstance(C, Gram) else (C + C.mT) / 2)
+    U = old[..., :-1]
+    for _ in range(iterations):
+        U = torch.linalg.qr(_times(C, x, U)).Q
+    T = (U.mT @ _times(C, x, U)).to(old.dtype if x.device.type == "mps" else torch.float64)
+    nothing = largest == 0  # then the old basis is as good as any, and nothing failed
+
+    def read(W: Tensor) -> tuple[Tensor, Tensor]:
+        turned = U @ W.flip(-1).to(U.dtype)
+        good = _good(turned)
+        return torch.where(good & ~nothing, F.pad(turned, (0, 1)), old), (~good & ~nothing).sum()
+
+    return Problem((T + T.mT) / 2, None, read)
+
+
+def _times(C: Factor, x: Tensor, U: Tensor) -> Tensor:
+    return x.mT @ (x @ U) if isinstance(C, Gram) else x @ U
+
+
+def _scaled(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite, and with a largest entry of 1; and what that was, `[... 1 1]`."""
+    C = torch.where(torch.isfinite(C), C, 0)
+    largest = C.abs().amax((-2, -1), keepdim=True)
+    return C / torch.where(largest > 0, largest, 1), largest
+
+
+@torch.library.custom_op("ekfac_func::eigenvectors", mutates_args=())
+def eigenvectors(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Orthonormal eigenvectors of symmetric matrices `[... d d]`; NaN for those where the eigensolver fails.
+
+    A custom operator, for an exception cannot be caught inside a compiled graph.
+    """
+    return _solved_together(factors)
+
+
+def _solved_together(factors: Sequence[Tensor]) -> list[Tensor]:
+    """On a CPU each large matrix has a thread: one by one they leave much of every second thread idle."""
+    found = [torch.empty_like(C, memory_format=torch.contiguous_format) for C in factors]
+    alone, apart = [], []
+    for C, U in zip(factors, found, strict=True):
+        if C.device.type == "cpu" and C.shape[-1] >= LARGE:
+            apart += list(zip(C.reshape(-1, *C.shape[-2:]), U.view(-1, *C.shape[-2:]), strict=True))
+        else:
+            alone.append((C, U))
+    apart.sort(key=_work, reverse=True)
+    threads, rest = torch.get_num_threads(), sum(map(_work, apart))
+    while apart and _work(apart[0]) * threads > rest:  # one that outweighs the others takes every thread
+        rest -= _work(apart[0])
+        alone.append(apart.pop(0))
+    for task in alone:
+        _solve(task)
+    if apart:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(_solve, apart))
+        torch.set_num_threads(threads)  # of threads that are yet to start: each has a number of its own
+    return found
+
+
+def _work(task: tuple[Tensor, Tensor]) -> int:
+    return task[0].shape[-1] ** 3 * task[0].element_size()
+
+
+def _solve(task: tuple[Tensor, Tensor]) -> None:
+    C, U = task
+    U.copy_(_solved(C))
+
+
+def _solved(C: Tensor) -> Tensor:
+    """NaN where the solver raises or gives what is not orthonormal, in float64 too."""
+    if C.numel() == 0:
+        return C
+    try:
+        U = eigensolver(C)[1]
+    except RuntimeError:  # LinAlgError is one
+        U = torch.full_like(C, torch.nan)
+    if _orthonormal(U):
+        return U
+    if C.dim() > 2:
+        return torch.stack([_solved(c) for c in C])
+    if C.dtype is torch.float32 and C.device.type != "mps":
+        return _solved(C.double()).to(C.dtype)
+    return torch.full_like(C, torch.nan)
+
+
+def _orthonormal(Q: Tensor) -> bool:
+    """Whether `Q^T Q = I` for every matrix; false for NaN."""
+    error = (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().max()
+    return bool(error < ORTHONORMAL[Q.dtype])
+
+
+@eigenvectors.register_fake
+def _(factors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(C, memory_format=torch.contiguous_format) for C in factors]
+
+
+@eigenvectors.register_vmap
+def _(
+    info: object, in_dims: tuple[list[int | None]], factors: Sequence[Tensor]
+) -> tuple[list[Tensor], list[int | None]]:
+    first = [C if dim is None else C.movedim(dim, 0) for C, dim in zip(factors, in_dims[0], strict=True)]
+    return eigenvectors(first), [dim and 0 for dim in in_dims[0]]
+
+
+@torch.library.custom_op("ekfac_func::eigenvectors_where_due", mutates_args=())
+def eigenvectors_where_due(factors: Sequence[Tensor], old: Sequence[Tensor], tolerance: float) -> list[Tensor]:
+    """`eigenvectors` of the matrices that the old ones do not diagonalise; the old ones of the others.
+
+    A custom operator, for a decision on values would break a compiled graph, and `torch.where` saves no work.
+    """
+    kept = [Q.to(C.dtype, copy=True).contiguous() for C, Q in zip(factors, old, strict=True)]
+    due = []
+    for C, Q, kept_Q in zip(factors, old, kept, strict=True):
+        for c, q, kept_q in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (C, Q, kept_Q)), strict=True):
+            D = c.to(q.dtype)
+            on_diagonal, whole = (q * (D @ q)).sum(0).square().sum(), D.square().sum()
+            if bool(whole - on_diagonal > tolerance**2 * whole):
+                due.append((c, kept_q))
+    for (_, kept_q), U in zip(due, _solved_together([c for c, _ in due]), strict=True):
+        kept_q.copy_(U)
+    return kept
+
+
+@eigenvectors_where_due.register_fake
+def _(factors: Sequence[Tensor], old: Sequence[Tensor], tolerance: float) -> list[Tensor]:
+    return [torch.empty_like(C, memory_format=torch.contiguous_format) for C in factors]
+
+
+@eigenvectors_where_due.register_vmap
+def _(
+    info: object,
+    in_dims: tuple[list[int | None], list[int | None], None],
+    factors: Sequence[Tensor],
+    old: Sequence[Tensor],
+    tolerance: float,
+) -> tuple[list[Tensor], list[int | None]]:
+    pairs, out_dims = [], list[int | None]()
+    for C, Q, *dims in zip(factors, old, *in_dims[:2], strict=True):
+        batched = [(t, dim) for t, dim in zip((C, Q), dims, strict=True) if dim is not None]
+        if batched:
+            size = batched[0][0].shape[batched[0][1]]
+            C, Q = (
+                t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+                for t, dim in zip((C, Q), dims, strict=True)
+            )
+        pairs.append((C, Q))
+        out_dims.append(0 if batched else None)
+    return eigenvectors_where_due([C for C, _ in pairs], [Q for _, Q in pairs], tolerance), out_dims
+
+
+@torch.library.custom_op("ekfac_func::householder", mutates_args=())
+def householder(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`X = (I - V W^T)[..., :k] R` of matrices `[b d m]`: V and W `[b d k]`, triangular R `[b k m]`, k = min(d, m).
+
+    The Householder vectors V of a QR make the orthonormal `I - V T V^T`, and W is `V T^T`: Joffrain et al. 2006,
+    https://doi.org/10.1145/1141885.1141886. A custom operator, for `torch.geqrf` has no rule under Dynamo.
+    """
+    V, tau = torch.geqrf(X)
+    k = tau.shape[-1]
+    R = V[:, :k].triu()
+    one = torch.eye(X.shape[1], k, dtype=X.dtype, device=X.device)
+    V = (V[..., :k].tril(-1) + one) * (tau != 0).to(X)[:, None]  # 0 where there was nothing to reflect
+    inverse = (V.mT @ V).triu(1) + torch.diag_embed(1 / torch.where(tau == 0, 1, tau))
+    return V, torch.linalg.solve_triangular(inverse, V.mT, upper=True).mT.contiguous(), R
+
+
+@householder.register_fake
+def _(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b, d, m = X.shape
+    k = min(d, m)
+    return X.new_empty(b, d, k), X.new_empty(b, d, k), X.new_empty(b, k, m)
+
+
+@householder.register_vmap
+def _(info: object, in_dims: tuple[int | None], X: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    (dim,) = in_dims
+    X = X.movedim(dim or 0, 0)
+    return tuple(t.unflatten(0, X.shape[:2]) for t in householder(X.flatten(0, 1))), (0, 0, 0)
