@@ -316,7 +316,7 @@ def _dense(term: Term) -> Tensor:
 
 def form(g: Tensor, a: Tensor) -> Tensor:
     """Per-example gradients `[n b o i k]` of output gradients `[n b s o]` and inputs `[n b s i k]`."""
-    return (g.mT @ a.flatten(3)).unflatten(3, a.shape[3:])
+    return outer(g, a.flatten(3)).unflatten(3, a.shape[3:])
 
 
 def add_up(g: Tensor, a: Tensor) -> Tensor:
@@ -479,7 +479,7 @@ def turn_outputs(M: Tensor, Q: Side | Transposed) -> Tensor:
     if isinstance(Q, Reflections | Transposed):
         return _reflected_columns(M[..., 0], Q)[..., None]
     if _is_matrix(M, Q):
-        return outer(Q, M[..., 0])[..., None]
+        return outer(Q, M[..., 0])[..., None] if M.dim() == 4 else (Q[0].mT @ M[..., 0])[..., None]
     return _turn(M, Q, "...bmdik,bmdD->...bmDik", -3)
 
 

@@ -4,6 +4,8 @@ PyTorch's own go to MKL, which takes no 512-bit instructions on processors of ot
 run at half the speed. It is the operator `torch.ops.ekfac_func.product`, under `torch.compile` and `vmap`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -24,10 +26,9 @@ def rotate(x: Tensor, Q: Tensor) -> Tensor:
 
 
 def outer(x: Tensor, y: Tensor) -> Tensor:
-    """`x^T y` of `[... m d]` and `[... m e]`."""
-    d, e = x.shape[-1], y.shape[-1]
-    if x.shape[:-2].numel() == y.shape[:-2].numel() == 1 and _takes(x, y, d * e):
-        return product(x.reshape(-1, d).mT, y.reshape(-1, e)).reshape(*y.shape[:-2], d, e)
+    """`x^T y` of `[... m d]` and `[... m e]`, the same axes in front."""
+    if _takes(x, y, x.shape[-1] * y.shape[-1]):
+        return product(x.mT, y)
     return x.mT @ y
 
 
@@ -41,14 +42,23 @@ def _takes(x: Tensor, y: Tensor, entries: int) -> bool:
 
 @torch.library.custom_op("ekfac_func::product", mutates_args=())
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """`x y` of `[m d]` and `[d e]`."""
+    """`x y` of `[... m d]` and `[... d e]`, the same axes in front."""
+    if x.numel() == 0 or y.numel() == 0:
+        return x @ y
+    if x.dim() == 2:
+        return _product(x, y)
+    each = [_product(*pair) for pair in zip(x.flatten(0, -3), y.flatten(0, -3), strict=True)]
+    return (torch.stack(each) if len(each) > 1 else each[0]).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
     y = y if y.mT.is_contiguous() else y.contiguous()  # of a matrix with gaps oneDNN takes its reference code
     return torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
 
 
 @product.register_fake
 def _(x: Tensor, y: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], y.shape[1])
+    return x.new_empty(*x.shape[:-1], y.shape[-1])
 
 
 @product.register_vmap
@@ -59,4 +69,4 @@ def _(info: object, in_dims: tuple[int | None, int | None], x: Tensor, y: Tensor
 
 @register_flop_formula(torch.ops.ekfac_func.product)
 def _(x: tuple[int, ...], y: tuple[int, ...], **_: object) -> int:
-    return 2 * x[0] * x[1] * y[1]
+    return 2 * math.prod(x) * y[-1]

@@ -1,0 +1,79 @@
+"""Products by oneDNN equal PyTorch's own."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from ekfac_func import ekfac
+from ekfac_func.products import AVAILABLE, outer, product, rotate
+
+from .cases import N, make
+from .oracles import close, close_trees
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN is not faster here")
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ekfac_func.products.ENTRIES", 1)
+
+
+SHAPES = [(1, 1, 1), (3, 5, 7), (64, 33, 129), (0, 4, 5), (4, 0, 5), (200, 300, 257)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (0,), (2, 3)], ids=str)
+def test_products(shape: tuple[int, int, int], lead: tuple[int, ...]) -> None:
+    """Of matrices as they are, turned, and with gaps between their rows."""
+    m, d, e = shape
+    x, y, Q = (torch.randn(*lead, m, d), torch.randn(*lead, m, e), torch.randn(d, e))
+    for gaps_x, gaps_y, turned in itertools.product((False, True), repeat=3):
+        f, h, R = x.float(), y.float(), Q.float()
+        f = torch.cat([f, f], -1)[..., :d] if gaps_x else f
+        h = torch.cat([h, h], -1)[..., :e] if gaps_y else h
+        R = torch.cat([R, R], -1)[:, :e] if gaps_y else R
+        R = R.mT.contiguous().mT if turned else R
+        close(outer(f, h).double(), f.double().mT @ h.double(), 1e-5)
+        close(rotate(f, R).double(), f.double() @ R.double(), 1e-5)
+
+
+def test_the_operator() -> None:
+    """Under vmap of either operand, compiled for any number of rows, counted; what needs a gradient is torch's."""
+    x, y, many = torch.randn(6, 4).float(), torch.randn(4, 5).float(), torch.randn(3, 6, 4).float()
+    close(torch.vmap(product, (0, None))(many, y), many @ y, 1e-5)
+    close(torch.vmap(product, (None, 2))(x, torch.stack([y, 2 * y], 2)), torch.stack([x @ y, 2 * x @ y]), 1e-5)
+    with FlopCounterMode(display=False) as counter:
+        rotate(x, y)
+        outer(many, many)
+    assert counter.get_total_flops() == 2 * 6 * 4 * 5 + 2 * 3 * 6 * 4 * 4
+    compiled = torch.compile(lambda x: rotate(x, y), fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (6, 9, 2):
+        rows = torch.randn(m, 4).float()
+        close(compiled(rows), rows @ y, 1e-5)
+    (slope,) = torch.autograd.grad(rotate(x.requires_grad_(), y).sum(), x)
+    close(slope, y.sum(1).expand(6, 4), 1e-5)
+    close(torch.func.grad(lambda x: rotate(x, y).sum())(x.detach()), slope, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "conv groups", "positions", "tied", "attention causal", "ids"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_step_in_float32(name: str, compiled: bool) -> None:
+    """Near the one in float64, which multiplies by PyTorch."""
+    case = make(name)
+    loss_fn = case.loss_fn
+    double = ekfac(loss_fn, damping=1.0)
+    single = ekfac(loss_fn, damping=1.0)
+    step = torch.compile(single.precondition, fullgraph=True, backend="aot_eager") if compiled else single.precondition
+    params, batches = case.params, [case.batch(N), case.batch(N)]
+    few, small = (
+        pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, tree) for tree in (params, batches)
+    )
+    of_double, of_single = double.init(params, batches[0]), single.init(few, small[0])
+    for batch, low in zip(batches, small, strict=True):
+        wanted, of_double, _ = double.precondition(params, batch, of_double)
+        found, of_single, _ = step(few, low, of_single)
+        assert all(found[key].dtype is torch.float32 for key in found)
+        close_trees(found, wanted, 1e-3)
