@@ -200,7 +200,7 @@ def _patch_gram(a: Patches) -> Tensor:
     rows = replace(a, last=None)
     last, at = a.last, rows.order()
     gram, total = a.x.new_zeros(b, len(at), len(at)), a.x.new_zeros(b, len(at))
-    for block in in_blocks(rows, rows.x[0].numel() * rows.shape[3] // (rows.kernel[0] * rows.x.shape[-1])):
+    for block in in_blocks(rows, math.prod(rows.x.shape[1:])):
         square, sum = block.moments()
         gram, total = gram + square, total + sum
     gram = gram[:, at][:, :, at]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .products import outer
+
 
 @dataclass(frozen=True)
 class Patches:
@@ -63,7 +65,7 @@ class Patches:
                 both = [k for k in range(K - apart) if seen[k][0] <= start and end <= seen[k][1]]
                 if both:
                     one, other = y[:, start:end], y[:, start + step * apart : end + step * apart]
-                    product = one.flatten(1, 2).mT @ other.flatten(1, 2)
+                    product = outer(one.flatten(1, 2), other.flatten(1, 2))
                 for k in both:
                     at = k, k + apart
                     blocks[at] = blocks[at] + product if at in blocks else product
