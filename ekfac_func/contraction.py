@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ from .kronecker import (
     turn_inputs,
     turn_outputs,
 )
-from .orders import FORMED, Contraction, Order, Step, contraction
+from .orders import FORMED, Contraction, Order, contraction
 from .patches import Patches
-from .subspace import incomplete, outside_squares, single_sums
-from .types import Basis, Dense, Factored, OneHot, Sums, Terms
+from .subspace import Outside, added, assembled, gradient_squares, incomplete, outside_squares, single_sums
+from .types import Basis, Dense, Factored, OneHot, Sums, Terms, outside
 
 
 def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
@@ -40,6 +40,8 @@ def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Su
     match terms:
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             return Sums(gradient(terms), *single_sums(term.g, term.inputs, basis))
+        case (Factored() as term,) if _outside_last(basis, how):
+            return _formed_sums(term, basis, how, rest=True)
     total, projected, square = _inside_sums(terms, basis, how)
     assert square is not None
     return Sums(total, projected, square + outside_squares(terms, basis))
@@ -58,9 +60,7 @@ def _inside_sums(terms: Terms, basis: Basis, how: Contraction) -> Sums:
             projected, square = _kernel_sums(term, basis)
             return Sums(_turned_back(projected, term, basis), projected, square)
         case (Factored() as term,) if how.order in FORMED:
-            in_basis, square = _formed_sums(term, basis, how)
-            assert in_basis is not None
-            return Sums(_turned_back(in_basis, term, basis), in_basis, square)
+            return _formed_sums(term, basis, how)
     total = gradient(terms)
     return Sums(total, into_basis(total, basis), _inside_squares(terms, basis, how))
 
@@ -73,6 +73,8 @@ def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) ->
     match terms:
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             return single_sums(term.g, term.inputs, basis)[1]
+        case (Factored() as term,) if _outside_last(basis, how):
+            return _formed_squares(term, basis, how, rest=True)[1]
     return _inside_squares(terms, basis, how) + outside_squares(terms, basis)
 
 
@@ -90,7 +92,7 @@ def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
                     return _kernel_sums(term, basis)[1]
                 case Order.PAIRS:
                     return _pair_squares(term, basis, how)
-            return _formed_sums(term, basis, how, total=False)[1]
+            return _formed_squares(term, basis, how)[1]
         case (Dense(G),):
             return _dense_squares(G, basis, how)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
@@ -153,49 +155,84 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     return square
 
 
-def _formed_sums(term: Factored, basis: Basis, how: Contraction, total: bool = True) -> tuple[Tensor | None, Tensor]:
-    """The sums of G in the basis, if wanted, and of its square.
+def _outside_last(basis: Basis, how: Contraction) -> bool:
+    """Whether the sides with a complement are those that G[n] is projected on, so that it leaves its rest there."""
+    return how.order in FORMED and not any(outside(getattr(basis, Q)) for Q in _halves(how)[0])
+
+
+def _formed_sums(term: Factored, basis: Basis, how: Contraction, rest: bool = False) -> Sums:
+    """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
+    formed, square = _formed_squares(term, basis, how, total=True, rest=rest)
+    assert formed is not None
+    early, _ = _halves(how)
+    ordered, fast = _patches_in(term.a, basis, "Q_A" in early)
+    projected = into_basis(formed, _parted(ordered, early, term.g)[1])
+    if fast and "Q_A" not in early:
+        assert isinstance(term.a, Patches)
+        formed = formed[:, :, term.a.order()]
+    return Sums(_turned_back(formed, term, _parted(basis, early, term.g)[0]), projected, square)
+
+
+def _formed_squares(
+    term: Factored, basis: Basis, how: Contraction, total: bool = False, rest: bool = False
+) -> tuple[Tensor | None, Tensor]:
+    """The sum of G[n] as it is formed, if wanted, and that of its square in the basis, and outside of it.
 
     What comes before G[n] is one product for as many examples as memory allows, for each reads the basis; gradients are
     formed of so few that they stay in cache.
     """
     g, a = term.g, term.a
-    early, late = _halves(how.steps)
-    basis, write = _patches_in(a, basis, "project a" in early)
+    early, late = _halves(how)
+    ordered, fast = _patches_in(a, basis, "Q_A" in early)
+    first, then = _parted(ordered, early, g)
     of_G = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
-    apart = not late and of_G * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
-    in_basis, square = None, None
+    apart = of_G * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
+    formed, square = None, None
+    around: Outside = (None, None, None)
     for of_g, of_a in zip(split(g, how.blocks), split(a, how.blocks), strict=True):
-        h = project_outputs(of_g, basis) if "project g" in early else of_g
-        x = write(of_a) if isinstance(of_a, Patches) else of_a
-        x = project_inputs(x, basis) if "project a" in early else x
+        x = of_a if isinstance(of_a, Tensor) else of_a.write_fast() if fast else of_a.write()
+        h, x = project_outputs(of_g, first), project_inputs(x, first)
         if total and apart:
             of_block = add_up(h, x)
-            in_basis = of_block if in_basis is None else in_basis + of_block
+            formed = of_block if formed is None else formed + of_block
         for few_h, few_x in zip(split(h, how.parts), split(x, how.parts), strict=True):
             G = form(few_h, few_x)
-            for name in late:
-                G = turn_inputs(G, basis.Q_A) if name == "project G[n] Q_A" else turn_outputs(G, basis.Q_B)
             if total and not apart:
-                in_basis = _add(in_basis, G)
+                formed = _add(formed, G)
+            if rest:
+                G, *of_part = gradient_squares(G, then)
+                around = added(around, of_part)
+            else:
+                for name in late:
+                    G = turn_inputs(G, then.Q_A) if name == "Q_A" else turn_outputs(G, then.Q_B)
             square = _add(square, G, squared=True)
     assert square is not None
-    return in_basis, square
+    return formed, square + assembled(around, (square.shape[1], square.shape[2])) if rest else square
 
 
-def _halves(steps: Sequence[Step]) -> tuple[list[str], list[str]]:
-    """The names of the products before G[n] is formed, and of those after."""
-    names = [step.name for step in steps]
-    return names[: names.index("form G[n]")], [name for name in names if name.startswith("project G[n]")]
+def _parted(basis: Basis, early: Sequence[str], like: Tensor) -> tuple[Basis, Basis]:
+    """The sides that are turned before G[n] is formed, and the others; each beside ones, that turn nothing."""
+    Q_A, Q_B = basis
+    one = like.new_ones(1, 1, 1)
+    first = Basis(Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)
+    return first, Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B)
 
 
-def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, Callable[[Patches], Tensor]]:
-    """How to write patches, and a basis in their order: the fast one, unless the basis has more entries than they."""
+def _halves(how: Contraction) -> tuple[list[str], list[str]]:
+    """The sides that are projected on before G[n] is formed, and those after, in their order."""
+    names = [step.name for step in how.steps]
+    at = names.index("form G[n]")
+    early = [side for name, side in (("project a", "Q_A"), ("project g", "Q_B")) if name in names[:at]]
+    return early, [name[-3:] for name in names[at:] if name.startswith("project G[n]")]
+
+
+def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:
+    """Whether to write patches the fast way, and the basis in its order: unless that has more entries than they."""
     many = NOMINAL_N * a.shape[2] >= a.shape[3]
     whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
     if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
-        return basis, Patches.write
-    return basis._replace(Q_A=basis.Q_A[:, a.inverse()]), Patches.write_fast
+        return basis, False
+    return basis._replace(Q_A=basis.Q_A[:, a.inverse()]), True
 
 
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
@@ -210,14 +247,13 @@ def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
     return sum
 
 
-def _turned_back(projected: Tensor, term: Factored, basis: Basis) -> Tensor:
-    """The sum of the gradients from what it is in the basis, where that is less work than from the term."""
-    s, i = term.a.shape[2:4]
-    o = term.g.shape[3]
-    whole = all(Q.shape[-1] == Q.shape[-2] for Q in basis)
-    if not whole or o + i > NOMINAL_N * s:
+def _turned_back(total: Tensor, term: Factored, first: Basis) -> Tensor:
+    """The sum of the gradients from what it is in some sides, where that is less work than from the term."""
+    turned = [Q.shape[-1] for Q in first if Q.shape[-1] > 1]
+    if any(outside(Q) for Q in first) or sum(turned) > NOMINAL_N * term.a.shape[2]:
         return gradient((term,))
-    return out_of_basis(projected, basis, (term.g.shape[1], o, i, term.a.shape[4]))
+    b, _, i, k = term.a.shape[1:]
+    return out_of_basis(total, first, (b, term.g.shape[3], i, k))
 
 
 def _dense_squares(G: Tensor, basis: Basis, how: Contraction) -> Tensor:

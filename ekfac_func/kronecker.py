@@ -85,15 +85,16 @@ def in_blocks(t: Any, entries: int) -> Sequence[Any]:
     return split(t, block_count(nominal(t), entries * x.element_size(), most))
 
 
-def left_as_samples(Q: Side, samples: int, single: bool) -> bool:
+def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False) -> bool:
     """Whether a factor stays the samples that it is the sum of: one of some rank, a compact one, or of few samples.
 
-    samples: of an example. Few are fewer in a nominal batch than a whole side has dimensions; the samples of several
-    terms have no unit in common.
+    samples: of an example. Few are fewer in a nominal batch than a side has dimensions; the samples of several terms
+        have no unit in common.
+    unwritten: patches, whose factor takes less memory and time than they.
     """
     if isinstance(Q, Reflections):
         return True
-    return outside(Q) > 0 or (single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2])
+    return (outside(Q) > 0 and not unwritten) or (single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2])
 
 
 class FactorSums(NamedTuple):
@@ -147,7 +148,8 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
         case Factored():
             a, g, x, counted = sharing(term)
             samples = a if x is None else x[..., None]
-            left_A = not formed and left_as_samples(basis.Q_A, samples.shape[2] * samples.shape[4], single)
+            count = samples.shape[2] * samples.shape[4]
+            left_A = not formed and left_as_samples(basis.Q_A, count, single, isinstance(samples, Patches))
             left_B = not formed and left_as_samples(basis.Q_B, g.shape[2], single)
             if isinstance(samples, Patches) and not left_A and basis.Q_A.dim() == 3:
                 A: Factor = _patch_gram(samples)

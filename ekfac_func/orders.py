@@ -29,7 +29,7 @@ from . import kernels
 from .checks import check_count
 from .kronecker import MAX_BYTES, NOMINAL_N, block_count, nominal
 from .patches import Patches
-from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms
+from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms, outside
 
 
 class Order(enum.Enum):
@@ -210,21 +210,23 @@ class Sizes(NamedTuple):
     o: int
     A: int  # products of each entry that a side turns
     B: int
-    full_A: bool
-    full_B: bool
+    matrix_A: bool  # a side that G[n] may be projected on as well
+    matrix_B: bool
+    rest_A: bool  # a side with a complement, whose squares are wanted too
+    rest_B: bool
     unwritten: bool  # inputs that are patches
     itemsize: int
 
 
 def _sizes(term: Factored, basis: Basis) -> Sizes:
     b, s, i, k = term.a.shape[1:]
-    Q_A, Q_B = basis
-    sides = _turned(Q_A), _turned(Q_B), _is_full(Q_A), _is_full(Q_B)
-    return Sizes(b, s, i, k, term.g.shape[3], *sides, isinstance(term.a, Patches), term.g.element_size())
+    (A, matrix_A, rest_A), (B, matrix_B, rest_B) = ((_turned(Q), _is_matrix(Q), outside(Q) > 0) for Q in basis)
+    unwritten, itemsize = isinstance(term.a, Patches), term.g.element_size()
+    return Sizes(b, s, i, k, term.g.shape[3], A, B, matrix_A, matrix_B, rest_A, rest_B, unwritten, itemsize)
 
 
-def _is_full(Q: Side) -> bool:
-    return isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] == Q.shape[-2] > 1
+def _is_matrix(Q: Side) -> bool:
+    return isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] > 1
 
 
 def _turned(Q: Side) -> int:
@@ -233,10 +235,21 @@ def _turned(Q: Side) -> int:
 
 @torch.compiler.assume_constant_result
 def _cheapest(possible: tuple[Order, ...], given: tuple[int, ...], cost: Cost) -> tuple[Order, tuple[Step, ...]]:
-    """The order and its products; a side that is not full is projected first, as it costs little."""
+    """The order and its products.
+
+    A side that is no matrix is projected first, as it costs little; of two with a complement both or none.
+    """
     sizes = Sizes(*given)  # type: ignore[arg-type]  # a plain tuple, for Dynamo's constants
-    cheap = {side for side, full in zip("ag", (sizes.full_A, sizes.full_B), strict=True) if not full}
-    left = [order for order in possible if len(possible) == 1 or cheap <= set(_early(order))]
+    no_matrix, rest = (
+        {side for side, is_so in zip("ag", of_sides, strict=True) if is_so}
+        for of_sides in ((not sizes.matrix_A, not sizes.matrix_B), (sizes.rest_A, sizes.rest_B))
+    )
+
+    def sensible(order: Order) -> bool:
+        early = set(_early(order))
+        return no_matrix <= early and rest & early in (rest, set())
+
+    left = [order for order in possible if len(possible) == 1 or sensible(order)]
     return min(((order, _products(order, sizes, cost)) for order in left), key=lambda found: _seconds(found[1], cost))
 
 
@@ -281,7 +294,7 @@ def _cost(t: Tensor, costs: Costs) -> Cost:
 @functools.lru_cache
 def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
     """The products of an order. An entry of `[o i]` that does not stay in cache is written, and read by the next."""
-    b, s, i, k, o, A, B, _, _, unwritten, size = sizes
+    b, s, i, k, o, A, B, _, _, rest_A, rest_B, unwritten, size = sizes
     n = NOMINAL_N
     of_a, of_g, of_G = n * b * s * i * k, n * b * s * o, n * b * o * i * k
     cached = b * o * i * k * size <= cost.cache
@@ -291,6 +304,10 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
         "g": Step("project g", 2 * of_g * B, size * (2 * of_g + o * B)),
     }
     first = [early[side] for side in _early(order)]
+    for side, norms in (("a", rest_A), ("g", rest_B)):
+        if norms and side in _early(order):
+            of_pairs = 2 * n * b * s * min(s * (i * k + o), o * i * k)
+            first.append(Step(f"norms outside of {side}", early[side].operations + of_pairs, 2 * early[side].bytes))
     if order is Order.ONE_POSITION:
         return (*first, Step("multiply the squares", 2 * of_G, 2 * size * (of_a + of_g)))
     if order is Order.KERNEL:
@@ -300,20 +317,23 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
         products = Step("multiply pairs", 2 * pairs * o * i * k, 2 * size * pairs * (o + i * k))
         return (*first, products, form._replace(name="sum G", bytes=size * (of_a + of_g)))
     late = []
-    for side, operations in _late(o, i, tuple(side for side in "ag" if side not in _early(order))):
-        of_Q = size * (i * i if side == "a" else o * o)
+    for side, operations in _late(o, i, A, B, tuple(side for side in "ag" if side not in _early(order))):
+        of_Q = size * (i * A if side == "a" else o * B)
         again = of_Q * of_G * size // cost.cache if cached and of_Q > cost.cache else 0  # of Q, for every part
         traffic = again if cached else 2 * size * of_G
-        late.append(Step(f"project G[n] {'Q_A' if side == 'a' else 'Q_B'}", n * b * k * operations, traffic))
+        twice = 1 + (rest_A if side == "a" else rest_B)  # into the basis and out again, for what lies outside
+        late.append(
+            Step(f"project G[n] {'Q_A' if side == 'a' else 'Q_B'}", twice * n * b * k * operations, twice * traffic)
+        )
     total = Step("add up", 4 * of_G, 3 * size * of_G * (not cached))
     return (*first, form, *late, total)
 
 
-def _late(o: int, i: int, sides: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+def _late(o: int, i: int, A: int, B: int, sides: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     """The order in which `opt_einsum` projects G[n] on these sides, and the operations of each product."""
     if not sides:
         return ()
-    size = {"o": o, "i": i, "O": o, "I": i}
+    size = {"o": o, "i": i, "O": B, "I": A}
     parts = ["oi", *({"a": "iI", "g": "oO"}[side] for side in sides)]
     out = f"{'O' if 'g' in sides else 'o'}{'I' if 'a' in sides else 'i'}"
     shapes = [tuple(size[letter] for letter in part) for part in parts]

@@ -11,6 +11,7 @@ dimensions, and `g_p` alike, the entries that the zero columns leave out are
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,11 +63,10 @@ def _of_samples(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
     c_i, c_o = map(outside, basis)
     g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
     g_p, a_p = _rest_outputs(g, g_O, basis), _rest_inputs(a, a_I, basis)
-    sizes = g_O.shape[-1], a_I.shape[-2]
     on_i = _norms_inputs(g_O, a_p) / c_i if c_i else None
     on_o = _norms_outputs(g_p, a_I) / c_o if c_o else None
     both = _norms(g_p, a_p) / (c_i * c_o) if c_i and c_o else None
-    return _assembled(on_i, on_o, both, sizes, g_O)
+    return assembled((on_i, on_o, both), (g_O.shape[-1], a_I.shape[-2]))
 
 
 def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
@@ -93,33 +93,45 @@ def _of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Ten
         a_p = _rest_inputs(a, project_inputs(a, basis), basis)
         values = values + 2 * look_up(Factored(a_p, other.g), once.ids) * h_p
     on_i = add_rows(once.ids, values.sum(-1, keepdim=True), table.size)[:, :, 0] / c
-    return _assembled(on_i, None, None, (table.size, basis.Q_A.shape[-1]), on_i)
+    return assembled((on_i, None, None), (table.size, basis.Q_A.shape[-1]))
 
 
 def _of_gradients(G: Tensor, basis: Basis) -> Tensor:
-    c_i, c_o = map(outside, basis)
-    total: Tensor | None = None
+    outside_of: Outside = (None, None, None)
     for part in G.tensor_split(_parts(G.shape[0], 2 * G.shape[1:].numel())):
-        K, L = turn_outputs(part, basis.Q_B), turn_inputs(part, basis.Q_A)
-        K_p = K - _out_inputs(turn_inputs(K, basis.Q_A), basis)
-        L_p = L - _out_outputs(turn_outputs(L, basis.Q_B), basis)
-        on_i = K_p.square().sum((0, 3)) / c_i if c_i else None
-        on_o = L_p.square().sum((0, 2)) / c_o if c_o else None
-        both = None
-        if c_i and c_o:
-            G_p = part - _out_outputs(K, basis)
-            both = (G_p - _out_inputs(turn_inputs(G_p, basis.Q_A), basis)).square().sum((0, 2, 3)) / (c_i * c_o)
-        of_part = _assembled(on_i, on_o, both, (K.shape[2], L.shape[3]), K)
-        total = of_part if total is None else total + of_part
-    assert total is not None
-    return total
+        H, *squares = gradient_squares(part, basis)
+        outside_of = added(outside_of, squares)
+    return assembled(outside_of, (H.shape[2], H.shape[3]))
 
 
-def _assembled(
-    on_i: Tensor | None, on_o: Tensor | None, both: Tensor | None, sizes: tuple[int, int], like: Tensor
-) -> Tensor:
-    """`[b O k]`, `[b I k]` and `[b k]` as the last column, row and corner of `[b O I k]`."""
-    O, I = sizes  # noqa: E741
+Outside = Sequence[Tensor | None]  # squares outside on i `[b O k]`, on o `[b I k]`, on both `[b k]`; None: complete
+
+
+def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Of gradients `[n b o i k]`: what they are in the basis, and the sums of their squares outside of it."""
+    c_i, c_o = map(outside, basis)
+    K = turn_outputs(G, basis.Q_B)
+    H = turn_inputs(K, basis.Q_A)
+    on_i = on_o = both = None
+    if c_i:
+        on_i = (K - _out_inputs(H, basis)).square_().sum((0, 3)) / c_i
+    if c_o:
+        L = turn_inputs(G, basis.Q_A)
+        on_o = (L - _out_outputs(H, basis)).square_().sum((0, 2)) / c_o
+    if c_i and c_o:
+        rest = G - _out_outputs(K, basis)
+        both = (rest - _out_inputs(turn_inputs(rest, basis.Q_A), basis)).square_().sum((0, 2, 3)) / (c_i * c_o)
+    return H, on_i, on_o, both
+
+
+def added(total: Outside, part: Outside) -> Outside:
+    """Sums of squares of more examples."""
+    return [x if y is None else y if x is None else x + y for x, y in zip(total, part, strict=True)]
+
+
+def assembled(squares: Outside, sizes: tuple[int, int]) -> Tensor:
+    """As the last column, row and corner of `[b O I k]`."""
+    (on_i, on_o, both), (O, I) = squares, sizes  # noqa: E741
     parts = []
     if on_i is not None:
         parts.append(F.pad(on_i[:, :, None], [0, 0, I - 1, 0]))
