@@ -201,11 +201,11 @@ def _replace_last(x: Tensor, last: Tensor, axis: int) -> Tensor:
 
 def _rest_inputs(a: Tensor, a_I: Tensor, basis: Basis) -> Tensor:
     """`a - Q_A Q_A^T a`, `[n b s i k]`; of a side without complement a as it is."""
-    return a - torch.einsum("nbsIk,biI->nbsik", a_I, basis.Q_A) if outside(basis.Q_A) else a
+    return a - turn_inputs(a_I, basis.Q_A.mT) if outside(basis.Q_A) else a
 
 
 def _rest_outputs(g: Tensor, g_O: Tensor, basis: Basis) -> Tensor:
-    return g - torch.einsum("nbsO,boO->nbso", g_O, basis.Q_B) if outside(basis.Q_B) else g
+    return g - turn_inputs(g_O[..., None], basis.Q_B.mT)[..., 0] if outside(basis.Q_B) else g
 
 
 def _out_inputs(M: Tensor, basis: Basis) -> Tensor:
@@ -263,14 +263,14 @@ def _rescaled_samples(
     left, right = [], []  # of [b samples o] and [b samples i]
     if outside(basis.Q_A):
         h = g_O * scale[None, :, None, :, -1, 0]
-        h = torch.einsum("nbsO,boO->nbso", h, basis.Q_B) if basis.Q_B.dim() == 3 else _out_blocks(h, basis.Q_B, o)
+        h = turn_inputs(h[..., None], basis.Q_B.mT)[..., :o, 0]
         if outside(basis.Q_B):
             h = h + scale[:, -1:, -1:, 0][None] * g_p
         left.append(_samples(h))
         right.append(_samples(a_p[..., 0]))
     if outside(basis.Q_B):
         x = a_I[..., 0] * scale[None, :, None, -1, :, 0]
-        x = torch.einsum("nbsI,biI->nbsi", x, basis.Q_A) if basis.Q_A.dim() == 3 else _out_blocks(x, basis.Q_A, i)
+        x = turn_inputs(x[..., None], basis.Q_A.mT)[..., :i, 0]
         left.append(_samples(g_p))
         right.append(_samples(x))
     if outside(basis.Q_A):  # Q_B inside, then Q_A^T; or the other way round
@@ -280,13 +280,6 @@ def _rescaled_samples(
         left.append(basis.Q_B.mT)
         right.append(turn_inputs(inside, basis.Q_A.mT)[:, :, :i, 0])
     return outer(torch.cat(left, 1), torch.cat(right, 1))[..., None]
-
-
-def _out_blocks(x: Tensor, Q: Tensor, dim: int) -> Tensor:
-    """Coordinates `[n b s O]` of a side in blocks, back out of it."""
-    m, d = Q.shape[1:3]
-    turned = torch.einsum("nbsmD,bmdD->nbsmd", x.reshape(*x.shape[:3], m, d), Q)
-    return turned.flatten(3)[..., :dim]
 
 
 def _samples(x: Tensor) -> Tensor:
