@@ -129,8 +129,8 @@ def conv(
     nd = weight.dim() - 2
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        x = padded(_batched(x, nd), weight.shape[2:], padding, dilation)
-        return Factored(_patches(x, weight, stride, dilation, groups), _pixels(_batched(g, nd), groups))
+        a = _patches(_batched(x, nd), weight, stride, dilation, groups, padding)
+        return Factored(a, _pixels(_batched(g, nd), groups))
 
     c_out = weight.shape[0]
     return Call(weight, "boi" + "i" * nd, input, read, bias, (groups, c_out // groups, *weight.shape[1:]))
@@ -347,10 +347,15 @@ def _batched(x: Tensor, nd: int) -> Tensor:
     return x.unsqueeze(1) if x.dim() == nd + 2 else x
 
 
-def _patches(x: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: int) -> Patches:
+def _patches(
+    x: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: int, padding: str | int | tuple[int, ...] = 0
+) -> Patches:
     """What each output pixel sees of an input `[n m (b c) ...]`."""
     kernel = tuple(weight.shape[2:])
-    x = x.unflatten(2, (groups, -1)).movedim(3, -1).contiguous()
+    x = x.unflatten(2, (groups, -1)).movedim(3, -1)
+    x = F.pad(
+        x, [0, 0, *_margins(kernel, padding, dilation)]
+    ).contiguous()  # in one pass with the turn to channels last
     return Patches(x, kernel, tuple(each(stride, kernel)), tuple(each(dilation, kernel)))
 
 
@@ -358,12 +363,19 @@ def padded(
     x: Tensor, kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: int | tuple[int, ...]
 ) -> Tensor:
     """The input of a convolution with its zero padding written out."""
+    return F.pad(x, _margins(kernel, padding, dilation))
+
+
+def _margins(
+    kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: int | tuple[int, ...]
+) -> list[int]:
+    """Of `F.pad`: both sides of each spatial axis, the last one first."""
     if padding == "same":  # an odd reach pads the end once more
         reach = [d * (k - 1) for k, d in zip(kernel, each(dilation, kernel), strict=True)]
         sides = [(r // 2, r - r // 2) for r in reach]
     else:
         sides = [(p, p) for p in each(0 if padding == "valid" else padding, kernel)]
-    return F.pad(x, [p for side in reversed(sides) for p in side]) if any(map(any, sides)) else x
+    return [p for side in reversed(sides) for p in side]
 
 
 def each(value: Any, kernel: tuple[int, ...]) -> list[int]:
