@@ -274,8 +274,10 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
     few, n, size = _limit(max_bytes, cost.cache), nominal(term.g), sizes.itemsize
     if order is Order.PAIRS:
         return Contraction(order, steps, block_count(n, size * b * s * (s + 1) // 2 * (o + i * k), few))
-    of_G = size * b * o * i * k
-    if torch.compiler.is_compiling() or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
+    of_G, traced = size * b * o * i * k, torch.compiler.is_compiling()
+    if traced and not sizes.unwritten:  # blocks are filled up with zeros, on which a projection would waste its work
+        return Contraction(order, steps, 1, block_count(n, of_G, few))
+    if traced or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
         return Contraction(order, steps, block_count(n, of_G + size * b * s * i * k * sizes.unwritten, few))
     # what comes before G[n] is one product for as many examples as memory allows, since each reads the basis
     blocks = block_count(n, size * b * s * (i * k * (1 + sizes.unwritten) + o), max_bytes)
