@@ -298,7 +298,7 @@ def eigenvectors(factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _solved_together(factors: Sequence[Tensor]) -> list[Tensor]:
-    """On a CPU each large matrix has a thread: one by one they leave much of every second thread idle."""
+    """On a CPU each large matrix has a thread of its own: one by one they keep only one of them busy all the time."""
     found = [torch.empty_like(C, memory_format=torch.contiguous_format) for C in factors]
     alone, apart = [], []
     for C, U in zip(factors, found, strict=True):
@@ -308,7 +308,7 @@ def _solved_together(factors: Sequence[Tensor]) -> list[Tensor]:
             alone.append((C, U))
     apart.sort(key=_work, reverse=True)
     threads, rest = torch.get_num_threads(), sum(map(_work, apart))
-    while apart and _work(apart[0]) * threads > rest:  # one that outweighs the others takes every thread
+    while apart and (threads == 1 or _work(apart[0]) * threads > rest):  # what outweighs the others takes every thread
         rest -= _work(apart[0])
         alone.append(apart.pop(0))
     for task in alone:

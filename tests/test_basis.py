@@ -73,6 +73,41 @@ def test_hard_factors(name: str, dtype: torch.dtype) -> None:
         assert (D - torch.diag(D.diagonal())).abs().max() < 1e3 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_matrices_of_all_sizes_together(threads: int) -> None:
+    """Each as by itself, in its dtype, whether it has a thread of its own, all of them, or is one of a batch."""
+    torch.set_num_threads(threads)
+    sizes = [(3, 2, 2), (120, 120), (2, 100, 100), (7, 7), (0, 5, 5), (260, 260), (110, 110), (1, 1)]
+    factors = [C + C.mT for C in (torch.randn(size) for size in sizes)]
+    factors[3] = factors[3].float()
+    for C, U in zip(factors, refreshes.eigenvectors(factors), strict=True):
+        assert U.shape == C.shape
+        assert U.dtype == C.dtype
+        if C.numel():
+            assert_orthonormal(U)
+            D = U.mT @ C @ U
+            assert (D - torch.diag_embed(D.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-5
+    assert torch.get_num_threads() == threads
+
+
+def test_what_float32_cannot_solve_is_solved_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor by itself; the others of its batch stay in float32, and a dtype that is asked for is the first."""
+    solved = []
+
+    def solver(C: Tensor) -> tuple[Tensor, Tensor]:
+        solved.append((C.dtype, C.shape[:-2].numel()))
+        values, vectors = torch.linalg.eigh(C)
+        bad = (C.dtype is torch.float32) & (C.amax((-2, -1), keepdim=True) == C[..., :1, :1])
+        return values, torch.where(bad, torch.nan, vectors)
+
+    monkeypatch.setattr(refreshes, "eigensolver", solver)
+    first_is_largest, other = (torch.diag(torch.tensor(d)).float() for d in ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]))
+    (U,) = refreshes.eigenvectors([torch.stack([first_is_largest, other])])
+    assert U.dtype is torch.float32
+    assert_orthonormal(U)
+    assert solved == [(torch.float32, 2), (torch.float32, 1), (torch.float64, 1), (torch.float32, 1)]
+
+
 SAMPLES: dict[str, Callable[[], Tensor]] = {
     "few": lambda: torch.randn(2, 5, 24),
     "as many": lambda: torch.randn(1, 24, 24),

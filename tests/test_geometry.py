@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ekfac_func import RULES, SUA, ekfac, per_example_gradients
+from ekfac_func.patches import Patches
 from ekfac_func.types import Params
 
 from .oracles import close, loop
@@ -42,6 +43,21 @@ def geometries(draw: st.DrawFn) -> dict[str, Any]:
         "unbatched": draw(st.booleans()),
         "keywords": draw(st.booleans()),
     }
+
+
+@given(geometries(), st.integers(1, 2), st.integers(1, 3))
+@PROFILE
+def test_moments_of_patches(geometry: dict[str, Any], m: int, n: int) -> None:
+    """Of rows of the kernel that share rows of the input as of patches written out."""
+    torch.manual_seed(0)
+    options, (_, c, *kernel), nd = geometry["options"], geometry["weight"], len(geometry["spatial"])
+    stride, dilation = ((v,) * nd if isinstance(v, int) else v for v in (options["stride"], options["dilation"]))
+    x = torch.randn(n, m, options["groups"], *geometry["spatial"], c)
+    patches = Patches(x, tuple(kernel), stride, dilation)
+    written = patches.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
+    square, total = patches.moments()
+    close(square, written.mT @ written)
+    close(total, written.sum(1))
 
 
 @given(geometries(), st.booleans())

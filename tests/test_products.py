@@ -8,12 +8,20 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ekfac_func import ekfac
+from ekfac_func.kronecker import symmetric
 from ekfac_func.products import AVAILABLE, outer, product, rotate
 
 from .cases import N, make
 from .oracles import close, close_trees
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN is not faster here")
+
+
+@pytest.mark.parametrize("d", [1, 255, 256, 301])
+def test_a_symmetric_product_in_strips(d: int) -> None:
+    x = torch.randn(2, 40, d)
+    close(symmetric(x), x.mT @ x)
+    close(symmetric(x.float()).double(), x.mT @ x, 1e-5)
 
 
 @pytest.fixture(autouse=True)
