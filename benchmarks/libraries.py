@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.workloads import DAMPING, Work, cross_entropy, naive, precondition_gradient
-from ekfac_func import State, compact, eigh, ekfac, exact_squares, per_example_gradients, rank, thin
+from ekfac_func import State, compact, ekfac, exact_squares, per_example_gradients, rank, thin
 from ekfac_func.types import Params
 
 STEPS = 10  # from one refresh to the next
@@ -229,7 +229,6 @@ def kronfluence(w: Work) -> Calls:
 LIBRARIES: dict[str, Callable[[Work], Calls]] = {
     "ekfac_func": ours,
     "ekfac_func-compiled": lambda w: ours(w, compiled=True),
-    "ekfac_func-float32": lambda w: ours(w, refresh=eigh(torch.float32)),
     "ekfac_func-rank": lambda w: ours(w, bases={"*": rank(256)}),
     "ekfac_func-thin": lambda w: ours(w, bases={"*": thin}, basis_every=1)._replace(moment=None, precondition=None),
     "ekfac_func-compact": compactly,

@@ -53,10 +53,11 @@ def rank(r: int) -> Rank:
     Halko, Martinsson & Tropp 2011, https://arxiv.org/abs/0909.4061. The start is a Gaussian matrix of a fixed seed,
     orthonormalised.
 
-    With `factor_decay=0` the factor is never formed, `C U = X^T (X U)` of the samples X, and the state keeps none; an
-    average needs it in full, `[i i]`. Of fewer samples than r, the basis holds them all, and the rest of its columns
-    is arbitrary, as the null space of a full basis is. The rows of a lookup table stay diagonal. A side of no more
-    than r + 1 dimensions is full: a complement of one dimension is a direction like any other.
+    With `factor_decay=0` the state keeps no factor, and none is formed but that of a convolution's patches: `C U` is
+    `X^T (X U)` of the samples X. An average needs it in full, `[i i]`. Of fewer samples than r, the basis holds them
+    all, and the rest of its columns is arbitrary, as the null space of a full basis is. The rows of a lookup table stay
+    diagonal. A side of no more than r + 1 dimensions is full: a complement of one dimension is a direction like any
+    other.
     """
     check_count("r", r)
     return Rank(r)

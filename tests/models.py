@@ -300,7 +300,7 @@ class UNet(nn.Module):
         self.first, self.second = self.block(2, 4), self.block(4, 8)
         self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
         self.up = nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1)
-        self.last, self.wide = self.block(16, 4), nn.ConvTranspose2d(4, 4, 2, stride=2, bias=False)
+        self.last, self.wide = self.block(16, 4), nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1, bias=False)
         self.head = nn.Conv2d(8, 3, 1)
 
     @staticmethod

@@ -295,7 +295,7 @@ def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
             loss_fn, damping=damping, basis_every=2, fisher=fisher, second_moment=averaged_intra_batch(0.5)
         ).precondition(params, batch, state)
 
-    batches = [batch(5) for _ in range(4)]
+    batches = [batch(40) for _ in range(4)]  # of full rank: what is not is arbitrary in a stale basis
     state = ekfac(loss_fn, damping=1.0, fisher=fisher).init(params, batches[0])
     runs = []
     for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
