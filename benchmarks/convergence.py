@@ -295,9 +295,9 @@ def run(
     points, seconds, spent = [[0, 0.0, 0.0, *evaluate(task, trainer.params)]], 0.0, 0.0
     marks = {math.ceil(steps * k / evaluations) for k in range(1, evaluations + 1)}
     for step, batch in enumerate(batches(task.train, task.batch_size, steps, seed), 1):
-        started = time.perf_counter()
+        started = time.process_time()
         loss = trainer.step(batch).item()
-        seconds += time.perf_counter() - started
+        seconds += time.process_time() - started
         spent += counted[step - 1 if step <= BASIS_EVERY else BASIS_EVERY if step % BASIS_EVERY == 1 else 1]
         if step in marks or not math.isfinite(loss):
             points.append([step, seconds, spent, *evaluate(task, trainer.params)])
