@@ -289,6 +289,7 @@ def run(
 ) -> dict[str, Any]:
     """Evaluations `[step, seconds, operations, training loss, test loss, test metric]` of one run.
 
+    Seconds are the processor's, all threads together: other work on the machine does not count.
     counted: the operations of its first steps.
     """
     trainer = trainer_of(name, setting, task)
