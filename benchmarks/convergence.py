@@ -443,8 +443,9 @@ def plot(task: str, long: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 axes.plot(x, [p[4] for p in found["points"]], color=color, linestyle="--", linewidth=0.6)
         axes.set(xlabel=label, yscale="log")
     started = max(found["points"][0][3] for runs in long.values() for found in runs)
+    lowest = min(p[3] for runs in long.values() for found in runs for p in found["points"] if p[3] > 0)
     panels[0].set(ylabel="loss")
-    panels[0].set_ylim(top=1.5 * started)  # where a run that diverged leaves the picture
+    panels[0].set_ylim(0.8 * lowest, 1.5 * started)  # a run that diverged leaves the picture
     panels[2].legend(title="training; dashed: test", fontsize="small")
     figure.suptitle(task)
     figure.savefig(path, dpi=120)
