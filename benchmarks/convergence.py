@@ -4,9 +4,10 @@
     python benchmarks/convergence.py --task digits --out runs     # one of them
     python benchmarks/convergence.py --quick                      # a smoke run
 
-Each optimizer has eight settings, tried on seed 0 for a few steps; that with the lowest training loss runs longer, on
-other seeds (start, batches, split). Every run is a line of OUT/convergence.jsonl as soon as it is done, and is not done
-again: after an interruption the same command goes on. It ends with the table and a plot for each task.
+Each optimizer has eight settings, tried on seed 0, or on several, for a few steps; that with the lowest mean training
+loss runs longer, on other seeds (start, batches, split). Every run is a line of OUT/convergence.jsonl as soon as it is
+done, and is not done again: after an interruption the same command goes on. It ends with the table and a plot for each
+task.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import math
 import pydoc_data.topics
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,23 +37,24 @@ from ekfac_func import (
     SecondMoment,
     State,
     averaged_intra_batch,
-    eigh,
     ekfac,
     intra_batch,
     kfac,
     optim,
+    qr,
     rank,
     running_average,
+    transport,
 )
 from ekfac_func.basis import Choices
-from ekfac_func.refreshes import Refresh
 from ekfac_func.train import data as images
 from ekfac_func.train import models
 from ekfac_func.train.run import batches
 from ekfac_func.types import LossFn, Params
 
 BASIS_EVERY = 10  # of EKFAC, K-FAC and SOAP
-POINTS = 20  # evaluations of a run
+FACTOR_DECAY = 0.8  # a refresh, of EKFAC and K-FAC: bases of one batch's factors turn more, and made them less stable
+POINTS = 20  # evaluations of a long run
 CONTEXT = 32  # characters of an example
 
 Examples = tuple[Tensor, Tensor]
@@ -69,7 +71,6 @@ class Task(NamedTuple):
     test: Examples
     batch_size: int
     bases: Choices | None = None  # of EKFAC and K-FAC
-    refresh: Refresh = eigh()  # alike
 
     def loss_fn(self) -> LossFn:
         """Of one example, for `ekfac`."""
@@ -95,7 +96,7 @@ def of_images(name: str, model: str, batch_size: int, seed: int) -> Task:
 def autoencoder(seed: int) -> Task:
     """784-1000-500-250-30 and its mirror; of the factors of up to 1001 dimensions the leading 64 eigenvectors."""
     made = of_images("mnist", "autoencoder", 500, seed)
-    return made._replace(bases={"*": rank(64)}, refresh=eigh(torch.float32))
+    return made._replace(bases={"*": rank(64)})
 
 
 def tabular(seed: int) -> Task:
@@ -177,7 +178,8 @@ MOMENTS: dict[str, SecondMoment] = {
     "K-FAC": kfac,
     "EKFAC intra-batch": intra_batch,
     "EKFAC averaged": averaged_intra_batch(0.95),
-    "EKFAC running": running_average(0.95),
+    # its own `reset` at every refresh forgets that a moment of mean gradients is up to n times that of single ones
+    "EKFAC running": running_average(0.95)._replace(at_refresh=transport),
 }
 UNTUNED = "EKFAC defaults"  # `optim.DEFAULTS` as they are, on demand
 
@@ -187,30 +189,33 @@ def product(**grid: tuple[float, ...]) -> list[Setting]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
+def like_adam(*lr: float) -> list[Setting]:
+    """EKFAC's: the exponent of Adam, and a damping that only keeps from dividing by zero."""
+    return product(exponent=(-0.5,), lr=lr, momentum=(0.9, 0.95), damping=(1e-8,))
+
+
 def grids(task: str) -> dict[str, list[Setting]]:
     """Eight settings for each optimizer, and one for the defaults.
 
     EKFAC steps with the exponent -1/2, as SOAP and AdamW do; K-FAC with its own, -1, and on the autoencoder with both:
-    on the other tasks it diverged at -1/2 and small damping wherever it was tried.
+    on the other tasks it diverged at -1/2 and small damping wherever it was tried. Their momentum is Nesterov's.
     """
     if task == "autoencoder":
-        lr, damping = (0.00125, 0.0025, 0.005, 0.01), (1e-8, 1e-5)
-        like_adam = product(exponent=(-0.5,), lr=lr, damping=damping)
         return {
             "SGD": product(lr=(1e-3, 3e-3, 1e-2, 3e-2), momentum=(0.9, 0.95)),
             "AdamW": product(lr=(3e-4, 1e-3, 3e-3, 1e-2), weight_decay=(0.0, 0.01)),
             "SOAP": product(lr=(3e-4, 1e-3, 3e-3, 1e-2), beta=(0.9, 0.95)),
-            **dict.fromkeys(MOMENTS, like_adam),
-            "K-FAC": product(exponent=(-1.0,), lr=(0.03, 0.1), damping=(1.0, 3.0))
-            + product(exponent=(-0.5,), lr=(0.0025, 0.005), damping=(1e-5, 1e-3)),
+            **dict.fromkeys(MOMENTS, like_adam(0.00125, 0.0025, 0.005, 0.01)),
+            "K-FAC": product(exponent=(-1.0,), lr=(0.03, 0.1), momentum=(0.9,), damping=(1.0,))
+            + product(exponent=(-0.5,), lr=(0.0025, 0.005), momentum=(0.9,), damping=(1e-4, 1e-3, 1e-2)),
             UNTUNED: product(lr=(0.0025,)),
         }
     return {
         "SGD": product(lr=(0.03, 0.1, 0.3, 1.0), momentum=(0.9, 0.95)),
         "AdamW": product(lr=(1e-3, 3e-3, 1e-2, 3e-2), weight_decay=(0.0, 0.01)),
         "SOAP": product(lr=(3e-3, 1e-2, 3e-2, 0.1), beta=(0.9, 0.95)),
-        **dict.fromkeys(MOMENTS, product(exponent=(-0.5,), lr=(0.005, 0.01, 0.02, 0.04), damping=(1e-8, 1e-5))),
-        "K-FAC": product(exponent=(-1.0,), lr=(0.03, 0.1), damping=(0.03, 0.1, 0.3, 1.0)),
+        **dict.fromkeys(MOMENTS, like_adam(0.005, 0.01, 0.02, 0.04)),
+        "K-FAC": product(exponent=(-1.0,), lr=(0.03, 0.1), momentum=(0.9,), damping=(0.03, 0.1, 0.3, 1.0)),
         UNTUNED: product(lr=(0.0025,)),
     }
 
@@ -252,10 +257,11 @@ class Natural:
         options: Any = optim.DEFAULTS
         if name != UNTUNED:
             options = {key: setting[key] for key in ("damping", "exponent")}
-            options |= {"second_moment": MOMENTS[name], "basis_every": BASIS_EVERY}
-            options |= {"refresh": task.refresh, "bases": task.bases}
+            options |= {"second_moment": MOMENTS[name], "basis_every": BASIS_EVERY, "factor_decay": FACTOR_DECAY}
+            options |= {"refresh": qr(), "bases": task.bases}
         self.ekfac = ekfac(task.loss_fn(), **options)
-        self.optimizer = optim.chain(optim.momentum(0.9), optim.learning_rate(setting["lr"]))
+        velocity = optim.momentum(0.9) if name == UNTUNED else optim.nesterov(setting["momentum"])
+        self.optimizer = optim.chain(velocity, optim.learning_rate(setting["lr"]))
         self.opt_state = self.optimizer.init(self.params)
         self.state: State | None = None
 
@@ -267,17 +273,33 @@ class Natural:
         return info.loss
 
 
-def run(name: str, setting: Mapping[str, float], task: Task, steps: int, seed: int) -> dict[str, Any]:
-    """Evaluations `[step, seconds, operations, training loss, test loss, test metric]` of one run."""
-    trainer = (Natural if name in (*MOMENTS, UNTUNED) else Plain)(task, name, setting)
-    refreshing, between = operations(trainer, batches(task.train, task.batch_size, 2, seed))
-    marks = {math.ceil(steps * k / POINTS) for k in range(1, POINTS + 1)}
+def trainer_of(name: str, setting: Mapping[str, float], task: Task) -> Plain | Natural:
+    """It leaves the task's network as it is."""
+    return (Natural if name in (*MOMENTS, UNTUNED) else Plain)(task, name, setting)
+
+
+def run(
+    name: str,
+    setting: Mapping[str, float],
+    task: Task,
+    steps: int,
+    seed: int,
+    evaluations: int,
+    counted: list[float],
+) -> dict[str, Any]:
+    """Evaluations `[step, seconds, operations, training loss, test loss, test metric]` of one run.
+
+    Seconds are the processor's, all threads together: other work on the machine does not count.
+    counted: the operations of its first steps.
+    """
+    trainer = trainer_of(name, setting, task)
     points, seconds, spent = [[0, 0.0, 0.0, *evaluate(task, trainer.params)]], 0.0, 0.0
+    marks = {math.ceil(steps * k / evaluations) for k in range(1, evaluations + 1)}
     for step, batch in enumerate(batches(task.train, task.batch_size, steps, seed), 1):
-        started = time.perf_counter()
+        started = time.process_time()
         loss = trainer.step(batch).item()
-        seconds += time.perf_counter() - started
-        spent += refreshing if (step - 1) % BASIS_EVERY == 0 else between
+        seconds += time.process_time() - started
+        spent += counted[step - 1 if step <= BASIS_EVERY else BASIS_EVERY if step % BASIS_EVERY == 1 else 1]
         if step in marks or not math.isfinite(loss):
             points.append([step, seconds, spent, *evaluate(task, trainer.params)])
         if not math.isfinite(loss):
@@ -285,13 +307,13 @@ def run(name: str, setting: Mapping[str, float], task: Task, steps: int, seed: i
     return {"points": points}
 
 
-def operations(trainer: Plain | Natural, given: Iterator[Examples]) -> tuple[float, float]:
-    """Of a step with a refresh, and of one without: matrix products and convolutions, and eigh and QR of each matrix.
+def operations(name: str, setting: Mapping[str, float], task: Task) -> list[float]:
+    """Of the first steps, up to the second refresh: matrix products and convolutions, eigh and QR of each matrix.
 
-    On a copy of the trainer. A decomposition of a d x d matrix counts 9 d^3 (Golub & Van Loan, section 8.3), its QR
-    with an explicit factor 8/3 d^3.
+    A decomposition of a d x d matrix counts 9 d^3 (Golub & Van Loan, section 8.3), its QR with an explicit factor
+    8/3 d^3.
     """
-    trainer, counted = copy.deepcopy(trainer), []
+    trainer, counted = trainer_of(name, setting, task), []
 
     def decomposition(share: float) -> Callable[..., int]:
         return lambda shape, *rest, **more: int(share * math.prod(shape) * shape[-1])
@@ -301,11 +323,11 @@ def operations(trainer: Plain | Natural, given: Iterator[Examples]) -> tuple[flo
         torch.ops.ekfac_func.eigenvectors: lambda shapes, *rest, **more: sum(map(decomposition(9), shapes)),
         torch.ops.aten.linalg_qr: decomposition(8 / 3),
     }
-    for batch in given:
+    for batch in batches(task.train, task.batch_size, BASIS_EVERY + 1, 0):
         with FlopCounterMode(display=False, custom_mapping=costs) as counter:
             trainer.step(batch)
         counted.append(float(counter.get_total_flops()))
-    return counted[0], counted[1]
+    return counted
 
 
 @torch.no_grad()
@@ -314,7 +336,8 @@ def evaluate(task: Task, params: Params) -> list[float]:
     found = []
     for examples, read in ((task.train, [task.losses]), (task.test, [task.losses, task.metric])):
         few = examples[0][:5000], examples[1][:5000]
-        outputs = functional_call(task.net, params, (few[0],))
+        pieces = few[0].split(task.batch_size)  # in the cache: a third of the time of all at once
+        outputs = torch.cat([functional_call(task.net, params, (piece,)) for piece in pieces])
         found += [of(outputs, few).mean().item() for of in read]
     return found
 
@@ -349,22 +372,37 @@ class Log:
 
 
 def converge(
-    task: str, log: Log, optimizers: list[str], search: int, steps: int, seeds: list[int], tried: int | None
+    task: str,
+    log: Log,
+    optimizers: list[str],
+    search: int,
+    search_seeds: list[int],
+    steps: int,
+    seeds: list[int],
+    tried: int | None,
 ) -> dict[str, list[dict[str, Any]]]:
     """The long runs of each optimizer, after its search."""
     made = functools.cache(TASKS[task])
     long: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, Setting] = {}
 
-    def once(name: str, setting: Setting, steps: int, seed: int) -> dict[str, Any]:
+    @functools.cache
+    def counted(name: str) -> list[float]:
+        return operations(name, grids(task)[name][0], made(0))
+
+    def once(name: str, setting: Setting, steps: int, seed: int, evaluations: int) -> dict[str, Any]:
         about = {"task": task, "optimizer": name, "setting": setting, "steps": steps, "seed": seed}
-        return log.get(about, lambda: run(name, setting, made(seed), steps, seed))
+        about["evaluations"] = evaluations
+        return log.get(about, lambda: run(name, setting, made(seed), steps, seed, evaluations, counted(name)))
 
     for name in tqdm(optimizers, desc=f"{task} search"):
-        chosen[name] = min((once(name, s, search, 0) for s in grids(task)[name][:tried]), key=final_loss)["setting"]
+        chosen[name] = min(
+            grids(task)[name][:tried],
+            key=lambda s: statistics.mean(final_loss(once(name, s, search, seed, 1)) for seed in search_seeds),
+        )
     for seed in seeds:
         for name in tqdm(optimizers, desc=f"{task} seed {seed}"):
-            long.setdefault(name, []).append(once(name, chosen[name], steps, seed))
+            long.setdefault(name, []).append(once(name, chosen[name], steps, seed, POINTS))
     return long
 
 
@@ -405,8 +443,9 @@ def plot(task: str, long: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 axes.plot(x, [p[4] for p in found["points"]], color=color, linestyle="--", linewidth=0.6)
         axes.set(xlabel=label, yscale="log")
     started = max(found["points"][0][3] for runs in long.values() for found in runs)
+    lowest = min(p[3] for runs in long.values() for found in runs for p in found["points"] if p[3] > 0)
     panels[0].set(ylabel="loss")
-    panels[0].set_ylim(top=1.5 * started)  # where a run that diverged leaves the picture
+    panels[0].set_ylim(0.8 * lowest, 1.5 * started)  # a run that diverged leaves the picture
     panels[2].legend(title="training; dashed: test", fontsize="small")
     figure.suptitle(task)
     figure.savefig(path, dpi=120)
@@ -419,7 +458,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizer", nargs="+", choices=grids("digits"), default=list(grids("digits"))[:-1])
     parser.add_argument("--search", type=int, default=100, help="steps of each setting of the search")
     parser.add_argument("--steps", type=int, default=400, help="steps of the chosen settings")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="of the long runs; the search has 0")
+    parser.add_argument("--search-seeds", type=int, nargs="+", default=[0], help="of the search")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="of the long runs")
     parser.add_argument("--quick", action="store_true", help="two settings each, two steps, one seed")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=Path("runs"))
@@ -430,7 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     log = Log(options.out / "convergence.jsonl")
     for task in options.task:
-        long = converge(task, log, options.optimizer, search, steps, seeds, 2 if options.quick else None)
+        tried = 2 if options.quick else None
+        long = converge(task, log, options.optimizer, search, options.search_seeds, steps, seeds, tried)
         if not long:  # the search alone
             continue
         print(table(task, long), flush=True)
