@@ -86,15 +86,17 @@ def in_blocks(t: Any, entries: int) -> Sequence[Any]:
 
 
 def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False) -> bool:
-    """Whether a factor stays the samples that it is the sum of: one of some rank, a compact one, or of few samples.
+    """Whether a factor stays the samples that it is the sum of: a compact one, one of some rank, or of few samples.
 
     samples: of an example. Few are fewer in a nominal batch than a side has dimensions; the samples of several terms
         have no unit in common.
-    unwritten: patches, whose factor takes less memory and time than they.
+    unwritten: patches, whose factor takes less memory and time than they, but for those of several terms.
     """
     if isinstance(Q, Reflections):
         return True
-    return (outside(Q) > 0 and not unwritten) or (single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2])
+    return (outside(Q) > 0 and not (unwritten and single)) or (
+        single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2]
+    )
 
 
 class FactorSums(NamedTuple):
@@ -137,8 +139,8 @@ def factor_sums(
     https://arxiv.org/abs/1802.09568, but per example) B has unit trace, so that the product of eigenvalues has the
     scale of `E[G^2]`, which the product of both factors has squared. The basis says which blocks of a side are kept.
 
-    formed: whether all are wanted as they are. Else those of a side of `rank(r)`, and of a whole one with fewer samples
-        than dimensions, are left as the samples that they are sums of.
+    formed: whether all are wanted as they are. Else some are left as the samples that they are sums of, as
+        `left_as_samples` says.
     """
     return tuple(_factor_sums(term, basis, sharing, formed, len(terms) == 1) for term in terms)
 
@@ -202,9 +204,9 @@ def _patch_gram(a: Patches) -> Tensor:
     rows = replace(a, last=None)
     last, at = a.last, rows.order()
     gram, total = a.x.new_zeros(b, len(at), len(at)), a.x.new_zeros(b, len(at))
-    for block in in_blocks(rows, math.prod(rows.x.shape[1:])):
-        square, sum = block.moments()
-        gram, total = gram + square, total + sum
+    for block in in_blocks(rows, rows.entries_of_moments()):
+        square, added = block.moments()
+        gram, total = gram + square, total + added
     gram = gram[:, at][:, :, at]
     if last is None:
         return gram
@@ -256,9 +258,9 @@ def _times(C: Factor, by: Tensor) -> Factor:
 
 def _sum(parts: Sequence[Factor]) -> Factor:
     """Of factors of one layer, that are formed all or none."""
-    if isinstance(parts[0], Gram):
-        return Gram(torch.cat([part.x for part in parts if isinstance(part, Gram)], dim=1))
-    return torch.stack([part for part in parts if isinstance(part, Tensor)]).sum(0)
+    samples, whole = [p.x for p in parts if isinstance(p, Gram)], [p for p in parts if isinstance(p, Tensor)]
+    assert not (samples and whole)
+    return Gram(torch.cat(samples, dim=1)) if samples else torch.stack(whole).sum(0)
 
 
 def _along(numbers: Tensor, C: Tensor) -> Tensor:
@@ -481,7 +483,7 @@ def turn_outputs(M: Tensor, Q: Side | Transposed) -> Tensor:
     if isinstance(Q, Reflections | Transposed):
         return _reflected_columns(M[..., 0], Q)[..., None]
     if _is_matrix(M, Q):
-        return outer(Q, M[..., 0])[..., None] if M.dim() == 4 else (Q[0].mT @ M[..., 0])[..., None]
+        return outer(Q, M[..., 0])[..., None]
     return _turn(M, Q, "...bmdik,bmdD->...bmDik", -3)
 
 

@@ -49,6 +49,8 @@ class Patches:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Sums over examples and pixels of `patch patch^T`, `[b i i]`, and of patches, `[b i]`; i as in `write_fast`.
 
+        Of patches without a last input.
+
         At stride 1 all rows of the kernel see the same rows of the input, but for some at the borders: the product of
         rows so far apart is summed once, for all pairs of kernel rows at that distance.
         """
@@ -72,6 +74,10 @@ class Patches:
         grid = [[blocks[j, k] if j <= k else blocks[k, j].mT for k in range(K)] for j in range(K)]
         gram = torch.cat([torch.cat(row, -1) for row in grid], -2)
         return gram, torch.cat([y[:, start:end].sum((1, 2)) for start, end in seen], -1)
+
+    def entries_of_moments(self) -> int:
+        """What `moments` writes of an example."""
+        return math.prod(self.shape[1:] if self.stride[0] > 1 else (*self.x.shape[1:], *self.kernel[1:]))
 
     def _rows(self) -> Tensor:
         """Patches in each row of the input, `[b rows (n m pixels) (kernel c)]`, of the kernel's other axes."""

@@ -1,13 +1,15 @@
 """Large matrix products in float32 on CPUs by oneDNN, those of PyTorch's convolutions and compiled linear layers.
 
 PyTorch's own go to MKL, which takes no 512-bit instructions on processors of other makers than its own: there they
-run at half the speed. It is the operator `torch.ops.ekfac_func.product`, under `torch.compile` and `vmap`.
+run at half the speed (measured on one of AMD's). It is the operator `torch.ops.ekfac_func.product`, under
+`torch.compile` and `vmap`.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 AVAILABLE = (
@@ -26,8 +28,8 @@ def rotate(x: Tensor, Q: Tensor) -> Tensor:
 
 
 def outer(x: Tensor, y: Tensor) -> Tensor:
-    """`x^T y` of `[... m d]` and `[... m e]`, the same axes in front."""
-    if _takes(x, y, x.shape[-1] * y.shape[-1]):
+    """`x^T y` of `[... m d]` and `[... m e]`."""
+    if x.shape[:-2] == y.shape[:-2] and _takes(x, y, x.shape[-1] * y.shape[-1]):
         return product(x.mT, y)
     return x.mT @ y
 
@@ -37,7 +39,9 @@ def _takes(x: Tensor, y: Tensor, entries: int) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return False
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    # a transform may want a derivative, which the operator does not have
+    plain = torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return torch.compiler.is_compiling() or plain
 
 
 @torch.library.custom_op("ekfac_func::product", mutates_args=())
@@ -45,10 +49,12 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     """`x y` of `[... m d]` and `[... d e]`, the same axes in front."""
     if x.numel() == 0 or y.numel() == 0:
         return x @ y
-    if x.dim() == 2:
-        return _product(x, y)
-    each = [_product(*pair) for pair in zip(x.flatten(0, -3), y.flatten(0, -3), strict=True)]
-    return (torch.stack(each) if len(each) > 1 else each[0]).reshape(*x.shape[:-1], y.shape[-1])
+    if x.shape[:-2].numel() == 1:
+        return _product(x.flatten(0, -2), y.flatten(0, -2)).reshape(*x.shape[:-1], y.shape[-1])
+    found = x.new_empty(*x.shape[:-1], y.shape[-1])
+    for z, of_x, of_y in zip(found.flatten(0, -3), x.flatten(0, -3), y.flatten(0, -3), strict=True):
+        z.copy_(_product(of_x, of_y))
+    return found
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

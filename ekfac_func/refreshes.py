@@ -31,7 +31,7 @@ class Refresh(NamedTuple):
 
     solve: `(factors, old bases, first) -> eigenvectors` of symmetric matrices `[... d d]`, a list of all that are
         refreshed at a step, the largest entry of each 1; first is whether this is the first step, whose old bases say
-        nothing.
+        nothing. It returns orthonormal matrices, and NaN for what it could not solve.
     dtype: in which the factors are given to it; None is that of the state.
     groups: of layers, refreshed at steps of their own.
     iterations: of the subspace iteration of `rank(r)` sides.
@@ -215,7 +215,7 @@ def _problem(C: Factor, old: Side, how: Refresh, first: bool) -> Problem | None:
     dtype = _solved_in(how, old)
     C, _ = _scaled(C.to(torch.promote_types(C.dtype, dtype)))
     C = C.to(dtype)
-    return Problem((C + C.mT) / 2, old.to(dtype) if how.dtype is None else old, lambda U: _where_good(U, old))
+    return Problem((C + C.mT) / 2, old, lambda U: _where_good(U, old))
 
 
 def _solved_in(how: Refresh, like: Tensor) -> torch.dtype:
@@ -314,9 +314,11 @@ def _solved_together(factors: Sequence[Tensor]) -> list[Tensor]:
     for task in alone:
         _solve(task)
     if apart:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(_solve, apart))
-        torch.set_num_threads(threads)  # of threads that are yet to start: each has a number of its own
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(_solve, apart))
+        finally:
+            torch.set_num_threads(threads)  # this thread kept its number, but those that are yet to start take the last
     return found
 
 

@@ -363,7 +363,8 @@ def padded(
     x: Tensor, kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: int | tuple[int, ...]
 ) -> Tensor:
     """The input of a convolution with its zero padding written out."""
-    return F.pad(x, _margins(kernel, padding, dilation))
+    margins = _margins(kernel, padding, dilation)
+    return F.pad(x, margins) if any(margins) else x
 
 
 def _margins(

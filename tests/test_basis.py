@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac, refreshes
 from ekfac_func import basis as eigenbasis
+from ekfac_func.kronecker import symmetric
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
 
 from .cases import CASES, N, make
@@ -71,6 +72,13 @@ def test_hard_factors(name: str, dtype: torch.dtype) -> None:
         C = C.double() / C.abs().max().double()
         D = basis.Q_A[0].double().T @ ((C + C.T) / 2) @ basis.Q_A[0].double()
         assert (D - torch.diag(D.diagonal())).abs().max() < 1e3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("d", [1, 255, 256, 801])
+def test_a_symmetric_product_in_strips(d: int) -> None:
+    x = torch.randn(2, 40, d)
+    close(symmetric(x), x.mT @ x)
+    close(symmetric(x.float()).double(), x.mT @ x, 1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

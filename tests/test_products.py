@@ -4,24 +4,18 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ekfac_func import ekfac
-from ekfac_func.kronecker import symmetric
+from ekfac_func import compact, curvature, ekfac
 from ekfac_func.products import AVAILABLE, outer, product, rotate
 
 from .cases import N, make
 from .oracles import close, close_trees
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN is not faster here")
-
-
-@pytest.mark.parametrize("d", [1, 255, 256, 301])
-def test_a_symmetric_product_in_strips(d: int) -> None:
-    x = torch.randn(2, 40, d)
-    close(symmetric(x), x.mT @ x)
-    close(symmetric(x.float()).double(), x.mT @ x, 1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +40,7 @@ def test_products(shape: tuple[int, int, int], lead: tuple[int, ...]) -> None:
         R = R.mT.contiguous().mT if turned else R
         close(outer(f, h).double(), f.double().mT @ h.double(), 1e-5)
         close(rotate(f, R).double(), f.double() @ R.double(), 1e-5)
+        close(outer(f, h[None]).double(), f.double().mT @ h[None].double(), 1e-5)
 
 
 def test_the_operator() -> None:
@@ -64,6 +59,27 @@ def test_the_operator() -> None:
     (slope,) = torch.autograd.grad(rotate(x.requires_grad_(), y).sum(), x)
     close(slope, y.sum(1).expand(6, 4), 1e-5)
     close(torch.func.grad(lambda x: rotate(x, y).sum())(x.detach()), slope, 1e-5)
+
+
+def test_forward_mode_is_differentiated() -> None:
+    x, y, t = torch.randn(6, 4).float(), torch.randn(4, 5).float(), torch.randn(6, 4).float()
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(rotate(forward_ad.make_dual(x, t), y)).tangent
+    assert slope is not None
+    close(slope, t @ y, 1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_compact_curvature_on_many_trees(compiled: bool) -> None:
+    """On an axis in front as one by one."""
+    params, batch = {"w": torch.randn(30, 40).float()}, torch.randn(5, 40).float()
+    step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-2, bases={"*": compact(5)})
+    operator = curvature(step.precondition(params, batch, step.init(params, batch))[1])
+    many = torch.randn(3, 30, 40).float()
+    times = torch.compile(operator.__matmul__, backend="aot_eager") if compiled else operator.__matmul__
+    found = times({"w": many})["w"]
+    for one, expected in zip(found, many, strict=True):
+        close(one, (operator @ {"w": expected})["w"], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "conv groups", "positions", "tied", "attention causal", "ids"])

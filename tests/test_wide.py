@@ -159,6 +159,21 @@ def test_rank_of_the_dimension_is_the_full_basis(name: str) -> None:
     same_bits(*(step.precondition(case.params, batch, step.init(case.params, batch)) for step in (full, high)))
 
 
+def test_rank_of_a_table_that_a_convolution_uses() -> None:
+    """Samples of two kinds of terms: the factor that is not averaged is that of the first average."""
+    params, ids = {"w": torch.randn(9, 12)}, torch.randint(0, 9, (5, 7))
+
+    def loss_fn(params: Params, ids: Tensor) -> Tensor:
+        h = F.embedding(ids, params["w"])
+        return F.conv1d(h.T, params["w"][:, :, None]).cos().sum()
+
+    naturals = []
+    for factor_decay in (0.0, 0.5):
+        step = ekfac(loss_fn, damping=1e-1, bases={"*": rank(4)}, factor_decay=factor_decay, second_moment=kfac)
+        naturals.append(step.precondition(params, ids, step.init(params, ids))[0])
+    close_trees(naturals[0], naturals[1], 1e-8)
+
+
 def test_rank_finds_the_leading_eigenvectors() -> None:
     """Of an average of the factors too, from any start, in descending order; as fast as the spectrum decays."""
     Q = torch.linalg.qr(torch.randn(30, 30)).Q
