@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) ->
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             return single_sums(term.g, term.inputs, basis)[1]
         case (Factored() as term,) if _outside_last(basis, how):
-            return _formed_squares(term, basis, how, rest=True)[1]
+            return _formed_squares(term, _halved(term, basis, how), how, rest=True)[1]
     return _inside_squares(terms, basis, how) + outside_squares(terms, basis)
 
 
@@ -92,7 +92,7 @@ def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
                     return _kernel_sums(term, basis)[1]
                 case Order.PAIRS:
                     return _pair_squares(term, basis, how)
-            return _formed_squares(term, basis, how)[1]
+            return _formed_squares(term, _halved(term, basis, how), how)[1]
         case (Dense(G),):
             return _dense_squares(G, basis, how)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
@@ -157,24 +157,19 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
 
 def _outside_last(basis: Basis, how: Contraction) -> bool:
     """Whether the sides with a complement are those that G[n] is projected on, so that it leaves its rest there."""
-    return how.order in FORMED and not any(outside(getattr(basis, Q)) for Q in _halves(how)[0])
+    return how.order in FORMED and not any(outside(getattr(basis, Q)) for Q in _sides(how)[0])
 
 
 def _formed_sums(term: Factored, basis: Basis, how: Contraction, rest: bool = False) -> Sums:
     """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
-    formed, square = _formed_squares(term, basis, how, total=True, rest=rest)
+    halves = _halved(term, basis, how)
+    formed, square = _formed_squares(term, halves, how, total=True, rest=rest)
     assert formed is not None
-    early, _ = _halves(how)
-    ordered, fast = _patches_in(term.a, basis, "Q_A" in early)
-    projected = into_basis(formed, _parted(ordered, early, term.g)[1])
-    if fast and "Q_A" not in early:
-        assert isinstance(term.a, Patches)
-        formed = formed[:, :, term.a.order()]
-    return Sums(_turned_back(formed, term, _parted(basis, early, term.g)[0]), projected, square)
+    return Sums(_turned_back(formed, term, halves.first, halves.fast), into_basis(formed, halves.then), square)
 
 
 def _formed_squares(
-    term: Factored, basis: Basis, how: Contraction, total: bool = False, rest: bool = False
+    term: Factored, halves: Halves, how: Contraction, total: bool = False, rest: bool = False
 ) -> tuple[Tensor | None, Tensor]:
     """The sum of G[n] as it is formed, if wanted, and that of its square in the basis, and outside of it.
 
@@ -182,9 +177,7 @@ def _formed_squares(
     formed of so few that they stay in cache.
     """
     g, a = term.g, term.a
-    early, late = _halves(how)
-    ordered, fast = _patches_in(a, basis, "Q_A" in early)
-    first, then = _parted(ordered, early, g)
+    first, then, late, fast = halves
     of_G = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
     apart = of_G * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
     formed, square = None, None
@@ -210,16 +203,25 @@ def _formed_squares(
     return formed, square + assembled(around, (square.shape[1], square.shape[2])) if rest else square
 
 
-def _parted(basis: Basis, early: Sequence[str], like: Tensor) -> tuple[Basis, Basis]:
-    """The sides that are turned before G[n] is formed, and the others; each beside ones, that turn nothing."""
-    Q_A, Q_B = basis
-    one = like.new_ones(1, 1, 1)
+class Halves(NamedTuple):
+    """A basis as G[n] meets it: each half has ones, that turn nothing, for the sides of the other."""
+
+    first: Basis  # what is turned before G[n] is formed
+    then: Basis
+    late: list[str]  # the sides of `then` in their order
+    fast: bool  # whether patches are written the fast way, and Q_A is in its order
+
+
+def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
+    early, late = _sides(how)
+    (Q_A, Q_B), fast = _patches_in(term.a, basis, "Q_A" in early)
+    one = term.g.new_ones(1, 1, 1)
     first = Basis(Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)
-    return first, Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B)
+    return Halves(first, Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B), late, fast)
 
 
-def _halves(how: Contraction) -> tuple[list[str], list[str]]:
-    """The sides that are projected on before G[n] is formed, and those after, in their order."""
+def _sides(how: Contraction) -> tuple[list[str], list[str]]:
+    """Those that are projected on before G[n] is formed, and those after, in their order."""
     names = [step.name for step in how.steps]
     at = names.index("form G[n]")
     early = [side for name, side in (("project a", "Q_A"), ("project g", "Q_B")) if name in names[:at]]
@@ -247,13 +249,14 @@ def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
     return sum
 
 
-def _turned_back(total: Tensor, term: Factored, first: Basis) -> Tensor:
+def _turned_back(total: Tensor, term: Factored, first: Basis, fast: bool = False) -> Tensor:
     """The sum of the gradients from what it is in some sides, where that is less work than from the term."""
     turned = [Q.shape[-1] for Q in first if Q.shape[-1] > 1]
     if any(outside(Q) for Q in first) or sum(turned) > NOMINAL_N * term.a.shape[2]:
         return gradient((term,))
     b, _, i, k = term.a.shape[1:]
-    return out_of_basis(total, first, (b, term.g.shape[3], i, k))
+    total = out_of_basis(total, first, (b, term.g.shape[3], i, k))
+    return total[:, :, term.a.order()] if fast and isinstance(term.a, Patches) else total
 
 
 def _dense_squares(G: Tensor, basis: Basis, how: Contraction) -> Tensor:

@@ -94,9 +94,8 @@ def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False
     """
     if isinstance(Q, Reflections):
         return True
-    return (outside(Q) > 0 and not (unwritten and single)) or (
-        single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2]
-    )
+    few = single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2]
+    return few or (outside(Q) > 0 and not (unwritten and single))
 
 
 class FactorSums(NamedTuple):

@@ -323,10 +323,9 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
         of_Q = size * (i * A if side == "a" else o * B)
         again = of_Q * of_G * size // cost.cache if cached and of_Q > cost.cache else 0  # of Q, for every part
         traffic = again if cached else 2 * size * of_G
-        twice = 1 + (rest_A if side == "a" else rest_B)  # into the basis and out again, for what lies outside
-        late.append(
-            Step(f"project G[n] {'Q_A' if side == 'a' else 'Q_B'}", twice * n * b * k * operations, twice * traffic)
-        )
+        name, rest = ("Q_A", rest_A) if side == "a" else ("Q_B", rest_B)
+        turns = 1 + rest  # into the basis, and out again for what lies outside
+        late.append(Step(f"project G[n] {name}", turns * n * b * k * operations, turns * traffic))
     total = Step("add up", 4 * of_G, 3 * size * of_G * (not cached))
     return (*first, form, *late, total)
 

@@ -56,7 +56,7 @@ class Patches:
         """
         if self.stride[0] > 1:
             x = self.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
-            return x.mT @ x, x.sum(1)
+            return outer(x, x), x.sum(1)
         y, K, step = self._rows(), self.kernel[0], self.dilation[0]
         pixels = y.shape[1] - step * (K - 1)
         seen = [(step * k, step * k + pixels) for k in range(K)]  # the input rows of each kernel row

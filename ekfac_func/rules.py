@@ -353,9 +353,8 @@ def _patches(
     """What each output pixel sees of an input `[n m (b c) ...]`."""
     kernel = tuple(weight.shape[2:])
     x = x.unflatten(2, (groups, -1)).movedim(3, -1)
-    x = F.pad(
-        x, [0, 0, *_margins(kernel, padding, dilation)]
-    ).contiguous()  # in one pass with the turn to channels last
+    margins = _margins(kernel, padding, dilation)
+    x = (F.pad(x, [0, 0, *margins]) if any(margins) else x).contiguous()  # a pass that pads has turned it already
     return Patches(x, kernel, tuple(each(stride, kernel)), tuple(each(dilation, kernel)))
 
 
