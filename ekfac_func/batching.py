@@ -1,8 +1,9 @@
-"""Torch functions as `torch.func.vmap` should run them: exact, and with the batch size of a traced graph left open.
+"""Torch functions as `torch.func.vmap` should run them: exact, fused, the batch size of a traced graph left open.
 
 The rules of `torch.func.vmap` for convolutions and class-index losses fix the batch size while `torch.compile` traces,
-and every size would cost its own graphs. These are the same functions with a rule that leaves it a symbol. They have no
-derivative of their own: the gradient is taken outside `vmap`, of what the rule calls.
+and every size would cost its own graphs; of attention it runs the fused kernels one example at a time. These are the
+same functions with a rule that takes all examples at once and leaves their number a symbol. They have no derivative of
+their own: the gradient is taken outside `vmap`, of what the rule calls.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import expansions
 from .rules import each, padded
 
 
@@ -39,21 +41,45 @@ def conv(
 
 def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.cross_entropy`; class indices without weights or smoothing keep the batch size open."""
-    plain = len(args) == 0 and kwargs.keys() <= {"ignore_index", "reduction"} and not target.is_floating_point()
-    if not plain:
+    if len(args) > 0 or not _given(kwargs) <= {"ignore_index", "reduction"} or target.is_floating_point():
         return F.cross_entropy(input, target, *args, **kwargs)
     return nll_loss(F.log_softmax(input, dim=min(input.dim() - 1, 1)), target, **kwargs)
 
 
 def nll_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.nll_loss`; without weights it keeps the batch size open."""
-    if len(args) > 0 or not kwargs.keys() <= {"ignore_index", "reduction"}:
+    if len(args) > 0 or not _given(kwargs) <= {"ignore_index", "reduction"}:
         return F.nll_loss(input, target, *args, **kwargs)
     ignore_index, reduction = kwargs.get("ignore_index", -100), kwargs.get("reduction", "mean")
     losses = _nll(input, target, ignore_index)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
+
+
+def _given(kwargs: dict[str, Any]) -> set[str]:
+    """The names of arguments that are not their defaults, which torch functions hand over to a tap too."""
+    return {name for name, value in kwargs.items() if isinstance(value, Tensor) or value}
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`; without dropout and of equal leading axes one fused call for all examples."""
+    alike = query.dim() > 2 and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
+    heads = query.shape[-3:-2] == key.shape[-3:-2] == value.shape[-3:-2]
+    if dropout_p or not alike or not (heads or enable_gqa):
+        given = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        found = expansions.scaled_dot_product_attention(F.scaled_dot_product_attention, *given)
+        return F.scaled_dot_product_attention(*given) if found is NotImplemented else found
+    return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
 def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,7 +91,11 @@ def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *ar
 
 
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.embedding: embedding}
-OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {F.cross_entropy: cross_entropy, F.nll_loss: nll_loss}
+OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.cross_entropy: cross_entropy,
+    F.nll_loss: nll_loss,
+    F.scaled_dot_product_attention: attention,
+}
 OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
 
 
@@ -112,3 +142,33 @@ def _(info: Any, in_dims: Any, logs: Tensor, target: Tensor, ignore_index: int) 
         return F.nll_loss(logs, target, ignore_index=ignore_index, reduction="none"), 0
     losses = F.nll_loss(logs.flatten(0, 1), target.flatten(0, 1), ignore_index=ignore_index, reduction="none")
     return losses.unflatten(0, target.shape[:2]), 0
+
+
+@torch.library.custom_op("ekfac_func::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool
+) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@_attention.register_vmap
+def _(
+    info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, gqa: bool
+) -> tuple[Tensor, int]:
+    n = info.batch_size
+    q, k, v = (
+        t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip((q, k, v), in_dims, strict=False)
+    )
+    lead = q.shape[:-3]
+    if mask is not None and (in_dims[3] is not None or mask.dim() > 2):
+        mask = mask.expand(n, *mask.shape) if in_dims[3] is None else mask.movedim(in_dims[3], 0)
+        mask = mask.reshape(n, *(1,) * (q.dim() - mask.dim()), *mask.shape[1:])
+        mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
+    q, k, v = (t.flatten(0, -4) for t in (q, k, v))  # [(n ...) heads l d], as the kernels want it
+    y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+    return y.unflatten(0, lead), 0

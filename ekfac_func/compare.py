@@ -31,7 +31,7 @@ from .kronecker import (
     unpack,
     unpack_all,
 )
-from .orders import contractions
+from .orders import contraction_of
 from .precondition import initial_state, rescaled
 from .reference import exact_block, part
 from .refreshes import refresh_bases
@@ -428,7 +428,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
             factors[name] = average_factors(frame.factors[name], _factors(term, bases[name]), 0.0)
     starts = turn or t == 0
     sums: dict[Any, dict[str, Sums]] = {}
-    how = contractions(for_moment, bases)
+    how = {name: contraction_of(name, term, bases[name]) for name, term in for_moment.items()}
     for member, estimator in members.items():
         rule = estimator.second_moment
         if rule.sums not in sums:

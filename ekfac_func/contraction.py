@@ -107,6 +107,12 @@ def _single_squares(g: Tensor, a: Tensor) -> Tensor:
     return add_up(g.square(), a.square())
 
 
+def add_sums(sums: Sums, more: Sums) -> Sums:
+    """Those of more examples."""
+    square = None if sums.square is None or more.square is None else sums.square + more.square
+    return Sums(sums.gradient + more.gradient, sums.projected + more.projected, square)
+
+
 def mean_sums(sums: Sums, n: int) -> Sums:
     """The one division of the sums over examples."""
     return Sums(sums.gradient / n, sums.projected / n, None if sums.square is None else sums.square / n)

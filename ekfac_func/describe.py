@@ -11,14 +11,13 @@ from torch.utils import _pytree as pytree
 
 from . import basis as eigenbasis
 from .basis import FULL, Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
-from .capture import shapes
+from .capture import Captured, shapes
 from .checks import check_batch, check_params
 from .discovery import Options
 from .kronecker import positions
-from .orders import DEFAULT, Contraction, Contractions, check_contractions
-from .orders import contractions as plan_contractions
+from .orders import DEFAULT, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
-from .subspace import compress
+from .subspace import compress, in_span
 from .types import Basis, Batch, Layer, LossFn, Number, Terms, statistics_dtype
 
 
@@ -94,13 +93,8 @@ def describe(
     check_patterns("orders", list(layers.values()), contractions.orders)
     chosen = choose(list(layers.values()), choices)
     averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
-    given = {name: _given(layer, captured.terms[name], chosen[name], params[name]) for name, layer in layers.items()}
-    how = plan_contractions(
-        {name: terms for name, (terms, _) in given.items()}, {name: Q for name, (_, Q) in given.items()}, contractions
-    )
     rows = Description(
-        _row(layer, captured.terms[name], chosen[name], params[name], averaged, how[name])
-        for name, layer in layers.items()
+        _row(layer, captured, chosen[name], params[name], averaged, contractions) for name, layer in layers.items()
     )
     print(rows)
     return rows
@@ -111,14 +105,16 @@ def _given(layer: Layer, terms: Terms, chosen: Choice, p: Tensor) -> tuple[Terms
     if not isinstance(chosen, Thin):
         return terms, eigenbasis.empty(layer, chosen, p)
     terms, span = compress(terms)
-    b, o, i, k = layer.sizes
-    i, o = (dim if U is None else U.shape[-1] for dim, U in zip((i, o), span, strict=True))
-    in_span = layer._replace(sizes=(b, o, i, k))
-    return terms, eigenbasis.empty(in_span, FULL._replace(outputs=1 if layer.table else None), p)
+    layer = layer._replace(sizes=in_span(layer.sizes, span))
+    return terms, eigenbasis.empty(layer, FULL._replace(outputs=1 if layer.table else None), p)
 
 
-def _row(layer: Layer, terms: Terms, chosen: Choice, p: Tensor, averaged: bool, how: Contraction) -> Row:
+def _row(
+    layer: Layer, captured: Captured, chosen: Choice, p: Tensor, averaged: bool, contractions: Contractions
+) -> Row:
     b, o, i, k = layer.sizes
+    terms = captured.terms[layer.weight]
+    how = contraction_of(layer.weight, *_given(layer, terms, chosen, p), contractions, captured.held)
     A, B = factor_shapes(layer, chosen, averaged)
     Q_A, Q_B = eigenbasis.shapes(layer, chosen)
     size = statistics_dtype(p).itemsize

@@ -106,6 +106,7 @@ class FactorSums(NamedTuple):
     count_A: Number  # inputs summed in A
     count_B: Number  # output gradients summed in B, or of dense gradients the trace of B
     positions: Number  # uses an example, of the weight or of each block [b]: `E[G^2]` over the product of the factors
+    n: int  # examples
 
 
 WeightSharing = Callable[[Factored], Factored]
@@ -161,16 +162,37 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
             n, _, s, _ = g.shape
             used = n * s if counted is None else counted.sum((0, 2))
             inputs = used * a.shape[4] if x is None else n * x.shape[2]
-            return FactorSums(A, B, inputs, used, s if counted is None else used / n)
+            return FactorSums(A, B, inputs, used, s if counted is None else used / n, n)
         case OneHot(ids, size, g, counted):
             seen = counted.sum()
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
             A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, not formed and outside(basis.Q_A) > 0)
-            return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0])
+            return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0], g.shape[0])
         case Dense(G):
             A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
             B = _gram(G, "nbmdik,nbmeik->bmde", basis.Q_B, -3)
-            return FactorSums(A, B, G.shape[0], _trace(B), 1)
+            return FactorSums(A, B, G.shape[0], _trace(B), 1, G.shape[0])
+
+
+def add_factor_sums(sums: tuple[FactorSums, ...], more: tuple[FactorSums, ...], basis: Basis) -> tuple[FactorSums, ...]:
+    """Those of more examples."""
+    return tuple(_add_factor_sums(one, other, basis) for one, other in zip(sums, more, strict=True))
+
+
+def _add_factor_sums(one: FactorSums, other: FactorSums, basis: Basis) -> FactorSums:
+    A, B = _both(one.A, other.A, basis.Q_A), _both(one.B, other.B, basis.Q_B)
+    n, positions = one.n + other.n, one.positions
+    if isinstance(positions, Tensor):
+        positions = (one.n * positions + other.n * other.positions) / n
+    return FactorSums(A, B, one.count_A + other.count_A, one.count_B + other.count_B, positions, n)
+
+
+def _both(C: Factor, D: Factor, Q: Side) -> Factor:
+    """A sum of factors: samples as long as they are fewer than dimensions, or what a compact side is made of."""
+    if isinstance(C, Gram) and isinstance(D, Gram):
+        x = torch.cat([C.x, D.x], 1)
+        return Gram(x) if isinstance(Q, Reflections) or x.shape[1] < x.shape[2] else symmetric(x)
+    return formed(C) + formed(D)
 
 
 def _gram(x: Tensor, equation: str, Q: Side, axis: int, left: bool = False) -> Factor:

@@ -80,6 +80,8 @@ class Contractions(NamedTuple):
 
 
 DEFAULT = Contractions()
+BLOCK_BYTES = 2**24  # of inputs and output gradients that are projected at a time, in eager mode
+ROWS = 2  # or so many positions for each column of the basis, where that is more
 Costs = Mapping[tuple[str, torch.dtype], Cost]
 FORMED = (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST)
 
@@ -120,20 +122,19 @@ def check_contractions(chosen: Contractions) -> None:
             raise TypeError(f"orders[{pattern!r}] is {order!r}: give one of {', '.join(map(str, Order))}")
 
 
-def contractions(
-    terms: Mapping[str, Terms], bases: Mapping[str, Basis], chosen: Contractions = DEFAULT
-) -> dict[str, Contraction]:
-    """How the moment of each layer is summed. ValueError where an order that is asked for cannot do it."""
-    budget = (
-        max(MAX_BYTES, sum([_held(of_layer) for of_layer in terms.values()]) // 4)
-        if chosen.max_bytes is None
-        else chosen.max_bytes
-    )
-    orders = _orders(tuple(terms), (chosen.orders,))
-    return {
-        name: contraction(of_layer, bases[name], order, budget, chosen.costs, name)
-        for (name, of_layer), order in zip(terms.items(), orders, strict=True)
-    }
+def budget(chosen: Contractions, held: int) -> int:
+    """max_bytes. held: bytes of the layers' inputs and output gradients."""
+    return max(MAX_BYTES, held // 4) if chosen.max_bytes is None else chosen.max_bytes
+
+
+def contraction_of(name: str, terms: Terms, basis: Basis, chosen: Contractions = DEFAULT, held: int = 0) -> Contraction:
+    """How the moment of a layer is summed. ValueError where an order that is asked for cannot do it.
+
+    held: bytes of an example of all layers' inputs and output gradients.
+    """
+    (order,) = _orders((name,), (chosen.orders,))
+    most = budget(chosen, held * nominal_count(terms))
+    return contraction(terms, basis, order, most, chosen.costs, name)
 
 
 @torch.compiler.assume_constant_result
@@ -144,15 +145,9 @@ def _orders(names: tuple[str, ...], orders: tuple[Mapping[str, Order]]) -> tuple
     return tuple(map(first, names))
 
 
-def _held(terms: Terms) -> int:
-    """Bytes of the inputs and output gradients of a layer; in a graph of a nominal batch."""
-    held = 0
-    for term in terms:
-        for field in term:
-            x = field.x if isinstance(field, Patches) else field
-            if isinstance(x, Tensor):
-                held += nominal(x) * math.prod(x.shape[1:]) * x.element_size()
-    return held
+def nominal_count(terms: Terms) -> int:
+    """The examples of terms that a plan is for."""
+    return nominal(next(field for field in terms[0] if isinstance(field, Tensor | Patches)))
 
 
 def contraction(
@@ -279,8 +274,10 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
         return Contraction(order, steps, 1, block_count(n, of_G, few))
     if traced or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
         return Contraction(order, steps, block_count(n, of_G + size * b * s * i * k * sizes.unwritten, few))
-    # what comes before G[n] is one product for as many examples as memory allows, since each reads the basis
-    blocks = block_count(n, size * b * s * (i * k * (1 + sizes.unwritten) + o), max_bytes)
+    # what comes before G[n] is a product for so many examples that it is not the basis that takes the time to read
+    of_one = size * b * s * (i * k * (1 + sizes.unwritten) + o)
+    enough = max(BLOCK_BYTES, of_one * -(-ROWS * max(sizes.A, sizes.B) // s))
+    blocks = block_count(n, of_one, min(max_bytes, enough))
     return Contraction(order, steps, blocks, block_count(-(-n // blocks), of_G, few))
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .basis import (
     factor_shapes,
     moment_shape,
 )
-from .capture import Captured, capture, own
+from .capture import Folded, Reading, fold, joined, no_autocast, own
 from .certify import certify
 from .checks import (
     check_batch,
@@ -54,13 +54,24 @@ from .kronecker import (
     pack,
     unpack_all,
 )
-from .orders import DEFAULT, Contractions, check_contractions
-from .orders import contractions as plan_contractions
+from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
+from .passes import Seen, add_gradients, add_if_any, add_seen, draws_on, read_gradient
 from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, reset
 from .second_moment import refresh as carry_on
-from .subspace import Mean, Span, compress, counts, expand_span, incomplete, into_span, rescale
+from .subspace import (
+    Mean,
+    Span,
+    compress,
+    counts,
+    expand_span,
+    in_span,
+    incomplete,
+    into_span,
+    rescale,
+    rescales_samples,
+)
 from .types import (
     Basis,
     Batch,
@@ -68,11 +79,13 @@ from .types import (
     Info,
     Layer,
     LossFn,
+    Means,
     Moment,
     Number,
     Params,
     Spectrum,
     State,
+    Sums,
     Terms,
     statistics_dtype,
 )
@@ -160,9 +173,11 @@ def ekfac(
         without, and does without `vmap`. An axis of a layer's input that holds several positions of each example must
         have those of an example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
-    chunk_size: examples differentiated at a time, against the memory of the backward pass (inputs and output gradients
-        of all layers stay for the whole batch); None takes the batch at once. Under `torch.compile` every batch size
-        then costs graphs of its own.
+    chunk_size: examples differentiated at a time, whose sums add; None takes the batch at once. A step with a refresh
+        needs the bases before the moment: what a layer is made of stays until then where that of all layers fits into
+        `contractions.max_bytes`, else the batch is differentiated twice, with the same random numbers. `thin` and
+        `compact` bases keep the samples of the batch in any case, a compiled step everything; there every batch size
+        costs graphs of its own.
     contractions: how the moments are summed, `Contractions(max_bytes, orders, costs)`: the memory that it may take, and
         the order of the products, which changes the cost alone.
 
@@ -245,69 +260,116 @@ def ekfac(
         check_patterns("orders", layers, contractions.orders)
         return initial_state(layers, choose(layers, choices), params, averaged)
 
-    @torch.no_grad()
-    def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
-        check_params(params)
-        check_batch(batch)
-        losses, layers, terms, aux = capture(curvature_loss, params, fisher.examples(params, batch), of_curvature)
-        data = None if fisher.loss is None else capture(loss_fn, params, batch, options)
-        with _no_autocast(losses.device):
-            return finish(params, state, Captured(losses, layers, terms, aux), data)
-
-    def finish(
-        params: Mapping[str, Tensor], state: State, captured: Captured, data: Captured | None
-    ) -> tuple[Params, State, Info]:
-        losses, layers, terms, aux = captured
+    def turn_of(layers: Mapping[str, Layer], state: State) -> _Turn:
         chosen = choose(list(layers.values()), choices)
         check_state(
             state,
             {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
             {name: factor_shapes(layer, chosen[name], averaged) for name, layer in layers.items()},
         )
-
-        spans = {name: Span(None, None) for name in layers}
-        given, started, sizes = dict(terms), state, {name: layer.sizes for name, layer in layers.items()}
-        for name, layer in layers.items():
-            if isinstance(chosen[name], Thin):
-                given[name], spans[name] = compress(terms[name])
-                started, sizes[name] = _in_span(started, layer, spans[name])
-        carried, kept = started, torch.zeros((), dtype=torch.int64, device=losses.device)
         refreshing = due(layers, refresh, state.step, basis_every)
-        if refreshing:
-            carried, kept = _refresh(
-                started,
-                {name: given[name] for name in refreshing},
-                factor_decay,
-                weight_sharing,
-                second_moment,
-                carry,
-                refresh,
-                averaged,
-                chosen,
-            )
-        bases, n, loss = carried.bases, len(losses), losses.mean()
         every = len(refreshing) == len(layers) or state.step % moment_every == 0  # a guard, and so a graph, the fewer
         estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
-        how = plan_contractions(given, bases, contractions)
-        means = {name: mean_sums(estimators[name].sums(given[name], bases[name], how[name]), n) for name in layers}
-        updated = {name: estimators[name].update(carried.second_moments[name], means[name], n) for name in layers}
-        slopes = {
-            name: Mean(
-                mean.gradient if spans[name] == (None, None) else gradient(terms[name]) / n,
-                mean.projected,
-                given[name],
-                n,
+        return _Turn(chosen, refreshing, estimators)
+
+    def sums_in(basis: Basis, turn: _Turn, layer: Layer, terms: Terms, held: int) -> Sums:
+        how = contraction_of(layer.weight, terms, basis, contractions, held)
+        return turn.estimators[layer.weight].sums(terms, basis, how)
+
+    def observe(turn: _Turn, state: State, n: int, layer: Layer, terms: Terms, held: int) -> Seen:
+        """Sums in a basis that stays; for one that is to change the factors, and the terms if there is room."""
+        name, basis = layer.weight, state.bases[layer.weight]
+        if isinstance(turn.chosen[name], Thin):
+            return Seen(terms=(terms,))
+        if name in turn.refreshing:
+            factors = factor_sums(terms, basis, weight_sharing, averaged)
+            room = chunk_size is None or held * n <= budget(contractions, held * chunk_size)
+            return Seen(factors=factors, terms=(terms,) if room or torch.compiler.is_compiling() else ())
+        samples = (terms,) if rescales_samples(terms, basis, n) else ()
+        return Seen(sums_in(basis, turn, layer, terms, held), terms=samples)
+
+    @torch.no_grad()
+    def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
+        check_params(params)
+        check_batch(batch)
+        examples = fisher.examples(params, batch)
+        leaf = pytree.tree_leaves(examples)[0]
+        n, draws = leaf.shape[0], None if chunk_size is None else draws_on(leaf.device)
+
+        def first(layers: dict[str, Layer]) -> Reading:
+            return functools.partial(observe, turn_of(layers, state), state, n)
+
+        def add(layer: Layer, some: Seen, others: Seen) -> Seen:
+            return add_seen(some, others, state.bases[layer.weight])
+
+        losses, layers, seen, aux, held = fold(curvature_loss, params, examples, of_curvature, first, add)
+        turn = turn_of(layers, state)
+        with no_autocast(leaf.device):
+            started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
+            carried, kept = started, torch.zeros((), dtype=torch.int64, device=leaf.device)
+            if turn.refreshing:
+                factors = {name: mean_factors(seen[name].factors or ()) for name in turn.refreshing}
+                averages = None if not averaged else factor_decay
+                carried, kept = _refresh(started, factors, averages, second_moment, carry, refresh, turn.chosen)
+
+        again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
+
+        def second(layers: dict[str, Layer]) -> Reading:
+            def read(layer: Layer, terms: Terms, held: int) -> Sums | None:
+                basis = carried.bases[layer.weight]
+                return sums_in(basis, turn, layer, terms, held) if layer.weight in again else None
+
+            return read
+
+        sums: dict[str, Any] = {}
+        if again and draws is not None:
+            draws.repeat()
+            sums = fold(curvature_loss, params, examples, of_curvature, second, add_if_any).kept
+        data = None
+        if fisher.loss is not None:
+            data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
+
+        with no_autocast(leaf.device):
+            means, slopes = {}, {}
+            for name, layer in layers.items():
+                found, basis = seen.pop(name), carried.bases[name]
+                terms = joined(found.terms) if found.terms else None
+                if found.sums is not None:
+                    sums[name] = found.sums
+                elif terms is not None:
+                    sums[name] = sums_in(basis, turn, layer, terms, held)
+                means[name] = mean_sums(sums.pop(name), n)
+                slope = totals[name] / n if name in totals else means[name].gradient
+                few = terms is not None and rescales_samples(terms, basis, n)
+                slopes[name] = Mean(slope, means[name].projected, terms if few else None, n)
+            return finish(
+                params, state, turn, carried, kept, spans, Folded(losses, layers, {}, aux, held), means, slopes, data
             )
-            for name, mean in means.items()
-        }
+
+    def finish(
+        params: Mapping[str, Tensor],
+        state: State,
+        turn: _Turn,
+        carried: State,
+        kept: Tensor,
+        spans: Mapping[str, Span],
+        folded: Folded,
+        means: Mapping[str, Sums],
+        slopes: Mapping[str, Mean],
+        data: Folded | None,
+    ) -> tuple[Params, State, Info]:
+        losses, layers, _, aux, _ = folded
+        bases, n, loss = carried.bases, len(losses), losses.mean()
+        updated = {name: turn.estimators[name].update(carried.second_moments[name], means[name], n) for name in layers}
         if data is not None:
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
         ruled = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
         check_dampings(ruled, layers)
         dampings = {name: ruled[name] + updated[name].weight.new_zeros(()) for name in layers}
         natural_in = {}
-        for name in layers:
-            M = rescaled(slopes[name], updated[name], bases[name], dampings[name], exponent, sizes[name])
+        for name, layer in layers.items():
+            sizes = in_span(layer.sizes, spans[name])
+            M = rescaled(slopes[name], updated[name], bases[name], dampings[name], exponent, sizes)
             natural_in[name] = expand_span(M, spans[name])
             if fisher.loss is not None and spans[name] != (None, None):  # whose gradient lies outside of the span too
                 G = slopes[name].gradient
@@ -315,8 +377,8 @@ def ekfac(
                 natural_in[name] = natural_in[name] + rest * dampings[name] ** exponent
 
         new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
-        new = _out_of_spans(new, state, chosen)
-        found = [updated[name].value for name in layers if isinstance(chosen[name], Thin)]
+        new = _out_of_spans(new, state, turn.chosen)
+        found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         finite = _all_finite([loss, losses, *natural_in.values(), *found, *_learned(new, state)])
         natural = {name: torch.where(finite, M, 0) for name, M in natural_in.items()}
         mean_gradient = {name: slope.gradient for name, slope in slopes.items()}
@@ -334,9 +396,12 @@ def ekfac(
     return EKFAC(init, precondition)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    """Statistics are those of their own dtype where autocast is on around the call, for the loss, as well."""
-    return torch.autocast(device.type, enabled=False)
+class _Turn(NamedTuple):
+    """What a step does to each layer."""
+
+    chosen: dict[str, Choice]
+    refreshing: list[str]
+    estimators: dict[str, SecondMoment]
 
 
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
@@ -366,26 +431,32 @@ def _check_thin(
         raise ValueError("at_refresh with thin bases: there is no moment to carry on, leave it out")
 
 
-def _in_span(state: State, layer: Layer, span: Span) -> tuple[State, tuple[int, int, int, int]]:
-    """The state with an empty layer of the span's size, for a thin one; and that size."""
-    name = layer.weight
-    b, o, i, k = layer.sizes
-    o, i = (dim if U is None else U.shape[-1] for dim, U in zip((o, i), (span.U_B, span.U_A), strict=True))
-    zero = state.second_moments[name].weight.new_zeros(())
-    Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
-    if layer.table:
-        Q_B = zero.new_ones(b, o, 1, 1)
-    else:
-        Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
-    return (
-        replace(
-            state,
-            factors={**state.factors, name: Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)},
-            bases={**state.bases, name: Basis(Q_A, Q_B)},
-            second_moments={**state.second_moments, name: Moment(zero.new_zeros(b, o, i, k), zero)},
-        ),
-        (b, o, i, k),
-    )
+def _compressed(
+    turn: _Turn, state: State, layers: Mapping[str, Layer], seen: dict[str, Seen], sharing: WeightSharing
+) -> tuple[State, dict[str, Span], dict[str, Tensor]]:
+    """The state with an empty layer of its span's size for each thin one, the spans, and the gradients' sums of these.
+
+    What was seen of a thin layer is from then on seen in its span.
+    """
+    spans, totals = {name: Span(None, None) for name in layers}, {}
+    factors, bases, moments = dict(state.factors), dict(state.bases), dict(state.second_moments)
+    for name, layer in layers.items():
+        if not isinstance(turn.chosen[name], Thin):
+            continue
+        whole = joined(seen[name].terms)
+        given, spans[name] = compress(whole)
+        totals[name] = gradient(whole)
+        b, o, i, k = in_span(layer.sizes, spans[name])
+        zero = state.second_moments[name].weight.new_zeros(())
+        Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
+        if layer.table:
+            Q_B = zero.new_ones(b, o, 1, 1)
+        else:
+            Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
+        factors[name] = Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)
+        bases[name], moments[name] = Basis(Q_A, Q_B), Moment(zero.new_zeros(b, o, i, k), zero)
+        seen[name] = Seen(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
+    return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
 
 
 def _out_of_spans(new: State, old: State, chosen: Mapping[str, Choice]) -> State:
@@ -421,26 +492,23 @@ def initial_state(
 
 def _refresh(
     state: State,
-    terms: Mapping[str, Terms],
-    factor_decay: Number,
-    weight_sharing: WeightSharing,
+    means: Mapping[str, Means],
+    averages: Number | None,
     estimator: SecondMoment,
     carry: AtRefresh,
     how: Refresh,
-    averaged: bool,
     chosen: Mapping[str, Choice],
 ) -> tuple[State, Tensor]:
     """The state with factors of this batch, their bases and the moments in them; how many bases could not be had.
 
-    Layers without terms stay as they are.
+    averages: the factors' decay, or None of those of one batch. Layers without factors stay as they are.
     """
-    factors, second_moments, means = dict(state.factors), dict(state.second_moments), {}
-    for name, of_layer in terms.items():
-        means[name] = mean_factors(factor_sums(of_layer, state.bases[name], weight_sharing, averaged))
-        check_samples(name, means[name], state.bases[name])
-        if averaged or not isinstance(chosen[name], Rank | Compact):
-            factors[name] = average_factors(state.factors[name], means[name], factor_decay)
-    used = {name: factors[name] if averaged else mean for name, mean in means.items()}
+    factors, second_moments = dict(state.factors), dict(state.second_moments)
+    for name, mean in means.items():
+        check_samples(name, mean, state.bases[name])
+        if averages is not None or not isinstance(chosen[name], Rank | Compact):
+            factors[name] = average_factors(state.factors[name], mean, 0.0 if averages is None else averages)
+    used = {name: mean if averages is None else factors[name] for name, mean in means.items()}
     new, kept = refresh_bases(used, state.bases, how, state.step == 0)
     for name, basis in new.items():
         moment = state.second_moments[name]
@@ -450,19 +518,19 @@ def _refresh(
 
 
 def _of_data(
-    captured: Captured,
+    data: Folded,
     layers: Mapping[str, Layer],
     bases: Mapping[str, Basis],
     spans: Mapping[str, Span],
     params: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, Mean]]:
     """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
-    n = len(captured.losses)
-    means = {name: gradient(terms) / n for name, terms in captured.terms.items()}
-    tree = unpack_all(captured.layers.values(), means, params)
+    n = len(data.losses)
+    means = {name: total / n for name, total in data.kept.items()}
+    tree = unpack_all(data.layers.values(), means, params)
     packed = {name: pack(layer, tree) for name, layer in layers.items()}
     slopes = {name: Mean(M, into_basis(into_span(M, spans[name]), bases[name]), None, n) for name, M in packed.items()}
-    return captured.losses.mean(), slopes
+    return data.losses.mean(), slopes
 
 
 def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Number]:

@@ -226,6 +226,15 @@ class Mean(NamedTuple):
     n: int
 
 
+def rescales_samples(terms: Terms, basis: Basis, n: int) -> bool:
+    """Whether it is less work to rescale the samples that a gradient of n examples is the sum of."""
+    match terms:
+        case (Factored(a, g),) if a.shape[4] == 1 and incomplete(basis):
+            samples = g.shape[2] * (NOMINAL_N if torch.compiler.is_compiling() else n)
+            return 2 * basis.Q_B.shape[-1] + basis.Q_A.shape[-1] >= 2 * samples
+    return False
+
+
 def rescale(mean: Mean, scale: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> Tensor:
     """The gradient times scale in the basis and outside of it, `[b o i k]`.
 
@@ -234,10 +243,8 @@ def rescale(mean: Mean, scale: Tensor, basis: Basis, sizes: tuple[int, int, int,
     c_i, c_o = map(outside, basis)
     inside = mean.projected * scale
     match mean.terms:
-        case (Factored(_, g) as term,) if sizes[3] == 1:
-            N = g.shape[2] * (NOMINAL_N if torch.compiler.is_compiling() else mean.n)
-            if 2 * scale.shape[1] + scale.shape[2] >= 2 * N:
-                return _rescaled_samples(g, term.inputs / mean.n, scale, inside, basis, sizes)
+        case (Factored(_, g) as term,) if rescales_samples(mean.terms, basis, mean.n):
+            return _rescaled_samples(g, term.inputs / mean.n, scale, inside, basis, sizes)
     G = mean.gradient
     K, L = turn_outputs(G, basis.Q_B), turn_inputs(G, basis.Q_A)
     found = out_of_basis(inside, basis, sizes)
@@ -360,6 +367,13 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor | None]:
     largest = torch.where(largest > 0, largest, 1)
     Q, R = torch.linalg.qr((X / largest).mT)
     return (R.mT * largest).reshape(b, n, s, -1).movedim(0, 1), Q
+
+
+def in_span(sizes: tuple[int, int, int, int], span: Span) -> tuple[int, int, int, int]:
+    """`b o i k` of a layer in a span."""
+    b, o, i, k = sizes
+    i, o = (dim if U is None else U.shape[-1] for dim, U in zip((i, o), span, strict=True))
+    return b, o, i, k
 
 
 def expand_span(M: Tensor, span: Span) -> Tensor:

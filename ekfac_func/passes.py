@@ -1,0 +1,58 @@
+"""What a step reads of a batch, layer by layer: in one pass, or in two where a basis changes and no terms may stay."""
+
+from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contraction import add_sums
+from .kronecker import FactorSums, add_factor_sums, gradient
+from .types import Basis, Layer, Sums, Terms
+
+
+class Seen(NamedTuple):
+    """Of one layer and some examples."""
+
+    sums: Sums | None = None  # in a basis that stays
+    factors: tuple[FactorSums, ...] | None = None  # for one that is to change
+    terms: tuple[Terms, ...] = ()  # of some examples after others, where they are wanted again and there is room
+
+
+def add_seen(some: Seen, others: Seen, basis: Basis) -> Seen:
+    """What was seen of all examples of both."""
+    factors = None
+    if some.factors is not None and others.factors is not None:
+        factors = add_factor_sums(some.factors, others.factors, basis)
+    sums = None if some.sums is None or others.sums is None else add_sums(some.sums, others.sums)
+    return Seen(sums, factors, some.terms + others.terms)
+
+
+def add_if_any(layer: Layer, some: Sums | None, others: Sums | None) -> Sums | None:
+    """Of a second pass, which reads nothing of a layer that the first was enough for."""
+    return None if some is None or others is None else add_sums(some, others)
+
+
+def read_gradient(layer: Layer, terms: Terms, held: int) -> Tensor:
+    """The sum of the gradients alone."""
+    return gradient(terms)
+
+
+def add_gradients(layer: Layer, some: Tensor, others: Tensor) -> Tensor:
+    return some + others
+
+
+class Draws(NamedTuple):
+    """The state of the random number generator before a pass, from which another one draws the same."""
+
+    device: torch.device
+    state: Tensor
+
+    def repeat(self) -> None:
+        """Go back to it."""
+        (torch.cuda if self.device.type == "cuda" else torch).set_rng_state(self.state)
+
+
+def draws_on(device: torch.device) -> Draws:
+    return Draws(device, (torch.cuda if device.type == "cuda" else torch).get_rng_state())
