@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.workloads import DAMPING, Work, cross_entropy, naive, precondition_gradient
-from ekfac_func import State, compact, ekfac, exact_squares, per_example_gradients, rank, thin
+from ekfac_func import State, compact, ekfac, per_example_gradients, rank, second_moments, thin
 from ekfac_func.types import Params
 
 STEPS = 10  # from one refresh to the next
@@ -36,7 +36,7 @@ class Calls(NamedTuple):
 def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
     """T1 is the whole of `precondition` on a step with a refresh: its rescaling is counted too.
 
-    T2 is capture and `exact_squares` of every layer. The basis is the identity as a dense matrix, at which every
+    T2 is `second_moments`. The basis is the identity as a dense matrix, at which every
     product costs what it does in any basis. settings: of `ekfac`.
     """
     ekf = ekfac(w.loss_fn, **{"damping": DAMPING, "basis_every": STEPS, **settings})
@@ -50,11 +50,7 @@ def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
     observed: list[State] = []
 
     def moment(params: Params, batch: Any) -> dict[str, Tensor]:
-        terms = per_example_gradients(w.loss_fn, params, batch).captured.terms
-        moments = {}
-        for name in list(terms):
-            moments[name] = exact_squares(terms.pop(name), known.bases[name]).div_(len(batch[0]))
-        return moments
+        return second_moments(w.loss_fn, params, batch, known.bases)
 
     def precondition(gradient: Params, state: State) -> Params:
         return precondition_gradient(layers, state, gradient, w.params)

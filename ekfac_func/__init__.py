@@ -33,7 +33,7 @@ from .fisher import Fisher, empirical, exact, gradient, sampled
 from .kronecker import WeightSharing, expand, reduce
 from .optim import EKFACOptimizer, set_grads
 from .orders import COSTS, Contraction, Contractions, Cost, Order
-from .per_example import PerExampleGradients, per_example_gradients
+from .per_example import PerExampleGradients, per_example_gradients, second_moments
 from .precondition import EKFAC, Damping, ekfac
 from .reference import DenseBlocks, fisher_blocks, ggn_blocks
 from .refreshes import Refresh, adaptive, eigh, qr, staggered
@@ -148,6 +148,7 @@ __all__ = [
     "reset",
     "running_average",
     "sampled",
+    "second_moments",
     "set_grads",
     "split_batch",
     "staggered",

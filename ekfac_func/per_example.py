@@ -1,4 +1,4 @@
-"""Per-example gradients in their own right."""
+"""Per-example gradients in their own right, and their second moments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import Captured, capture
+from .capture import Captured, Reading, capture, fold
 from .checks import check_batch, check_count, check_params, check_randomness
+from .contraction import exact_squares
 from .discovery import Options
 from .kronecker import dense, gradient, square_norms, unpack, unpack_all
+from .orders import DEFAULT, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
-from .types import Batch, LossFn, Params
+from .types import Basis, Batch, Layer, LossFn, Params, Terms
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,60 @@ def per_example_gradients(
     check_batch(batch)
     options = Options(rules, randomness, chunk_size, has_aux, batched)
     return PerExampleGradients(capture(loss_fn, params, batch, options), params)
+
+
+@torch.no_grad()
+def second_moments(
+    loss_fn: LossFn,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    bases: Mapping[str, Basis],
+    *,
+    rules: Rules = RULES,
+    has_aux: bool = False,
+    batched: bool = False,
+    randomness: str = "different",
+    chunk_size: int | None = None,
+    contractions: Contractions = DEFAULT,
+) -> dict[str, Tensor]:
+    """The exact second moments of a batch in known bases: `mean_n (Q_B^T G[n] Q_A)^2`, `[b O I k]`, of each layer.
+
+    George et al. 2018, https://arxiv.org/abs/1806.03884. bases: by the name of each layer's weight, as `State.bases`
+    has them; ValueError for those of other layers. The rest as in `ekfac`. In eager mode each layer is summed within
+    the backward pass and freed.
+    """
+    check_randomness(randomness)
+    check_contractions(contractions)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    check_params(params)
+    check_batch(batch)
+
+    def begin(layers: dict[str, Layer]) -> Reading:
+        for name, layer in layers.items():
+            _check_basis(layer, bases.get(name))
+        return squares
+
+    def squares(layer: Layer, terms: Terms, held: int) -> Tensor:
+        basis = bases[layer.weight]
+        return exact_squares(terms, basis, contraction_of(layer.weight, terms, basis, contractions, held))
+
+    options = Options(rules, randomness, chunk_size, has_aux, batched)
+    found = fold(loss_fn, params, batch, options, begin, lambda layer, some, others: some + others)
+    return {name: square / len(found.losses) for name, square in found.kept.items()}
+
+
+def _check_basis(layer: Layer, basis: Basis | None) -> None:
+    """bases: one for each layer, on its axes."""
+    if basis is None:
+        raise ValueError(
+            f"bases has no layer {layer.weight!r}, params has: take those of a state that init made of them"
+        )
+    b, o, i, _ = layer.sizes
+    for Q, size, of in ((basis.Q_A, i, "inputs"), (basis.Q_B, o, "outputs")):
+        blocks, rows = Q.shape[0], Q.shape[1] if Q.dim() == 3 else Q.shape[1] * Q.shape[2]
+        if blocks != b or rows < size or (Q.dim() == 3 and rows != size):
+            raise ValueError(
+                f"the basis of {layer.weight!r} has a side of shape {tuple(Q.shape)} for {b} blocks of {size} {of}: "
+                "take that of a state that init made of these params"
+            )

@@ -393,6 +393,44 @@ def _attended(params: Params, x: Tensor) -> Tensor:
     return (F.linear(torch.eye(3, dtype=x.dtype), params["u"]) @ keys.T).logsumexp(-1).sum()
 
 
+def dot_products(how: str) -> Case:
+    """`F.scaled_dot_product_attention` of two heads, called in each of its ways."""
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, shown = example  # [t d], [t] bool
+        q, k, v = (F.linear(x, w).unflatten(-1, (2, 3)).transpose(0, 1) for w in params["qkv"].chunk(3))  # [2 t 3]
+        attend = F.scaled_dot_product_attention
+        mask = shown[None, :] | torch.eye(len(x), dtype=torch.bool)
+        calls: dict[str, Callable[[], Tensor]] = {
+            "plain": lambda: attend(q, k, v, scale=0.3),
+            "causal": lambda: attend(q[None], k[None], v[None], is_causal=True),
+            "one head": lambda: attend(q[0], k[0], v[0]),
+            "own mask": lambda: attend(q[None], k[None], v[None], mask),
+            "own mask of heads": lambda: attend(q, k, v, torch.stack([mask, mask.T]) * 0.5),
+            "own row": lambda: attend(q[None], k[None], v[None], shown.to(q)[None, None, None]),
+            "own row without heads": lambda: attend(q, k, v, shown.to(q)[None]),
+            "shared mask": lambda: attend(q, k, v, torch.ones(len(x), len(x), dtype=torch.bool).tril()),
+            "shared mask of heads": lambda: attend(q, k, v, torch.arange(2.0).to(q).reshape(2, 1, 1)),
+            "blind": lambda: attend(q, k, v, shown[:, None].expand(-1, len(x))),
+            "grouped": lambda: attend(torch.cat([q, q.cos()]), k, v, enable_gqa=True),
+            "constant query": lambda: attend(torch.ones(2, 4, 3, dtype=q.dtype), k, v),
+            "broadcast": lambda: attend(q.expand(3, 2, -1, -1), k[None], v[None]),
+            "wider values": lambda: attend(q, k, torch.cat([v, v.sin()], -1)),
+        }
+        return calls[how]().square().sum() + (params["b"] * x).sum()
+
+    def batch(n: int = N) -> Any:
+        return randn(n, 5, 4), torch.rand(n, 5) < 0.5
+
+    return Case(loss_fn, {"qkv": randn(18, 4), "b": randn(4)}, batch, frozenset({"qkv"}))
+
+
+DOT_PRODUCTS = (
+    *("plain", "causal", "one head", "own mask", "own mask of heads", "own row", "own row without heads"),
+    *("shared mask", "shared mask of heads", "blind", "grouped", "constant query", "broadcast", "wider values"),
+)
+
+
 def _scripted_loss() -> LossFn:
     script = torch.jit.script(scripted_square)
 
@@ -589,6 +627,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "vector weight": lambda: function(_vector_weight, {"v": randn(4), "s": randn()}, 3, 4, ruled=set()),
     "token losses": lambda: tokens(_tokens),
     "nested loss": lambda: tokens(_nested_loss),
+    **{f"dot products {how}": lambda how=how: dot_products(how) for how in DOT_PRODUCTS},  # type: ignore[misc]
+    "in place": lambda: image(nn.Conv2d(4, 3, 3), nn.ReLU(inplace=True), channels=3, pixels=16),
     "constant input": lambda: function(_attended, {"w": randn(2, 4), "u": randn(2, 3)}, 5, 4, ruled={"w", "u"}),
 }
 

@@ -1,0 +1,159 @@
+"""Chunks of a batch are summed and freed: a step does not depend on them, and its memory not on the batch."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from benchmarks.measure import peak_allocated
+from ekfac_func import (
+    Contractions,
+    averaged_intra_batch,
+    blocks,
+    compact,
+    eigh,
+    ekfac,
+    empirical,
+    kfac,
+    qr,
+    rank,
+    reduce,
+    running_average,
+    sampled,
+    second_moments,
+    staggered,
+    thin,
+)
+
+from .cases import N, classifier, every_case, make
+from .oracles import close, close_trees, same_bits
+
+TWICE = Contractions(max_bytes=1)  # a refresh has no room for what the layers are made of
+
+
+def run(case: Any, steps: int = 2, n: int = N, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    batches = [case.batch(n) for _ in range(steps)]
+    step = ekfac(case.loss_fn, damping=1e-2, **settings)
+    state, naturals = step.init(case.params, batches[0]), []
+    for batch in batches:
+        natural, state, info = step.precondition(case.params, batch, state)
+        naturals.append((natural, info.gradient, info.loss))
+    return naturals, state.factors, {name: moment.value.sum() for name, moment in state.second_moments.items()}
+
+
+@every_case
+def test_a_second_pass_changes_nothing(name: str) -> None:
+    case = make(name)
+    whole = run(case)
+    close_trees(run(case, chunk_size=4, contractions=TWICE), whole, 1e-7)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "known basis": {"basis_every": 2},
+    "averaged": {"second_moment": averaged_intra_batch(0.5), "factor_decay": 0.5},
+    "running": {"second_moment": running_average(0.5), "basis_every": 2},
+    "kfac": {"second_moment": kfac},
+    "reduce": {"weight_sharing": reduce},
+    "blocks": {"bases": {"*": blocks(2)}},
+    "rank": {"bases": {"*": rank(2)}, "refresh": qr(30)},
+    "thin": {"bases": {"*": thin}},
+    "staggered": {"refresh": staggered(2), "basis_every": 2},
+    "moment_every": {"basis_every": 2, "moment_every": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["mlp", "conv groups", "tied padded"])
+def test_every_setting_adds_up(name: str, setting: str) -> None:
+    case, settings = make(name), SETTINGS[setting]  # on so many examples that no eigenvector is arbitrary
+    whole = run(case, 3, 240, **settings)
+    for size in (60, 99):
+        for how in (Contractions(), TWICE):
+            close_trees(run(case, 3, 240, chunk_size=size, contractions=how, **settings), whole, 1e-6)
+
+
+@pytest.mark.parametrize("choice", [thin, compact(N), rank(4)])
+@pytest.mark.parametrize("how", [Contractions(), TWICE])
+def test_bases_of_the_samples_add_up(choice: Any, how: Contractions) -> None:
+    case = classifier(nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)), 40)
+    settings: dict[str, Any] = {"bases": {"*": choice}, "refresh": qr(30) if choice == rank(4) else eigh()}
+    naturals, _, moments = run(case, 1, **settings)
+    found = run(case, 1, chunk_size=4, contractions=how, **settings)
+    close_trees((found[0], found[2]), (naturals, moments), 1e-6)
+
+
+def test_a_second_pass_draws_the_same() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    batch = torch.randn(9, 6), torch.randint(0, 3, (9,))
+
+    def loss_fn(params: Any, example: Any) -> Any:
+        return F.cross_entropy(functional_call(net, params, (example[0],)), example[1])
+
+    model = lambda params, example: functional_call(net, params, (example[0],))  # noqa: E731
+    for fisher in (empirical, sampled(model, lambda logits: torch.distributions.Categorical(logits=logits))):
+        found = []
+        for how in (Contractions(), TWICE):
+            torch.manual_seed(0)
+            step = ekfac(loss_fn, damping=1e-2, chunk_size=4, contractions=how, fisher=fisher)
+            found.append((step.precondition(params, batch, step.init(params, batch)), torch.get_rng_state()))
+        (one, generator), (other, generator_after) = found
+        close_trees(one, other, 1e-9)
+        same_bits(generator, generator_after)
+
+
+def deep(n: int) -> Any:
+    """Linear layers on many positions, so that activations are nearly all of the memory."""
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(12)))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss_fn(params: Any, x: Any) -> Any:
+        return functional_call(net, params, (x,)).square().mean()
+
+    return loss_fn, params, torch.randn(n, 64, 32)
+
+
+@pytest.mark.parametrize("refreshing", [False, True])
+def test_memory_does_not_grow_with_the_batch(refreshing: bool) -> None:
+    peaks = []
+    for n in (64, 256):
+        loss_fn, params, batch = deep(n)
+        step = ekfac(loss_fn, damping=1e-2, basis_every=2, chunk_size=16, contractions=Contractions(max_bytes=2**18))
+        state = step.init(params, batch)
+        if not refreshing:
+            state = step.precondition(params, batch, state)[1]
+        peaks.append(peak_allocated(lambda: step.precondition(params, batch, state)))  # noqa: B023
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_layers_are_freed_within_the_backward_pass() -> None:
+    """Beside the inputs that autograd holds anyway, the output gradients of all layers would be as many again."""
+    loss_fn, params, batch = deep(256)
+    step = ekfac(loss_fn, damping=1e-2, basis_every=2, contractions=Contractions(max_bytes=2**20))
+    state = step.precondition(params, batch, step.init(params, batch))[1]
+    of_layer = batch.numel() * batch.element_size() / 2**20
+    assert peak_allocated(lambda: step.precondition(params, batch, state)) < (12 + 6) * of_layer
+    assert peak_allocated(lambda: second_moments(loss_fn, params, batch, state.bases)) < (12 + 6) * of_layer
+
+
+@every_case
+def test_second_moments_are_those_of_a_step(name: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    _, state, _ = step.precondition(case.params, batch, step.init(case.params, batch))
+    found = second_moments(case.loss_fn, case.params, batch, state.bases, chunk_size=4)
+    assert list(found) == list(state.second_moments)
+    for weight, moment in found.items():
+        close(moment, state.second_moments[weight].value, 1e-9)
+
+
+def test_second_moments_of_another_basis_are_refused() -> None:
+    case, other = make("mlp"), make("linear")
+    state = ekfac(other.loss_fn, damping=1.0).init(other.params, other.batch(N))
+    with pytest.raises(ValueError, match=r"bases has no layer '0.weight'.*init"):
+        second_moments(case.loss_fn, case.params, case.batch(N), state.bases)
