@@ -27,6 +27,7 @@ from . import expansions, views
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode
 from .discovery import Along, Options, Plan, Tapped, check_loss, plan, spec
+from .modes import transformed
 from .patches import Patches
 from .rules import Call
 from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, unfused, with_ids
@@ -406,11 +407,6 @@ def _freed(
     return pytree.tree_unflatten(gradients, tree)[1], run
 
 
-def _transformed() -> bool:
-    """Whether a transform or a trace of the caller's own is under way, which sees no autograd."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _taps(arrived: Callable[[int, Tensor], None], start: Tensor) -> Probe:
     """Outputs whose gradients arrive one by one."""
 
@@ -437,7 +433,7 @@ def _summed(probed: Probed, arrivals: _Arrivals, free: Params, examples: Batch, 
         return losses.sum(), run
 
     copies = _copies(free, n)
-    if not _transformed():
+    if not transformed():
         of_taps = functools.partial(total, functools.partial(_taps, arrivals.arrived))
         dense, run = _freed(of_taps, torch.zeros(n), copies, examples, arrivals.start)
         return dense, run.losses, run.aux
@@ -492,7 +488,7 @@ def _batched(probed: Probed, arrivals: _Arrivals, free: Params, batch: Batch, n:
     def of_taps(start: Tensor, free: Params, batch: Batch) -> tuple[Tensor, _Run]:
         return total(_taps(arrivals.arrived, start), free, batch)
 
-    if len(free) == 0 and not _transformed():
+    if len(free) == 0 and not transformed():
         _, run = _freed(of_taps, torch.zeros(()), free, batch, arrivals.start)
         return {}, run.losses, run.aux
 

@@ -50,6 +50,7 @@ from .types import (
 NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
 MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
 CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
+FEW = 0.7  # samples for each dimension, below which an eigenvalue problem in their span takes less time
 STRIPS = 4  # of a symmetric product, of 5/8 of the operations
 STRIPS_FROM = 256  # dimensions
 
@@ -78,23 +79,24 @@ def split(t: Any, count: int) -> Sequence[Any]:
     return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
 
 
-def in_blocks(t: Any, entries: int) -> Sequence[Any]:
-    """A tensor or patches in blocks of examples that need so many entries each: of what stays in a CPU's cache."""
+def in_blocks(t: Any, entries: int, most: int | None = None) -> Sequence[Any]:
+    """A tensor or patches in blocks of examples that need so many entries each; by default what stays in a cache."""
     x = t.x if isinstance(t, Patches) else t
-    most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
+    if most is None:
+        most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
     return split(t, block_count(nominal(t), entries * x.element_size(), most))
 
 
 def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False) -> bool:
     """Whether a factor stays the samples that it is the sum of: a compact one, one of some rank, or of few samples.
 
-    samples: of an example. Few are fewer in a nominal batch than a side has dimensions; the samples of several terms
-        have no unit in common.
+    samples: of a batch, or in a graph of a nominal one. Few are so many fewer than a side has dimensions that a QR of
+        them pays; the samples of several terms have no unit in common.
     unwritten: patches, whose factor takes less memory and time than they, but for those of several terms.
     """
     if isinstance(Q, Reflections):
         return True
-    few = single and Q.dim() == 3 and 0 < NOMINAL_N * samples < Q.shape[-2]
+    few = single and Q.dim() == 3 and 0 < samples < FEW * Q.shape[-2]
     return few or (outside(Q) > 0 and not (unwritten and single))
 
 
@@ -150,9 +152,9 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
         case Factored():
             a, g, x, counted = sharing(term)
             samples = a if x is None else x[..., None]
-            count = samples.shape[2] * samples.shape[4]
+            count = nominal(samples) * samples.shape[2] * samples.shape[4]
             left_A = not formed and left_as_samples(basis.Q_A, count, single, isinstance(samples, Patches))
-            left_B = not formed and left_as_samples(basis.Q_B, g.shape[2], single)
+            left_B = not formed and left_as_samples(basis.Q_B, nominal(g) * g.shape[2], single)
             if isinstance(samples, Patches) and not left_A and basis.Q_A.dim() == 3:
                 A: Factor = _patch_gram(samples)
             else:
@@ -298,10 +300,12 @@ def _trace(C: Factor) -> Tensor:
 
 def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     """One step of the bias-corrected moving average of the factors; factors of nothing (zero gradients) are zero."""
+    A, B = formed(mean.A), formed(mean.B)
+    if not isinstance(decay, Tensor) and decay == 0:
+        return Factors(A, B, torch.ones_like(factors.weight))
     past = decay * factors.weight
     total = past + (1 - decay)
     share = past / torch.where(total > 0, total, 1)
-    A, B = formed(mean.A), formed(mean.B)
     return Factors(share * factors.A + (1 - share) * A, share * factors.B + (1 - share) * B, total)
 
 
@@ -359,7 +363,8 @@ def _gradient(term: Term) -> Tensor:
     match term:
         case Factored(Patches() as a, g) if not a.apart:
             total, entries = g.new_zeros(a.shape[1], g.shape[3], *a.shape[3:]), math.prod(a.shape[1:])
-            for of_g, of_a in zip(in_blocks(g, entries), in_blocks(a, entries), strict=True):
+            most = MAX_BYTES if total[0].numel() * g.element_size() > CACHE_BYTES else None  # to add it up less often
+            for of_g, of_a in zip(in_blocks(g, entries, most), in_blocks(a, entries, most), strict=True):
                 total = total + add_up(of_g, of_a.write_fast())
             return total[:, :, a.order()]
         case Factored(_, g):

@@ -54,6 +54,7 @@ from .kronecker import (
     pack,
     unpack_all,
 )
+from .modes import where
 from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
 from .passes import Seen, add_gradients, add_if_any, add_seen, draws_on, read_gradient
 from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
@@ -380,7 +381,7 @@ def ekfac(
         new = _out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         finite = _all_finite([loss, losses, *natural_in.values(), *found, *_learned(new, state)])
-        natural = {name: torch.where(finite, M, 0) for name, M in natural_in.items()}
+        natural = {name: where(finite, M, 0) for name, M in natural_in.items()}
         mean_gradient = {name: slope.gradient for name, slope in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
@@ -573,7 +574,7 @@ def _choose(finite: Tensor, new: State, old: State) -> State:
     """The new state where the step was finite, else every tensor of the old one; the step number advances."""
 
     def choose(x: Tensor, y: Tensor) -> Tensor:
-        return x if x is y else torch.where(finite, x, y)
+        return x if x is y else where(finite, x, y)
 
     return replace(
         new,
