@@ -28,7 +28,16 @@ from .kronecker import (
 )
 from .orders import FORMED, Contraction, Order, contraction
 from .patches import Patches
-from .subspace import Outside, added, assembled, gradient_squares, incomplete, outside_squares, single_sums
+from .subspace import (
+    Outside,
+    added,
+    assembled,
+    gradient_squares,
+    incomplete,
+    outside_squares,
+    sample_squares,
+    single_sums,
+)
 from .types import Basis, Dense, Factored, OneHot, Sums, Terms, outside
 
 
@@ -40,8 +49,8 @@ def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Su
     match terms:
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             return Sums(gradient(terms), *single_sums(term.g, term.inputs, basis))
-        case (Factored() as term,) if _outside_last(basis, how):
-            return _formed_sums(term, basis, how, rest=True)
+        case (Factored() as term,) if how.order in FORMED:
+            return _formed_sums(term, basis, how, around=True)
     total, projected, square = _inside_sums(terms, basis, how)
     assert square is not None
     return Sums(total, projected, square + outside_squares(terms, basis))
@@ -73,8 +82,8 @@ def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) ->
     match terms:
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             return single_sums(term.g, term.inputs, basis)[1]
-        case (Factored() as term,) if _outside_last(basis, how):
-            return _formed_squares(term, _halved(term, basis, how), how, rest=True)[1]
+        case (Factored() as term,) if how.order in FORMED:
+            return _formed_squares(term, _halved(term, basis, how), how, around=True)[1]
     return _inside_squares(terms, basis, how) + outside_squares(terms, basis)
 
 
@@ -161,36 +170,38 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     return square
 
 
-def _outside_last(basis: Basis, how: Contraction) -> bool:
-    """Whether the sides with a complement are those that G[n] is projected on, so that it leaves its rest there."""
-    return how.order in FORMED and not any(outside(getattr(basis, Q)) for Q in _sides(how)[0])
-
-
-def _formed_sums(term: Factored, basis: Basis, how: Contraction, rest: bool = False) -> Sums:
+def _formed_sums(term: Factored, basis: Basis, how: Contraction, around: bool = False) -> Sums:
     """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
     halves = _halved(term, basis, how)
-    formed, square = _formed_squares(term, halves, how, total=True, rest=rest)
+    formed, square = _formed_squares(term, halves, how, total=True, around=around)
     assert formed is not None
     return Sums(_turned_back(formed, term, halves.first, halves.fast), into_basis(formed, halves.then), square)
 
 
 def _formed_squares(
-    term: Factored, halves: Halves, how: Contraction, total: bool = False, rest: bool = False
+    term: Factored, halves: Halves, how: Contraction, total: bool = False, around: bool = False
 ) -> tuple[Tensor | None, Tensor]:
-    """The sum of G[n] as it is formed, if wanted, and that of its square in the basis, and outside of it.
+    """The sum of G[n] as it is formed, if wanted, and that of its square in the basis; around: and outside of it.
+
+    What is outside follows from the samples where a side with a complement is projected early, else from G[n].
 
     What comes before G[n] is one product for as many examples as memory allows, for each reads the basis; gradients are
     formed of so few that they stay in cache.
     """
     g, a = term.g, term.a
-    first, then, late, fast = halves
-    of_G = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
-    apart = of_G * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
+    first, then, late, fast, whole = halves
+    of_samples = around and incomplete(first)
+    of_G = around and incomplete(then) and not of_samples
+    entries = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
+    apart = entries * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
     formed, square = None, None
-    around: Outside = (None, None, None)
+    left: Outside = (None, None, None)
     for of_g, of_a in zip(split(g, how.blocks), split(a, how.blocks), strict=True):
         x = of_a if isinstance(of_a, Tensor) else of_a.write_fast() if fast else of_a.write()
+        of_x = x
         h, x = project_outputs(of_g, first), project_inputs(x, first)
+        if of_samples:
+            left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
         if total and apart:
             of_block = add_up(h, x)
             formed = of_block if formed is None else formed + of_block
@@ -198,15 +209,15 @@ def _formed_squares(
             G = form(few_h, few_x)
             if total and not apart:
                 formed = _add(formed, G)
-            if rest:
+            if of_G:
                 G, *of_part = gradient_squares(G, then)
-                around = added(around, of_part)
+                left = added(left, of_part)
             else:
                 for name in late:
                     G = turn_inputs(G, then.Q_A) if name == "Q_A" else turn_outputs(G, then.Q_B)
             square = _add(square, G, squared=True)
     assert square is not None
-    return formed, square + assembled(around, (square.shape[1], square.shape[2])) if rest else square
+    return formed, square + assembled(left, (square.shape[1], square.shape[2])) if of_samples or of_G else square
 
 
 class Halves(NamedTuple):
@@ -216,6 +227,7 @@ class Halves(NamedTuple):
     then: Basis
     late: list[str]  # the sides of `then` in their order
     fast: bool  # whether patches are written the fast way, and Q_A is in its order
+    whole: Basis  # both sides, in the order of the patches as they are written
 
 
 def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
@@ -223,7 +235,8 @@ def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
     (Q_A, Q_B), fast = _patches_in(term.a, basis, "Q_A" in early)
     one = term.g.new_ones(1, 1, 1)
     first = Basis(Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)
-    return Halves(first, Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B), late, fast)
+    then = Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B)
+    return Halves(first, then, late, fast, Basis(Q_A, Q_B))
 
 
 def _sides(how: Contraction) -> tuple[list[str], list[str]]:

@@ -60,13 +60,18 @@ def outside_squares(terms: Terms, basis: Basis) -> Tensor:
 
 
 def _of_samples(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
-    c_i, c_o = map(outside, basis)
     g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
+    return assembled(sample_squares(g, a, g_O, a_I, basis), (g_O.shape[-1], a_I.shape[-2]))
+
+
+def sample_squares(g: Tensor, a: Tensor, g_O: Tensor, a_I: Tensor, basis: Basis) -> Outside:
+    """The sums of the squares outside, of samples and what they are in the basis."""
+    c_i, c_o = map(outside, basis)
     g_p, a_p = _rest_outputs(g, g_O, basis), _rest_inputs(a, a_I, basis)
     on_i = _norms_inputs(g_O, a_p) / c_i if c_i else None
     on_o = _norms_outputs(g_p, a_I) / c_o if c_o else None
     both = _norms(g_p, a_p) / (c_i * c_o) if c_i and c_o else None
-    return assembled((on_i, on_o, both), (g_O.shape[-1], a_I.shape[-2]))
+    return on_i, on_o, both
 
 
 def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
