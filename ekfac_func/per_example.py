@@ -118,7 +118,7 @@ def second_moments(
 
     options = Options(rules, randomness, chunk_size, has_aux, batched)
     found = fold(loss_fn, params, batch, options, begin, lambda layer, some, others: some + others)
-    return {name: square / len(found.losses) for name, square in found.kept.items()}
+    return {name: square.div_(len(found.losses)) for name, square in found.kept.items()}
 
 
 def _check_basis(layer: Layer, basis: Basis | None) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import RULES, SUA, per_example_gradients
+from ekfac_func import RULES, SUA, Call, Factored, per_example_gradients
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options
 from ekfac_func.types import Dense, Params
@@ -181,3 +181,32 @@ def test_chunks_change_nothing() -> None:
         for name in case.params:
             close(parts.dense(name), whole.dense(name))
         close(parts.losses, whole.losses)
+
+
+@torch.overrides.wrap_torch_function(lambda x, weight: (x, weight))
+def squashed(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight.T).sigmoid()
+
+
+def read_squashed(x: Tensor, weight: Tensor) -> Call:
+    def term(x: Tensor, g: Tensor) -> Factored:
+        y = (x @ weight.T).sigmoid()
+        return Factored(x[:, None, None, :, None], (g * y * (1 - y))[:, None, None])
+
+    return Call(weight, "oi", x, term)
+
+
+def test_the_output_of_an_own_rule_may_be_changed_in_place() -> None:
+    """Its function needs the output for its own backward pass: plain autograd refuses the change, here it is a copy."""
+    params, batch = {"v": torch.randn(4, 3), "w": torch.randn(2, 4)}, torch.randn(5, 3)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return squashed(F.linear(x, params["v"]), params["w"]).mul_(2).cos().sum()
+
+    def plain(params: Params, x: Tensor) -> Tensor:
+        return (squashed(F.linear(x, params["v"]), params["w"]) * 2).cos().sum()
+
+    found = per_example_gradients(loss_fn, params, batch, rules={**RULES, squashed: read_squashed})
+    assert found.captured.layers["w"].rule is not None
+    for name, expected in loop(plain, params, batch)[1].items():
+        close(found.dense(name), expected)

@@ -1,0 +1,169 @@
+"""The tapped calls of some examples on the way to terms: a layer has its own as soon as its gradients are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .discovery import Along, Plan, Tapped
+from .patches import Patches
+from .rules import Call
+from .types import Factored, Layer, OneHot, Params, Terms, statistics_dtype
+
+Take = Callable[[Layer, Terms, int], None]
+
+
+class Arrivals:
+    """The tapped calls of some examples: a layer is read as soon as the output gradients of all its calls are there.
+
+    Then nothing that it was made of is held here.
+    """
+
+    def __init__(self, found: Plan, params: Params, calls: list[Any], take: Take, n: int) -> None:
+        self.layers = {layer.weight: layer for layer in found.layers}
+        self.planned, self.params, self.calls, self.take, self.n = found.calls, params, calls, take, n
+        self.inputs: list[Any] = []
+        self.gradients: dict[int, Tensor] = {}
+        self.missing = list(range(len(found.calls)))
+        self.held = 0
+
+    def start(self, inputs: list[Any]) -> None:
+        """inputs: of the calls; they are taken out of this list."""
+        self.inputs = inputs
+        for k, planned in enumerate(self.planned):
+            if planned.along is not None:
+                leaves, tree = pytree.tree_flatten(inputs[k])
+                leaves = [_examples_first(x, along, self.n) for x, along in zip(leaves, planned.along[1:], strict=True)]
+                inputs[k] = pytree.tree_unflatten(leaves, tree)
+            sizes = [math.prod(x.shape[1:]) * x.element_size() for x in pytree.tree_leaves(inputs[k])]
+            self.held += sum(sizes) + math.prod(output_shape(planned, 1)) * planned.output.dtype.itemsize
+
+    def arrived(self, k: int, g: Tensor) -> None:
+        """The gradient w.r.t. the output of a call."""
+        planned = self.planned[k]
+        self.gradients[k] = g if planned.along is None else _examples_first(g, planned.along[0], self.n)
+        self.missing.remove(k)
+        uses = [j for j, other in enumerate(self.planned) if other.weight == planned.weight]
+        if not any(j in self.missing for j in uses):
+            layer = self.layers[planned.weight]
+            terms = _added([_placed(self._term(j), self.planned[j], layer, self.params) for j in uses])
+            self.take(layer, terms, self.held)
+
+    def _term(self, k: int) -> Factored | OneHot:
+        call, x, g, planned = self.calls[k], self.inputs[k], self.gradients.pop(k), self.planned[k]
+        self.calls[k] = self.inputs[k] = None
+        return _picked(call, x, g, planned) if planned.picked else call.read(x, g)
+
+    def probes(self) -> list[Tensor]:
+        """Zeros in the shapes of the outputs."""
+        of = [(planned.output, output_shape(planned, self.n)) for planned in self.planned]
+        return [torch.zeros(shape, dtype=output.dtype, device=output.device) for output, shape in of]
+
+    def all(self, inputs: list[Any], gradients: list[Any]) -> None:
+        """At once what else comes one by one."""
+        self.start(inputs)
+        for k in range(len(gradients)):
+            g, gradients[k] = gradients[k], None
+            self.arrived(k, g)
+
+    def finish(self) -> None:
+        """Zeros for what the loss does not depend on."""
+        for k in list(self.missing):
+            planned = self.planned[k]
+            shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.output.shape)
+            self.arrived(k, torch.zeros(shape, dtype=planned.output.dtype, device=planned.output.device))
+
+
+def output_shape(call: Tapped, n: int | None) -> tuple[int, ...]:
+    if call.along is None:
+        return call.output.shape
+    assert n is not None
+    axis, entries = call.along[0]
+    return (*call.output.shape[:axis], n * entries, *call.output.shape[axis + 1 :])
+
+
+def _examples_first(t: Tensor, along: Along, n: int) -> Tensor:
+    """`[... (n entries) ...]` as `[n ... entries ...]`."""
+    axis, entries = along
+    return t.reshape(*t.shape[:axis], n, entries, *t.shape[axis + 1 :]).movedim(axis, 0)
+
+
+def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Params) -> Factored | OneHot:
+    """A call's term on the axes of the whole layer, in the dtype of its statistics, with the bias as the last input."""
+    dtype = statistics_dtype(params[layer.weight])
+    b, o, i = planned.windows
+    one = layer.bias is not None
+    if isinstance(term, OneHot):
+        g = F.pad(_within(term.g.to(dtype), i, -1), [0, one])
+        return OneHot(term.ids + o.start, o.size, g, term.counted)
+    a, g, x, counted = term.a.to(dtype), term.g.to(dtype), term.x, term.counted
+    last = float(planned.biased)  # 1 where the call added the bias
+    if b.length < b.size:
+        counted = _within(torch.ones_like(g[..., 0], dtype=torch.bool), b, 1)
+    g = _within(_within(g, o, 3), b, 1)
+    x = None if x is None else _within(x.to(dtype), i, 3)
+    if isinstance(a, Patches):
+        if b.length == b.size and i.length == i.size and not planned.turned:
+            return Factored(replace(a, last=last) if one else a, g, x, counted)
+        a = a.write()
+    a = _within(_within(a, i, 3), b, 1)
+    if planned.turned:
+        a, g = g[..., None], a[..., 0]
+    if one:
+        a = torch.cat([a, a.new_full((*a.shape[:3], 1, 1), last)], dim=3)
+    return Factored(a, g, x, counted)
+
+
+def _picked(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
+    """A call whose blocks ids chose among those of the layer: each a position of the one that it is."""
+    x, ids = inputs  # [n p]
+    term = call.read(x, g)
+    assert isinstance(term, Factored)
+    blocks = torch.arange(planned.windows[0].size, device=ids.device)
+    counted = blocks[None, :, None] == ids[:, None]  # [n b p]
+    counted = counted.repeat_interleave(term.g.shape[2], dim=2)
+    a, g = (t.flatten(1, 2)[:, None] for t in (term.inputs, term.g))  # [n 1 (p s) ...]
+    return Factored(torch.where(counted[..., None, None], a, 0), torch.where(counted[..., None], g, 0), None, counted)
+
+
+def _within(t: Tensor, window: Any, axis: int) -> Tensor:
+    """A window of an axis as the whole axis, zero outside."""
+    start, length, size = window
+    if length == size:
+        return t
+    return F.pad(t, [0, 0] * ((-1 - axis) % t.dim()) + [start, size - start - length])
+
+
+def _added(terms: Sequence[Factored | OneHot]) -> Terms:
+    """Several uses of one weight are more positions of it."""
+    factored = [term for term in terms if isinstance(term, Factored)]
+    tables = [term for term in terms if isinstance(term, OneHot)]
+    added: list[Factored | OneHot] = []
+    if len(factored) > 0:
+        samples = [term.x for term in factored if term.x is not None]
+        a, g = factored[0].a, _cat([term.g for term in factored], 2)
+        if len(factored) > 1:
+            a = torch.cat([term.inputs for term in factored], 2)
+        counted = None
+        if any(term.counted is not None for term in factored):
+            every = [
+                torch.ones_like(t.g[..., 0], dtype=torch.bool) if t.counted is None else t.counted for t in factored
+            ]
+            counted = _cat(every, 2)
+        added.append(Factored(a, g, _cat(samples, 2) if len(samples) > 0 else None, counted))
+    if len(tables) > 0:
+        ids = _cat([term.ids for term in tables], 1)
+        g, counted = _cat([term.g for term in tables], 1), _cat([term.counted for term in tables], 1)
+        added.append(OneHot(ids, tables[0].size, g, counted))
+    return tuple(added)
+
+
+def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)

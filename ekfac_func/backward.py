@@ -1,0 +1,193 @@
+"""Ways to the output gradients of the tapped calls: within a pass that frees its graph, or by `torch.func`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .arrivals import Arrivals
+from .modes import transformed
+from .types import Batch, Params
+
+
+class Run(NamedTuple):
+    """What a run of the loss under the tap gave, beside its gradient."""
+
+    losses: Tensor
+    aux: Any
+    inputs: list[Any]  # of the tapped calls
+
+
+Probe = Callable[[int, Tensor], Tensor]
+"""(call, its output) -> the output, whose gradient is wanted"""
+
+Probed = Callable[..., tuple[Tensor, Run]]
+Part = tuple[Params, Tensor, Any]  # gradients at copies, losses, aux
+
+
+def _copies(tree: Any, n: int) -> Any:
+    """Every tensor once an example, `[n, ...]`, in the memory of one."""
+    return pytree.tree_map(lambda t: t.expand(n, *t.shape), tree)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which hands on the gradient of its output as soon as it is known.
+
+    start: requires a gradient, so that the output does; under `vmap` it is one an example, so that the output is too.
+    """
+
+    @staticmethod
+    def forward(start: Tensor, output: Tensor, k: int, arrived: Callable[[int, Tensor], None]) -> Tensor:
+        return output.data  # neither a view, which could not be changed in place, nor a copy
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, _, ctx.k, ctx.arrived = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
+        ctx.arrived(ctx.k, gradients[0])
+        return None, gradients[0], None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, start: Tensor, output: Tensor, k: int, arrived: Any) -> tuple[Tensor, int]:
+        if in_dims[1] is None:
+            output = output.expand(info.batch_size, *output.shape).contiguous()
+        else:
+            output = output.movedim(in_dims[1], 0)
+        return _Tap.apply(start, output, k, arrived), 0
+
+
+def _freed(
+    f: Callable[[Tensor, Params, Batch], tuple[Tensor, Run]],
+    start: Tensor,
+    free: Params,
+    examples: Batch,
+    begin: Callable[[list[Any]], None],
+) -> tuple[Params, Run]:
+    """The gradient of f w.r.t. free; those w.r.t. tapped outputs are handed on within a pass that frees its graph.
+
+    One of `torch.func` can be differentiated again: it keeps every activation, and what the backward pass made of it,
+    to the end.
+    """
+    with torch.enable_grad():
+        leaves, tree = pytree.tree_flatten((start, free))
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        at, copies = pytree.tree_unflatten(leaves, tree)
+        value, run = f(at, copies, _detached(examples))
+        run = _detached(run)
+        begin(run.inputs)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
+        else:
+            gradients = tuple(map(torch.zeros_like, leaves))
+    return pytree.tree_unflatten(gradients, tree)[1], run
+
+
+def _taps(arrived: Callable[[int, Tensor], None], start: Tensor) -> Probe:
+    """Outputs whose gradients arrive one by one."""
+
+    def tap(k: int, output: Tensor) -> Tensor:
+        tapped: Tensor = _Tap.apply(start, output, k, arrived)
+        return tapped
+
+    return tap
+
+
+def _adds(probes: list[Tensor]) -> Probe:
+    """Zeros added to the outputs, w.r.t. which `torch.func` differentiates."""
+    return lambda k, output: output + probes[k]
+
+
+def summed(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n: int, randomness: str) -> Part:
+    """The gradient of the sum of the losses: of each example w.r.t. its own outputs and copies."""
+
+    def total(probe_at: Callable[[Any], Probe], at: Any, free: Params, examples: Batch) -> tuple[Tensor, Run]:
+        def of_one(at: Any, free: Params, example: Any) -> tuple[Tensor, Run]:
+            return probed(probe_at(at), free, example)
+
+        losses, run = torch.func.vmap(of_one, randomness=randomness)(at, free, examples)
+        return losses.sum(), run
+
+    copies = _copies(free, n)
+    if not transformed():
+        of_taps = functools.partial(total, functools.partial(_taps, arrivals.arrived))
+        dense, run = _freed(of_taps, torch.zeros(n), copies, examples, arrivals.start)
+        return dense, run.losses, run.aux
+    of_f: Callable[..., Any] = torch.func.grad(functools.partial(total, _adds), argnums=(0, 1), has_aux=True)
+    (outputs, dense), run = of_f(_copies(arrivals.probes(), n), copies, examples)
+    arrivals.all(run.inputs, outputs)
+    return dense, run.losses, run.aux
+
+
+def _detached(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def each(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n: int, randomness: str) -> Part:
+    """`vmap(grad)` as it is."""
+
+    def at_zeros(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Run]:
+        return probed(_adds(probes), free, example)
+
+    of_one: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
+    copies = _copies((arrivals.probes(), free), n)
+    (outputs, dense), run = torch.func.vmap(of_one, randomness=randomness)(*copies, examples)
+    arrivals.all(run.inputs, outputs)
+    return dense, run.losses, run.aux
+
+
+def looped(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n: int, randomness: str) -> Part:
+    """One example after another, without `vmap`."""
+
+    def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
+        return probed(_taps(outputs.__setitem__, start), free, example)
+
+    parts = []
+    for k in range(n):
+        # a copy, for discovery may not have seen whether the loss changes it in place
+        example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)
+        outputs = arrivals.probes()
+        dense, run = _freed(functools.partial(of_one, outputs), torch.zeros(()), free, example, lambda inputs: None)
+        parts.append((outputs, dense, run))
+    outputs, dense, run = pytree.tree_map(lambda *t: torch.stack(t), *parts)
+    arrivals.all(run.inputs, outputs)
+    return dense, run.losses, run.aux
+
+
+def batched(probed: Probed, arrivals: Arrivals, free: Params, batch: Batch, n: int, randomness: str) -> Part:
+    """The batch as it is; a parameter without a rule takes a backward pass an example."""
+
+    def total(probe: Probe, free: Params, batch: Batch) -> tuple[Tensor, Run]:
+        losses, run = probed(probe, free, batch, n)
+        return losses.sum(), run
+
+    def of_taps(start: Tensor, free: Params, batch: Batch) -> tuple[Tensor, Run]:
+        return total(_taps(arrivals.arrived, start), free, batch)
+
+    if len(free) == 0 and not transformed():
+        _, run = _freed(of_taps, torch.zeros(()), free, batch, arrivals.start)
+        return {}, run.losses, run.aux
+
+    def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], Run]]:
+        def at_zeros(probes: list[Tensor], batch: Batch) -> tuple[Tensor, Run]:
+            return total(_adds(probes), free, batch)
+
+        of_f: Callable[..., Any] = torch.func.grad(at_zeros, has_aux=True)
+        outputs, run = of_f(arrivals.probes(), batch)
+        return run.losses, (outputs, run)
+
+    dense: Params = {}
+    if len(free) > 0:  # in one forward pass, for a second one would draw other random numbers
+        pulled: Any = torch.func.vjp(of_outputs, free, has_aux=True)
+        losses, pull, (outputs, run) = pulled
+        (dense,) = torch.func.vmap(pull)(torch.eye(n, dtype=losses.dtype, device=losses.device))
+    else:
+        outputs, run = of_outputs(free)[1]
+    arrivals.all(run.inputs, outputs)
+    return dense, run.losses, run.aux
