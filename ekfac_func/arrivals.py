@@ -74,11 +74,16 @@ class Arrivals:
             self.arrived(k, g)
 
     def finish(self) -> None:
-        """Zeros for what the loss does not depend on."""
+        """Zeros for what the loss does not depend on; then nothing is held, for a tap may live on in a cycle."""
         for k in list(self.missing):
             planned = self.planned[k]
             shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.output.shape)
             self.arrived(k, torch.zeros(shape, dtype=planned.output.dtype, device=planned.output.device))
+        self.take, self.inputs = _refuse, []
+
+
+def _refuse(layer: Layer, terms: Terms, held: int) -> None:
+    raise AssertionError(f"the terms of {layer.weight!r} came late")
 
 
 def output_shape(call: Tapped, n: int | None) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -44,15 +45,18 @@ def add_gradients(layer: Layer, some: Tensor, others: Tensor) -> Tensor:
 
 
 class Draws(NamedTuple):
-    """The state of the random number generator before a pass, from which another one draws the same."""
+    """The states of the random number generators before a pass, from which another one draws the same."""
 
-    device: torch.device
-    state: Tensor
+    states: list[tuple[torch.device, Tensor]]
 
     def repeat(self) -> None:
-        """Go back to it."""
-        (torch.cuda if self.device.type == "cuda" else torch).set_rng_state(self.state)
+        """Go back to them."""
+        for device, state in self.states:
+            torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
 
 
-def draws_on(device: torch.device) -> Draws:
-    return Draws(device, (torch.cuda if device.type == "cuda" else torch).get_rng_state())
+def draws(tensors: Iterable[Tensor]) -> Draws:
+    """Of the CPU, and of the CUDA devices of these tensors."""
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    of_cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_cuda])

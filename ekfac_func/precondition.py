@@ -56,7 +56,7 @@ from .kronecker import (
 )
 from .modes import where
 from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
-from .passes import Seen, add_gradients, add_if_any, add_seen, draws_on, read_gradient
+from .passes import Seen, add_gradients, add_if_any, add_seen, draws, read_gradient
 from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, reset
@@ -295,7 +295,7 @@ def ekfac(
         check_batch(batch)
         examples = fisher.examples(params, batch)
         leaf = pytree.tree_leaves(examples)[0]
-        n, draws = leaf.shape[0], None if chunk_size is None else draws_on(leaf.device)
+        n, before = leaf.shape[0], None if chunk_size is None else draws([leaf, *params.values()])
 
         def first(layers: dict[str, Layer]) -> Reading:
             return functools.partial(observe, turn_of(layers, state), state, n)
@@ -323,8 +323,8 @@ def ekfac(
             return read
 
         sums: dict[str, Any] = {}
-        if again and draws is not None:
-            draws.repeat()
+        if again and before is not None:
+            before.repeat()
             sums = fold(curvature_loss, params, examples, of_curvature, second, add_if_any).kept
         data = None
         if fisher.loss is not None:

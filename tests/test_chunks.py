@@ -1,5 +1,7 @@
 """Chunks of a batch are summed and freed: a step does not depend on them, and its memory not on the batch."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -157,3 +159,22 @@ def test_second_moments_of_another_basis_are_refused() -> None:
     state = ekfac(other.loss_fn, damping=1.0).init(other.params, other.batch(N))
     with pytest.raises(ValueError, match=r"bases has no layer '0.weight'.*init"):
         second_moments(case.loss_fn, case.params, case.batch(N), state.bases)
+
+
+def test_what_a_step_returned_is_freed_with_it() -> None:
+    """Without the garbage collector: a cycle that held it would keep the memory of one step through the next."""
+    case = make("mlp")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    state = step.init(case.params, batch)
+    gc.collect()
+    gc.disable()
+    try:
+        _, new, info = step.precondition(case.params, batch, state)
+        held = [weakref.ref(new.second_moments["0.weight"].value), weakref.ref(info.gradient["0.weight"])]
+        moments = second_moments(case.loss_fn, case.params, batch, new.bases)
+        held.append(weakref.ref(moments["0.weight"]))
+        del new, info, moments, _
+        assert [ref() for ref in held] == [None, None, None]
+    finally:
+        gc.enable()
