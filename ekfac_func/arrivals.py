@@ -32,7 +32,8 @@ class Arrivals:
         self.inputs: list[Any] = []
         self.gradients: dict[int, Tensor] = {}
         self.missing = list(range(len(found.calls)))
-        self.held = 0
+        dense = self.layers.keys() - {planned.weight for planned in found.calls}
+        self.held = sum(math.prod(self.layers[name].sizes) * statistics_dtype(params[name]).itemsize for name in dense)
 
     def start(self, inputs: list[Any]) -> None:
         """inputs: of the calls; they are taken out of this list."""

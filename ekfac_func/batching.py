@@ -43,6 +43,7 @@ def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> T
     """`F.cross_entropy`; class indices without weights or smoothing keep the batch size open."""
     if len(args) > 0 or not _given(kwargs) <= {"ignore_index", "reduction"} or target.is_floating_point():
         return F.cross_entropy(input, target, *args, **kwargs)
+    (input,) = _under_autocast([input], torch.float32)
     return nll_loss(F.log_softmax(input, dim=min(input.dim() - 1, 1)), target, **kwargs)
 
 
@@ -51,15 +52,26 @@ def nll_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor
     if len(args) > 0 or not _given(kwargs) <= {"ignore_index", "reduction"}:
         return F.nll_loss(input, target, *args, **kwargs)
     ignore_index, reduction = kwargs.get("ignore_index", -100), kwargs.get("reduction", "mean")
+    (input,) = _under_autocast([input], torch.float32)
     losses = _nll(input, target, ignore_index)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
 
 
+def _under_autocast(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """As autocast would cast the arguments of torch's own function, by default to its lower precision."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    to = torch.get_autocast_dtype(device) if dtype is None else dtype
+    return [t.to(to) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]
+
+
 def _given(kwargs: dict[str, Any]) -> set[str]:
     """The names of arguments that are not their defaults, which torch functions hand over to a tap too."""
-    return {name for name, value in kwargs.items() if isinstance(value, Tensor) or value}
+    defaults = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
+    return {name for name, value in kwargs.items() if isinstance(value, Tensor) or value != defaults.get(name)}
 
 
 def attention(
@@ -79,6 +91,9 @@ def attention(
         given = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         found = expansions.scaled_dot_product_attention(F.scaled_dot_product_attention, *given)
         return F.scaled_dot_product_attention(*given) if found is NotImplemented else found
+    query, key, value = _under_autocast([query, key, value])
+    if attn_mask is not None:
+        (attn_mask,) = _under_autocast([attn_mask])
     return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 

@@ -25,6 +25,7 @@ from .backward import Probe, Run, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode
 from .discovery import Options, Plan, check_loss, plan, spec
+from .modes import Draws, draws, transformed
 from .rules import RULES
 from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossFn, Params, Terms, statistics_dtype
@@ -97,6 +98,7 @@ def fold(
         return _tapped(plan(loss_fn, params, batch, options), loss_fn, params, batch, options, begin, add)[0]
     check_inference_mode()
     plans, key = _memo(loss_fn), _key(loss_fn, params, batch, options)
+    before = draws(pytree.tree_leaves((params, batch)))  # every attempt starts from them
     if key in plans:
         found, expected = plans[key]
         try:
@@ -105,9 +107,10 @@ def fold(
             seen = None
         if seen == expected:
             return folded
+        before.repeat()
     # the first call with these shapes, or the loss took another way through the program than last time
     found = plan(loss_fn, params, batch, options)
-    folded, seen, found = _retried(found, loss_fn, params, batch, options, begin, add)
+    folded, seen, found = _retried(found, loss_fn, params, batch, options, begin, add, before)
     plans[key] = found, seen
     return folded
 
@@ -129,12 +132,12 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
         return Captured(torch.empty(n, device="meta"), {layer.weight: layer for layer in found.layers}, none, (), 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         owned, batch = pytree.tree_map(torch.empty_like, (owned, batch))
-        folded = _retried(found, loss_fn, owned, batch, options, _as_they_are, _together)[0]
+        folded = _retried(found, loss_fn, owned, batch, options, _as_they_are, _together, draws([]))[0]
     return _captured(folded)
 
 
 def _retried(
-    found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
+    found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add, before: Draws
 ) -> tuple[Folded, Any, Plan]:
     """A tapped run, in another way where `vmap` cannot run a function of the loss; and how it was run."""
     try:
@@ -143,12 +146,13 @@ def _retried(
         if options.batched or found.looped:
             raise
         if "Batching rule not implemented" in str(error):
-            found = found._replace(looped=True)
+            found = found._replace(looped=True, open=False)
         elif str(error).startswith("vmap: ") and not found.nested:
-            found = found._replace(nested=True)
+            found = found._replace(nested=True, open=False)
         else:
             raise
-    return _retried(found, loss_fn, params, batch, options, begin, add)
+    before.repeat()
+    return _retried(found, loss_fn, params, batch, options, begin, add, before)
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
@@ -169,7 +173,8 @@ def _tapped(
     fixed = {name: p for name, p in params.items() if name in owned}
     free = {name: p for name, p in params.items() if name not in owned}
     compiling = torch.compiler.is_compiling()
-    instead = {} if options.batched else EXACT | OPEN if found.open else EXACT
+    of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
+    instead = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
     layers_of = OPEN_LAYERS if compiling and not options.batched else {}
     calls: list[Any] = []
     seen: list[Any] = []

@@ -379,8 +379,8 @@ def _started(layers: tuple[Layer, ...], params: Params) -> State:
     return initial_state(layers, choose(layers, {}), params)
 
 
-def _factors(terms: Terms, basis: Basis) -> Means:
-    return mean_factors(factor_sums(terms, basis))
+def _factors(terms: Terms, basis: Basis, formed: bool = True) -> Means:
+    return mean_factors(factor_sums(terms, basis, formed=formed))
 
 
 def _scaled(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
@@ -420,9 +420,11 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
     factors, bases, moments = dict(frame.factors), dict(frame.bases), {}
     if turn:
         assert for_basis is not None
-        for name, term in for_basis.items():
-            factors[name] = average_factors(frame.factors[name], _factors(term, bases[name]), recipe.factor_decay)
-        bases |= refresh_bases({name: factors[name] for name in for_basis}, frame.bases)[0]
+        averaged = recipe.factor_decay > 0  # else the bases are those of `ekfac`, of few samples the samples' own
+        used = {name: _factors(term, bases[name], averaged) for name, term in for_basis.items()}
+        for name, mean in used.items():
+            factors[name] = average_factors(frame.factors[name], mean, recipe.factor_decay)
+        bases |= refresh_bases({name: factors[name] for name in used} if averaged else used, frame.bases)[0]
     elif for_basis is None and t == 0:
         for name, term in for_moment.items():  # K-FAC's eigenvalues in the parameters' own coordinates
             factors[name] = average_factors(frame.factors[name], _factors(term, bases[name]), 0.0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .contraction import add_sums
@@ -42,21 +40,3 @@ def read_gradient(layer: Layer, terms: Terms, held: int) -> Tensor:
 
 def add_gradients(layer: Layer, some: Tensor, others: Tensor) -> Tensor:
     return some + others
-
-
-class Draws(NamedTuple):
-    """The states of the random number generators before a pass, from which another one draws the same."""
-
-    states: list[tuple[torch.device, Tensor]]
-
-    def repeat(self) -> None:
-        """Go back to them."""
-        for device, state in self.states:
-            torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
-
-
-def draws(tensors: Iterable[Tensor]) -> Draws:
-    """Of the CPU, and of the CUDA devices of these tensors."""
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
-    of_cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_cuda])

@@ -54,9 +54,9 @@ from .kronecker import (
     pack,
     unpack_all,
 )
-from .modes import where
+from .modes import draws, where
 from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
-from .passes import Seen, add_gradients, add_if_any, add_seen, draws, read_gradient
+from .passes import Seen, add_gradients, add_if_any, add_seen, read_gradient
 from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, reset
@@ -295,7 +295,8 @@ def ekfac(
         check_batch(batch)
         examples = fisher.examples(params, batch)
         leaf = pytree.tree_leaves(examples)[0]
-        n, before = leaf.shape[0], None if chunk_size is None else draws([leaf, *params.values()])
+        in_one = chunk_size is None or torch.compiler.is_compiling()
+        n, before = leaf.shape[0], None if in_one else draws([leaf, *params.values()])
 
         def first(layers: dict[str, Layer]) -> Reading:
             return functools.partial(observe, turn_of(layers, state), state, n)

@@ -210,3 +210,94 @@ def test_the_output_of_an_own_rule_may_be_changed_in_place() -> None:
     assert found.captured.layers["w"].rule is not None
     for name, expected in loop(plain, params, batch)[1].items():
         close(found.dense(name), expected)
+
+
+def _attending(params: Params, x: Tensor) -> Tensor:
+    """Autocast casts all three to its own dtype, whatever theirs."""
+    y = F.linear(x, params["w"])  # [t 4], bfloat16
+    mask = torch.zeros(len(x), len(x), dtype=x.dtype)
+    return F.scaled_dot_product_attention(x[None], y[None], y.float()[None], mask).float().square().sum()
+
+
+def _classifying(params: Params, x: Tensor) -> Tensor:
+    return F.cross_entropy(40 * F.linear(x, params["w"]), torch.arange(len(x)) % 4)
+
+
+def _of_logs(params: Params, x: Tensor) -> Tensor:
+    return F.nll_loss(F.linear(x, params["w"]).log_softmax(-1), torch.arange(len(x)) % 4)
+
+
+@pytest.mark.parametrize("inner", [_attending, _classifying, _of_logs])
+def test_functions_replaced_for_vmap_follow_autocast(inner: Any) -> None:
+    params, batch = {"w": torch.randn(4, 4, dtype=torch.float32)}, torch.randn(5, 3, 4, dtype=torch.float32)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return inner(params, x)
+
+    losses, expected = loop(loss_fn, params, batch)
+    found = per_example_gradients(loss_fn, params, batch)
+    assert losses.dtype == torch.float32
+    tolerance = 1e-3 if inner is _attending else 1e-6  # sums in bfloat16 round as the kernel takes them
+    close(found.losses, losses, tolerance)
+    close(found.dense("w"), expected["w"], 1e-2)
+    whole = functools.partial(found_losses, loss_fn)
+    fast = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    close(fast(params, batch), losses, tolerance)
+
+
+def found_losses(loss_fn: Any, params: Params, batch: Tensor) -> Tensor:
+    return per_example_gradients(loss_fn, params, batch).losses
+
+
+def test_attention_under_a_vmap_of_the_callers_own() -> None:
+    """Where the fused kernels would run one member of an ensemble at a time, and warn of it."""
+    case = make("dot products causal")
+    batch = case.batch(N)
+    members = {name: torch.stack([p, p + 1]) for name, p in case.params.items()}
+    mean = lambda params: per_example_gradients(case.loss_fn, params, batch).mean()  # noqa: E731
+    found = torch.func.vmap(mean)(members)
+    for k in (0, 1):
+        one = mean({name: p[k] for name, p in members.items()})
+        for name in one:
+            close(found[name][k], one[name])
+
+
+LOSSES: dict[str, Any] = {
+    "sum, in the old way": lambda y, t: F.cross_entropy(y, t, size_average=False),
+    "none, in the old way": lambda y, t: F.cross_entropy(y, t, reduce=False).square().sum(),
+    "nll": lambda y, t: F.nll_loss(y.log_softmax(-1), t, size_average=False),
+    "weights": lambda y, t: F.cross_entropy(y, t, torch.tensor([1.0, 2.0, 3.0])),
+    "smoothed": lambda y, t: F.cross_entropy(y, t, label_smoothing=0.2),
+    "ignored": lambda y, t: F.cross_entropy(y, t, ignore_index=0, reduction="sum"),
+    "soft": lambda y, t: F.cross_entropy(y, F.one_hot(t, 3).to(y)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+def test_classification_losses_in_each_of_their_ways(kind: str) -> None:
+    params, batch = {"w": torch.randn(3, 4)}, (torch.randn(5, 6, 4), torch.randint(0, 3, (5, 6)))
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return LOSSES[kind](F.linear(example[0], params["w"]), example[1])
+
+    losses, expected = loop(loss_fn, params, batch)
+    found = per_example_gradients(loss_fn, params, batch)
+    close(found.losses, losses)
+    close(found.dense("w"), expected["w"])
+
+
+def test_a_loop_over_the_examples_with_class_labels() -> None:
+    """Where `vmap` does not run the loss, its own versions of torch's losses, without a derivative, have no place."""
+    cell, out = nn.LSTMCell(4, 5).double(), torch.randn(3, 5)
+    params = {name: p.detach() for name, p in cell.named_parameters()}
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        h = functional_call(cell, params, (example[0][None],))[0]
+        return F.cross_entropy(h @ out.T, example[1][None])
+
+    batch = torch.randn(5, 4), torch.randint(0, 3, (5,))
+    found = per_example_gradients(loss_fn, params, batch)
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), expected)

@@ -178,3 +178,52 @@ def test_what_a_step_returned_is_freed_with_it() -> None:
         assert [ref() for ref in held] == [None, None, None]
     finally:
         gc.enable()
+
+
+def test_a_compiled_step_in_chunks() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=1e-2, chunk_size=4, contractions=TWICE)
+    state = step.init(case.params, batch)
+    fast = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
+    close_trees(fast(case.params, batch, state)[0], step.precondition(case.params, batch, state)[0], 1e-7)
+
+
+@pytest.mark.parametrize("retried", ["stale plan", "looped"])
+def test_an_attempt_that_is_given_up_draws_nothing(retried: str) -> None:
+    """The second pass would draw what the first attempt drew, and the result be of two dropout masks."""
+    cell = nn.LSTMCell(4, 5).double()
+    dropping = {"now": True}
+
+    def loss_fn(params: Any, x: Any) -> Any:
+        h = functional_call(cell, params, (x[None],))[0] if retried == "looped" else params["weight_ih"] @ x
+        return (F.dropout(h, 0.5) if dropping["now"] else h).square().sum()
+
+    params = {name: p.detach() for name, p in cell.named_parameters()}
+    params = params if retried == "looped" else {"weight_ih": params["weight_ih"]}
+    batch, found = torch.randn(9, 4), []
+    for how in (Contractions(), TWICE):
+        step = ekfac(loss_fn, damping=1e-2, chunk_size=4, contractions=how)
+        if retried == "stale plan":
+            dropping["now"] = False
+            step.precondition(params, batch, step.init(params, batch))
+            dropping["now"] = True
+        torch.manual_seed(0)
+        found.append((step.precondition(params, batch, step.init(params, batch)), torch.get_rng_state()))
+    close_trees(found[0][0], found[1][0], 1e-9)
+    same_bits(found[0][1], found[1][1])
+
+
+def test_gradients_without_a_rule_count_as_what_a_refresh_holds() -> None:
+    peaks = []
+    for n in (64, 512):
+        params, batch = {"w": torch.randn(24, 24)}, torch.randn(n, 24)
+        step = ekfac(
+            lambda p, x: ((p["w"] * 2) @ x).square().sum(),
+            damping=1e-2,
+            chunk_size=16,
+            contractions=Contractions(max_bytes=2**12),
+        )
+        state = step.init(params, batch)
+        peaks.append(peak_allocated(lambda: step.precondition(params, batch, state)))  # noqa: B023
+    assert peaks[1] < 1.5 * peaks[0]
