@@ -32,7 +32,10 @@ class Arrivals:
         self.inputs: list[Any] = []
         self.gradients: dict[int, Tensor] = {}
         self.missing = list(range(len(found.calls)))
-        dense = self.layers.keys() - {planned.weight for planned in found.calls}
+        self.uses: dict[str, list[int]] = {}
+        for k, planned in enumerate(found.calls):
+            self.uses.setdefault(planned.weight, []).append(k)
+        dense = self.layers.keys() - self.uses.keys()
         self.held = sum(math.prod(self.layers[name].sizes) * statistics_dtype(params[name]).itemsize for name in dense)
 
     def start(self, inputs: list[Any]) -> None:
@@ -51,7 +54,7 @@ class Arrivals:
         planned = self.planned[k]
         self.gradients[k] = g if planned.along is None else _examples_first(g, planned.along[0], self.n)
         self.missing.remove(k)
-        uses = [j for j, other in enumerate(self.planned) if other.weight == planned.weight]
+        uses = self.uses[planned.weight]
         if not any(j in self.missing for j in uses):
             layer = self.layers[planned.weight]
             terms = _added([_placed(self._term(j), self.planned[j], layer, self.params) for j in uses])

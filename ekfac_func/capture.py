@@ -240,9 +240,10 @@ def _tapped(
     run = batched if options.batched else looped if found.looped else each if found.nested else summed
     read = begin(layers)
     kept: dict[str, Any] = {}
+    device = pytree.tree_leaves(batch)[0].device
 
     def take(layer: Layer, terms: Terms, held: int) -> None:
-        with no_autocast(pytree.tree_leaves(batch)[0].device):
+        with no_autocast(device):
             of_terms = read(layer, terms, held)
             kept[layer.weight] = add(layer, kept[layer.weight], of_terms) if layer.weight in kept else of_terms
 

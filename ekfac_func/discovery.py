@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .batching import OPEN
+from .checks import check_count, check_randomness
 from .rules import Call, Rules
 from .tap import Tap, depth, readings, refuse_batch_statistics, traced, unfused, with_ids
 from .types import Batch, Layer, LossFn, Params
@@ -44,6 +45,18 @@ class Options(NamedTuple):
     chunk_size: int | None = None
     has_aux: bool = False
     batched: bool = False
+
+
+def checked_options(rules: Rules, randomness: str, chunk_size: int | None, has_aux: bool, batched: bool) -> Options:
+    """Options that can be right. ValueError or TypeError for others."""
+    check_randomness(randomness)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+        if batched:
+            raise ValueError(
+                f"chunk_size={chunk_size!r} with batched=True: the chunks of a coupled batch are other batches"
+            )
+    return Options(rules, randomness, chunk_size, has_aux, batched)
 
 
 class Along(NamedTuple):

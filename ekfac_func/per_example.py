@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .capture import Captured, Reading, capture, fold
-from .checks import check_batch, check_count, check_params, check_randomness
+from .checks import check_batch, check_params
 from .contraction import exact_squares
-from .discovery import Options
+from .discovery import checked_options
 from .kronecker import dense, gradient, square_norms, unpack, unpack_all
 from .orders import DEFAULT, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
@@ -71,12 +71,9 @@ def per_example_gradients(
     loss_fn, params, batch and the options as in `ekfac`. Exact for every parameter that
     `torch.autograd.grad` in a loop over the examples can differentiate.
     """
-    check_randomness(randomness)
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
+    options = checked_options(rules, randomness, chunk_size, has_aux, batched)
     check_params(params)
     check_batch(batch)
-    options = Options(rules, randomness, chunk_size, has_aux, batched)
     return PerExampleGradients(capture(loss_fn, params, batch, options), params)
 
 
@@ -100,10 +97,8 @@ def second_moments(
     has them; ValueError for those of other layers. The rest as in `ekfac`. In eager mode each layer is summed within
     the backward pass and freed.
     """
-    check_randomness(randomness)
+    options = checked_options(rules, randomness, chunk_size, has_aux, batched)
     check_contractions(contractions)
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
     check_params(params)
     check_batch(batch)
 
@@ -116,7 +111,6 @@ def second_moments(
         basis = bases[layer.weight]
         return exact_squares(terms, basis, contraction_of(layer.weight, terms, basis, contractions, held))
 
-    options = Options(rules, randomness, chunk_size, has_aux, batched)
     found = fold(loss_fn, params, batch, options, begin, lambda layer, some, others: some + others)
     return {name: square.div_(len(found.losses)) for name, square in found.kept.items()}
 
@@ -130,8 +124,8 @@ def _check_basis(layer: Layer, basis: Basis | None) -> None:
     b, o, i, _ = layer.sizes
     for Q, size, of in ((basis.Q_A, i, "inputs"), (basis.Q_B, o, "outputs")):
         blocks, rows = Q.shape[0], Q.shape[1] if Q.dim() == 3 else Q.shape[1] * Q.shape[2]
-        if blocks != b or rows < size or (Q.dim() == 3 and rows != size):
+        if blocks != b or rows < size or (Q.dim() == 3 and rows != size) or (size > 0 and Q.shape[-1] == 0):
             raise ValueError(
                 f"the basis of {layer.weight!r} has a side of shape {tuple(Q.shape)} for {b} blocks of {size} {of}: "
-                "take that of a state that init made of these params"
+                "take that of a state that init made of these params; one of thin bases has none"
             )

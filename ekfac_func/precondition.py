@@ -35,11 +35,10 @@ from .checks import (
     check_exponent,
     check_params,
     check_positive,
-    check_randomness,
     check_state,
 )
 from .contraction import gradient_sums, mean_sums
-from .discovery import Options, plan
+from .discovery import checked_options, plan
 from .fisher import Fisher, empirical
 from .kronecker import (
     WeightSharing,
@@ -216,20 +215,13 @@ def ekfac(
     check_count("basis_every", basis_every)
     check_count("moment_every", moment_every)
     check_decay("factor_decay", factor_decay)
-    check_randomness(randomness)
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
-    if batched and chunk_size is not None:
-        raise ValueError(
-            f"chunk_size={chunk_size!r} with batched=True: the chunks of a coupled batch are other batches"
-        )
+    options = checked_options(rules, randomness, chunk_size, has_aux, batched)
     if batched and fisher.loss is not None:
         raise ValueError(
             f"the {fisher.name} Fisher with batched=True: its loss is of one example, where the batch is taken as it "
             "is, use empirical"
         )
     carry = second_moment.at_refresh if at_refresh is None else at_refresh
-    options = Options(rules, randomness, chunk_size, has_aux, batched)
     curvature_loss = loss_fn if fisher.loss is None else fisher.loss
     of_curvature = options if fisher.loss is None else options._replace(has_aux=False)
     check_refresh("refresh", refresh)
@@ -304,7 +296,8 @@ def ekfac(
         def add(layer: Layer, some: Seen, others: Seen) -> Seen:
             return add_seen(some, others, state.bases[layer.weight])
 
-        losses, layers, seen, aux, held = fold(curvature_loss, params, examples, of_curvature, first, add)
+        folded = fold(curvature_loss, params, examples, of_curvature, first, add)
+        layers, seen = folded.layers, folded.kept
         turn = turn_of(layers, state)
         with no_autocast(leaf.device):
             started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
@@ -339,14 +332,12 @@ def ekfac(
                 if found.sums is not None:
                     sums[name] = found.sums
                 elif terms is not None:
-                    sums[name] = sums_in(basis, turn, layer, terms, held)
+                    sums[name] = sums_in(basis, turn, layer, terms, folded.held)
                 means[name] = mean_sums(sums.pop(name), n)
                 slope = totals[name] / n if name in totals else means[name].gradient
                 few = terms is not None and rescales_samples(terms, basis, n)
                 slopes[name] = Mean(slope, means[name].projected, terms if few else None, n)
-            return finish(
-                params, state, turn, carried, kept, spans, Folded(losses, layers, {}, aux, held), means, slopes, data
-            )
+            return finish(params, state, turn, carried, kept, spans, folded, means, slopes, data)
 
     def finish(
         params: Mapping[str, Tensor],

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kronecker import (
+    NOMINAL_N,
     add_rows,
     add_up,
     coalesce,
@@ -33,7 +34,6 @@ from .kronecker import (
 from .products import outer
 from .types import Basis, Dense, Factored, OneHot, Side, Terms, outside
 
-NOMINAL_N = 256  # examples, in a graph: one that read the traced batch size would be another for each
 MAX_ENTRIES = 2**24  # that exist at a time of a norm that is summed over blocks of examples, in eager mode
 
 

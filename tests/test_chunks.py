@@ -20,6 +20,7 @@ from ekfac_func import (
     ekfac,
     empirical,
     kfac,
+    per_example_gradients,
     qr,
     rank,
     reduce,
@@ -227,3 +228,15 @@ def test_gradients_without_a_rule_count_as_what_a_refresh_holds() -> None:
         state = step.init(params, batch)
         peaks.append(peak_allocated(lambda: step.precondition(params, batch, state)))  # noqa: B023
     assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_second_moments_of_what_has_no_basis_or_no_chunks_are_refused() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    bases = ekfac(case.loss_fn, damping=1.0, bases={"*": thin}).init(case.params, batch).bases
+    with pytest.raises(ValueError, match=r"basis of '0.weight'.*thin bases has none"):
+        second_moments(case.loss_fn, case.params, batch, bases)
+    with pytest.raises(ValueError, match=r"chunk_size=2.*batched=True"):
+        second_moments(case.loss_fn, case.params, batch, bases, batched=True, chunk_size=2)
+    with pytest.raises(ValueError, match=r"chunk_size=2.*batched=True"):
+        per_example_gradients(case.loss_fn, case.params, batch, batched=True, chunk_size=2)
