@@ -46,17 +46,15 @@ PRECISIONS = {
     "bfloat16": Precision(torch.bfloat16, "highest"),
 }
 SHAPES = {  # n s o i
-    "attention, T = 1024": (8, 1024, 768, 768),
-    "MLP of a transformer, T = 1024": (8, 1024, 3072, 768),
-    "convolution 3 x 3, 14 x 14": (32, 196, 256, 2304),
-    "convolution 3 x 3, 7 x 7": (32, 49, 512, 4608),
+    "attention, T = 1024": (32, 1024, 768, 768),
+    "MLP of a transformer, T = 1024": (32, 1024, 3072, 768),
+    "MLP of a transformer, 8 examples": (8, 1024, 3072, 768),
+    "convolution 3 x 3, 14 x 14": (128, 196, 256, 2304),
+    "convolution 3 x 3, 7 x 7": (128, 49, 512, 4608),
 }
 TINY_SHAPES = {"tiny": (3, 20, 5, 7)}
-TILES = [
-    projected.Tile(o, i, s, warps, stages)
-    for o, i, warps in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8))
-    for s, stages in ((32, 3), (64, 3), (32, 5))
-]
+TILES = ((128, 128, 8, 3), (128, 128, 8, 5), (128, 64, 4, 4), (64, 128, 4, 4), (128, 64, 8, 4))  # o i warps stages
+LEAST = 0.01  # seconds of calls in a row
 ROWS_ALONE = {"head.weight": Blocks(outputs=1), "*": Blocks()}
 """A vocabulary of 50,257 has no basis of its own."""
 
@@ -122,7 +120,8 @@ def of_kernel(
     ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"PyTorch": lambda: in_pytorch(*low)}
     if usable(device):
         ways["kernel"] = lambda: kernels.projected_sums(*low)
-        for tile in TILES if tiles else ():
+        for o_, i_, *rest in TILES if tiles else ():
+            tile = projected.Tile(o_, i_, projected.ROW_BYTES // low[0].element_size(), *rest)
             ways[f"kernel {tuple(tile)}"] = lambda tile=tile: projected.launch(*low, tile)  # type: ignore[misc]
     with products(precision):
         peak = throughput(PRECISIONS[precision].dtype, device, 64 if max(sizes) < 64 else 8192, repeats)
@@ -165,15 +164,19 @@ def throughput(dtype: torch.dtype, device: str, size: int, repeats: int) -> floa
 
 
 def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median, after two calls to warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        synchronize(device)
-        start = time.perf_counter()
+    """Median of the means of calls in a row, after a call to warm up and one to see how long it takes."""
+    once, again = (_taken(call, device, 1) for _ in range(2))
+    in_a_row = max(1, int(LEAST / min(once, again)))  # so that a short call is not its launch
+    return median(_taken(call, device, in_a_row) for _ in range(repeats))
+
+
+def _taken(call: Callable[[], Any], device: str, calls: int) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
         call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return median(times[2:])
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
 
 
 def synchronize(device: str) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .discovery import Along, Plan, Tapped
+from .discovery import Along, Plan, Tapped, Window
 from .patches import Patches
 from .rules import Call
 from .types import Factored, Layer, OneHot, Params, Terms, statistics_dtype
@@ -92,7 +92,7 @@ def _refuse(layer: Layer, terms: Terms, held: int) -> None:
 
 def output_shape(call: Tapped, n: int | None) -> tuple[int, ...]:
     if call.along is None:
-        return call.output.shape
+        return tuple(call.output.shape)
     assert n is not None
     axis, entries = call.along[0]
     return (*call.output.shape[:axis], n * entries, *call.output.shape[axis + 1 :])
@@ -142,12 +142,12 @@ def _picked(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
     return Factored(torch.where(counted[..., None, None], a, 0), torch.where(counted[..., None], g, 0), None, counted)
 
 
-def _within(t: Tensor, window: Any, axis: int) -> Tensor:
+def _within(t: Tensor, window: Window, axis: int) -> Tensor:
     """A window of an axis as the whole axis, zero outside."""
-    start, length, size = window
-    if length == size:
+    if window.length == window.size:
         return t
-    return F.pad(t, [0, 0] * ((-1 - axis) % t.dim()) + [start, size - start - length])
+    after = window.size - window.start - window.length
+    return F.pad(t, [0, 0] * ((-1 - axis) % t.dim()) + [window.start, after])
 
 
 def _added(terms: Sequence[Factored | OneHot]) -> Terms:

@@ -163,9 +163,9 @@ def shapes(layer: Layer, choice: Choice) -> tuple[tuple[int, ...], tuple[int, ..
     """Of Q_A and Q_B as the state has them."""
     b, o, i, _ = layer.sizes
     match choice:
-        case Blocks(inputs, outputs):
+        case Blocks(inputs=inputs, outputs=outputs):
             return (b, *side(i, inputs)), (b, *side(o, outputs))
-        case Rank(r):
+        case Rank(r=r):
             return (b, *_columns(i, r)), (b, *(side(o, 1) if layer.table else _columns(o, r)))
         case Thin():
             return (b, i, 0), (b, o, 0)

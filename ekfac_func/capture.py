@@ -217,7 +217,7 @@ def _tapped(
             output = layers_of.get(func, func)(*args, **kwargs)
             # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
             named = name == planned.weight or (compiling and name is None)
-            if not named or output.shape != output_shape(planned, n):
+            if not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
                 raise StalePlan(
                     f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "
                     "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"

@@ -38,7 +38,7 @@ from .subspace import (
     sample_squares,
     single_sums,
 )
-from .types import Basis, Dense, Factored, OneHot, Sums, Terms, outside
+from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
 
 
 def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
@@ -102,13 +102,26 @@ def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
                 case Order.PAIRS:
                     return _pair_squares(term, basis, how)
             return _formed_squares(term, _halved(term, basis, how), how)[1]
-        case (Dense(G),):
+        case (Dense(G=G),):
             return _dense_squares(G, basis, how)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
 def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
-    return kernels.projected_sums(project_outputs(term.g, basis), project_inputs(term.inputs, basis))
+    g, a = term.g, term.inputs
+    h = _in_columns(g, basis.Q_B) if _is_plain(g, basis.Q_B) else project_outputs(g, basis)
+    x = _in_columns(a[..., 0], basis.Q_A)[..., None] if _is_plain(a, basis.Q_A) else project_inputs(a, basis)
+    return kernels.projected_sums(h, x)
+
+
+def _is_plain(t: Tensor, Q: Side) -> bool:
+    """Whether samples `[n b s d k]` or `[n b s d]` are one matrix of each example, and the side is one that turns."""
+    return isinstance(Q, Tensor) and Q.dim() == 3 and t.shape[1] == t.shape[4:].numel() == 1 and Q.shape[-1] > 1
+
+
+def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
+    """`t Q` of `[n 1 s d]` with positions as the last axis in memory, as the kernel reads them."""
+    return torch.bmm(Q.mT.expand(t.shape[0], -1, -1), t[:, 0].mT)[:, None].mT
 
 
 def _single_squares(g: Tensor, a: Tensor) -> Tensor:
@@ -259,13 +272,18 @@ def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Bas
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
     """The sum over examples of G or of its square, with that of a block `[n b o i k]`."""
     if torch.compiler.is_compiling() or G.device.type != "cpu":
-        of_block = (G.square() if squared else G).sum(0)
+        of_block = _sum_of_squares(G) if squared else G.sum(0)
         return of_block if sum is None else sum + of_block
     if sum is None:
         sum = torch.zeros_like(G[0])
     for of_one in G:  # one pass each, where a sum over a short leading axis is slow
         sum = sum.addcmul_(of_one, of_one) if squared else sum.add_(of_one)
     return sum
+
+
+def _sum_of_squares(G: Tensor) -> Tensor:
+    """Over the examples; outside of graphs in one pass that writes no square."""
+    return G.square().sum(0) if torch.compiler.is_compiling() else torch.linalg.vector_norm(G, dim=0).square()
 
 
 def _turned_back(total: Tensor, term: Factored, first: Basis, fast: bool = False) -> Tensor:

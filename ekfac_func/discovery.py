@@ -111,7 +111,8 @@ def plan(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Pla
 
 
 def spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
-    return Spec(tuple(shape), tensor.dtype, tensor.device)
+    constant = (len(range(size)) for size in shape)  # Dynamo's symbols, of a second model, become numbers by `range`
+    return Spec(tuple(constant), tensor.dtype, tensor.device)
 
 
 class _SecondOrder(Exception):

@@ -165,12 +165,12 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
             used = n * s if counted is None else counted.sum((0, 2))
             inputs = used * a.shape[4] if x is None else n * x.shape[2]
             return FactorSums(A, B, inputs, used, s if counted is None else used / n, n)
-        case OneHot(ids, size, g, counted):
+        case OneHot(ids=ids, size=size, g=g, counted=counted):
             seen = counted.sum()
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
             A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, not formed and outside(basis.Q_A) > 0)
             return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0], g.shape[0])
-        case Dense(G):
+        case Dense(G=G):
             A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
             B = _gram(G, "nbmdik,nbmeik->bmde", basis.Q_B, -3)
             return FactorSums(A, B, G.shape[0], _trace(B), 1, G.shape[0])
@@ -322,7 +322,7 @@ def count(terms: Terms) -> int:
 def positions(term: Term) -> int:
     """How often an example uses the weight."""
     match term:
-        case Factored(_, g) | OneHot(_, _, g):
+        case Factored(g=g) | OneHot(g=g):
             return g.shape[-2]
     return 1
 
@@ -334,12 +334,12 @@ def dense(terms: Terms) -> Tensor:
 
 def _dense(term: Term) -> Tensor:
     match term:
-        case Factored(_, g):
+        case Factored(g=g):
             return form(g, term.inputs)
-        case OneHot(ids, size, g):
+        case OneHot(ids=ids, size=size, g=g):
             table = g.new_zeros(g.shape[0], size, g.shape[2])
             return table.scatter_add(1, ids[..., None].expand(g.shape), g)[:, None, :, :, None]
-        case Dense(G):
+        case Dense(G=G):
             return G
 
 
@@ -361,17 +361,17 @@ def gradient(terms: Terms) -> Tensor:
 
 def _gradient(term: Term) -> Tensor:
     match term:
-        case Factored(Patches() as a, g) if not a.apart:
+        case Factored(a=Patches() as a, g=g) if not a.apart:
             total, entries = g.new_zeros(a.shape[1], g.shape[3], *a.shape[3:]), math.prod(a.shape[1:])
             most = MAX_BYTES if total[0].numel() * g.element_size() > CACHE_BYTES else None  # to add it up less often
             for of_g, of_a in zip(in_blocks(g, entries, most), in_blocks(a, entries, most), strict=True):
                 total = total + add_up(of_g, of_a.write_fast())
             return total[:, :, a.order()]
-        case Factored(_, g):
+        case Factored(g=g):
             return add_up(g, term.inputs)
-        case OneHot(ids, size, g):
+        case OneHot(ids=ids, size=size, g=g):
             return add_rows(ids, g, size)
-        case Dense(G):
+        case Dense(G=G):
             return G.sum(0)
 
 
@@ -401,7 +401,7 @@ def square_norms(terms: Terms) -> Tensor:
     """`||G[n]||^2`, `[n]`, from pairs of positions where that is less work than forming `G[n]`."""
     total = functools.reduce(torch.add, map(_square_norms, terms))
     match terms:
-        case (Factored() as factored, OneHot(ids, _, g)):
+        case (Factored() as factored, OneHot(ids=ids, g=g)):
             return total + 2 * (look_up(factored, ids) * g).sum((1, 2))
     return total
 

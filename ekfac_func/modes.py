@@ -24,9 +24,15 @@ class Draws(NamedTuple):
     """The states of the random number generators before a pass, from which another one draws the same."""
 
     states: list[tuple[torch.device, Tensor]]
+    recorded: bool = False  # into a CUDA graph, where the states of the devices cannot be had
 
     def repeat(self) -> None:
         """Go back to them."""
+        if self.recorded:
+            raise RuntimeError(
+                "a step that a CUDA graph records wanted a second pass with the same random numbers: call it once "
+                "before, and record steps without chunk_size or a refresh"
+            )
         for device, state in self.states:
             torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
 
@@ -34,5 +40,6 @@ class Draws(NamedTuple):
 def draws(tensors: Iterable[Tensor]) -> Draws:
     """Of the CPU, and of the CUDA devices of these tensors."""
     devices = {t.device for t in tensors if t.device.type == "cuda"}
-    of_cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_cuda])
+    recorded = len(devices) > 0 and torch.cuda.is_current_stream_capturing()
+    of_cuda = [] if recorded else [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_cuda], recorded)

@@ -160,19 +160,19 @@ def contraction(
 ) -> Contraction:
     """How the moment of one layer is summed, from its shapes: in this order, or in the cheapest."""
     match terms:
-        case (OneHot(_, _, g),):
+        case (OneHot(g=g),):
             _check(order, [Order.IDS], name)
             s, i = g.shape[1:]
             of_ids = Step("add up ids, project, add rows", 2 * NOMINAL_N * s * i * (_turned(basis.Q_A) + 2), 0)
             return Contraction(Order.IDS, (of_ids,))
-        case (Dense(G),):
+        case (Dense(G=G),):
             _check(order, [Order.AS_GIVEN], name)
             entries = math.prod(G.shape[1:])  # of one example
             operations = 2 * NOMINAL_N * entries * (sum(map(_turned, basis)) + 1)
             step = Step("project G[n]", operations, 4 * NOMINAL_N * entries * G.element_size())
             few = _limit(max_bytes, _cost(G, costs).cache)
             return Contraction(Order.AS_GIVEN, (step,), block_count(nominal(G), entries * G.element_size(), few))
-        case (Factored() as factored, OneHot(_, _, h)):
+        case (Factored() as factored, OneHot(g=h)):
             of_factored = contraction((factored,), basis, order, max_bytes, costs, name)
             s, i = h.shape[1:]
             operations = 2 * NOMINAL_N * s * i * (factored.g.shape[2] + _turned(basis.Q_A) + 3)

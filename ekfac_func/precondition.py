@@ -454,7 +454,7 @@ def _compressed(
 
 def _out_of_spans(new: State, old: State, chosen: Mapping[str, Choice]) -> State:
     """The state without what it does not carry of thin layers."""
-    thin = [name for name in chosen if isinstance(chosen[name], Thin)]
+    thin = [name for name in old.bases if isinstance(chosen[name], Thin)]
     return replace(
         new,
         factors={**new.factors, **{name: old.factors[name] for name in thin}},

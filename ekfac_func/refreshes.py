@@ -20,6 +20,8 @@ from .modes import where
 from .products import outer
 from .types import Basis, Factor, Factors, Gram, Layer, Means, Reflections, Side, outside
 
+READS_BACK = (torch.Tag.cudagraph_unsafe,)  # an eigensolver's host looks at what it found
+
 eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail on any machine
 
 ORTHONORMAL = {torch.float64: 1e-6, torch.float32: 1e-4}  # largest entry of |Q^T Q - I| of a good basis, as solved
@@ -199,8 +201,11 @@ def refresh_bases(
     for (name, k, problem), U in zip([*whole, *inner], solved, strict=True):
         sides[name][k], failed = problem.read(U)
         kept.append(failed)
-    total = torch.stack(kept).sum() if kept else torch.zeros((), dtype=torch.int64)
-    return {name: Basis(*pair) for name, pair in sides.items()}, total
+    if not kept:
+        like = next(iter(old.values())).Q_B
+        assert isinstance(like, Tensor)
+        kept.append(like.new_zeros((), dtype=torch.int64))
+    return {name: Basis(*pair) for name, pair in sides.items()}, torch.stack(kept).sum()
 
 
 def _problem(C: Factor, old: Side, how: Refresh, first: bool) -> Problem | None:
@@ -294,7 +299,7 @@ def _scaled(C: Tensor) -> tuple[Tensor, Tensor]:
     return C / torch.where(largest > 0, largest, 1), largest
 
 
-@torch.library.custom_op("ekfac_func::eigenvectors", mutates_args=())
+@torch.library.custom_op("ekfac_func::eigenvectors", mutates_args=(), tags=READS_BACK)
 def eigenvectors(factors: Sequence[Tensor]) -> list[Tensor]:
     """Orthonormal eigenvectors of symmetric matrices `[... d d]`; NaN for those where the eigensolver fails.
 
@@ -375,7 +380,7 @@ def _(
     return eigenvectors(first), [dim and 0 for dim in in_dims[0]]
 
 
-@torch.library.custom_op("ekfac_func::eigenvectors_where_due", mutates_args=())
+@torch.library.custom_op("ekfac_func::eigenvectors_where_due", mutates_args=(), tags=READS_BACK)
 def eigenvectors_where_due(factors: Sequence[Tensor], old: Sequence[Tensor], tolerance: float) -> list[Tensor]:
     """`eigenvectors` of the matrices that the old ones do not diagonalise; the old ones of the others.
 

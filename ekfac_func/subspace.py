@@ -54,7 +54,7 @@ def outside_squares(terms: Terms, basis: Basis) -> Tensor:
             return _of_table(table, basis)
         case (Factored() as factored, OneHot() as table):
             return _of_samples(factored.g, factored.inputs, basis) + _of_table(table, basis, factored)
-        case (Dense(G),):
+        case (Dense(G=G),):
             return _of_gradients(G, basis)
     raise AssertionError(f"no complement for {[type(term).__name__ for term in terms]}")
 
@@ -234,7 +234,7 @@ class Mean(NamedTuple):
 def rescales_samples(terms: Terms, basis: Basis, n: int) -> bool:
     """Whether it is less work to rescale the samples that a gradient of n examples is the sum of."""
     match terms:
-        case (Factored(a, g),) if a.shape[4] == 1 and incomplete(basis):
+        case (Factored(a=a, g=g),) if a.shape[4] == 1 and incomplete(basis):
             samples = g.shape[2] * (NOMINAL_N if torch.compiler.is_compiling() else n)
             return 2 * basis.Q_B.shape[-1] + basis.Q_A.shape[-1] >= 2 * samples
     return False
@@ -248,7 +248,7 @@ def rescale(mean: Mean, scale: Tensor, basis: Basis, sizes: tuple[int, int, int,
     c_i, c_o = map(outside, basis)
     inside = mean.projected * scale
     match mean.terms:
-        case (Factored(_, g) as term,) if rescales_samples(mean.terms, basis, mean.n):
+        case (Factored(g=g) as term,) if rescales_samples(mean.terms, basis, mean.n):
             return _rescaled_samples(g, term.inputs / mean.n, scale, inside, basis, sizes)
     G = mean.gradient
     K, L = turn_outputs(G, basis.Q_B), turn_inputs(G, basis.Q_A)
@@ -353,7 +353,7 @@ def compress(terms: Terms) -> tuple[Terms, Span]:
         case (OneHot() as table,):
             g, U_A = _compress(table.g[:, None])
             return (table._replace(g=g[:, 0]),), Span(U_A, None)
-        case (Factored(_, g, x) as factored,):
+        case (Factored(g=g, x=x) as factored,):
             a, U_A, (g, U_B) = factored.inputs, None, _compress(g)
             if x is None and a.shape[4] == 1:
                 coordinates, U_A = _compress(a[..., 0])

@@ -172,12 +172,12 @@ def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
 
 @pytest.mark.parametrize(("rules", "backend"), in_part([RULES, {**RULES, **SUA}]))
 def test_number_of_graphs_of_a_classifier(rules: Any, backend: str) -> None:
-    """Convolutions and class-index losses, whose rules under vmap would fix the batch size."""
+    """Convolutions and class-index losses, whose rules under vmap would fix the batch size: seven sizes."""
     case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
     step = ekfac(case.loss_fn, damping=1e-2, basis_every=10, rules=rules)
     precondition, state = compiled(step.precondition, backend), step.init(case.params, case.batch(8))
-    for size, most in ((16, 3), (24, 5), (9, 5), (33, 5), (12, 5)):
-        for _ in range(30):
+    for size, most in ((16, 3), (24, 5), (9, 5), (33, 5), (12, 5), (64, 5), (7, 5)):
+        for _ in range(12):
             _, state, _ = precondition(case.params, case.batch(size), state)
         assert graphs() <= most
 
@@ -195,6 +195,18 @@ def test_number_of_graphs_with_blocks_of_examples(backend: str, monkeypatch: pyt
             natural, state, _ = precondition(case.params, batch, before)
         close_trees(natural, step.precondition(case.params, batch, before)[0], 1e-8)
     assert graphs() <= 5
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_second_model_in_one_process(backend: str) -> None:
+    """Whose sizes Dynamo takes for symbols, as it has seen others in their place."""
+    for name in ("linear", "conv groups", "tied padded"):
+        case = make(name)
+        step = ekfac(case.loss_fn, damping=1e-2)
+        batch = case.batch(N)
+        state = step.init(case.params, batch)
+        found = compiled(step.precondition, backend)(case.params, batch, state)
+        close_trees(found[0], step.precondition(case.params, batch, state)[0], 1e-8)
 
 
 @pytest.mark.parametrize(("at_refresh", "backend"), in_part([transport, keep, reset]))

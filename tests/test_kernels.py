@@ -44,26 +44,26 @@ def test_in_the_interpreter() -> None:
 @there
 @pytest.mark.skipif(projected.INTERPRETED, reason="an interpreted kernel cannot be compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-@pytest.mark.parametrize(
-    ("dtype", "precision", "products"),
-    [("fp32", "ieee", "fma.rn.f32"), ("fp32", "tf32", "wgmma"), ("bf16", "ieee", "wgmma")],
-)
-def test_compiles_for_a_gpu_that_is_not_there(dtype: str, precision: str, products: str) -> None:
-    """Down to the machine code of compute capability 9.0."""
+@pytest.mark.parametrize("sides", [(768, 768), (50, 768), (50, 50)])
+@pytest.mark.parametrize(("dtype", "products"), [("fp32", 3), ("fp32", 1), ("bf16", 1)])
+def test_compiles_for_a_gpu_that_is_not_there(dtype: str, products: int, sides: tuple[int, int]) -> None:
+    """Down to the machine code of compute capability 9.0: matrix units, copies of tiles, nothing left in memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    tile = projected.TILES[torch.float32 if dtype == "fp32" else torch.bfloat16]
-    constants = {"TILE_O": tile.o, "TILE_I": tile.i, "TILE_S": tile.s, "PRECISION": precision, "WIDEN": False}
-    pointers = {"h": f"*{dtype}", "x": f"*{dtype}", "total": "*fp32", "square": "*fp32"}
+    tile = projected.tile_of(*sides, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    constants = {"TILE_O": tile.o, "TILE_I": tile.i, "TILE_S": tile.s, "PRODUCTS": products, "WIDEN": False}
+    types = {"h": f"tensordesc<{dtype}[1, {tile.o}, {tile.s}]>", "x": f"tensordesc<{dtype}[1, {tile.i}, {tile.s}]>"}
+    types |= {"total": "*fp32", "square": "*fp32"} | dict.fromkeys(constants, "constexpr")
     names = projected._kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "o", "i")}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("total", "square", "o", "i")}
     fixed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(projected._kernel, signature, fixed, aligned)
+    source = ASTSource(projected._kernel, {name: types.get(name, "i32") for name in names}, fixed, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert products in made.asm["ptx"]
+    assert "wgmma.mma_async" in made.asm["ptx"]
+    assert "cp.async.bulk.tensor" in made.asm["ptx"]
+    assert ".local" not in made.asm["ptx"]
     assert made.asm["cubin"]
 
 

@@ -1,9 +1,13 @@
 """Sums over the examples of G and of its square in one pass, for which no `G[n]` is ever in memory.
 
-A program of the kernel owns a tile of `[o i]`. For each example it forms that tile of `G[n] = sum_s h[n, s] x[n, s]^T`
-in registers, from inputs and output gradients that are in the basis already, and adds it and its square to two more.
-What is read is h and x, once for every tile of the other side; what is written is `[o i]` twice. The package `triton`
-is needed, and a CUDA device or, to test the logic, Triton's interpreter (`TRITON_INTERPRET=1`).
+A program of the kernel owns a tile of `[o i]` and a part of the examples. For each example it forms that tile of
+`G[n] = sum_s h[n, s] x[n, s]^T` in registers, from inputs and output gradients that are in the basis already, and adds
+it and its square to two more. What is read is h and x, once for every tile of the other side; what is written is
+`[o i]` twice for each part. The package `triton` is needed, and a CUDA device or, to test the logic, Triton's
+interpreter (`TRITON_INTERPRET=1`).
+
+Matrix units take float32 as TF32, of 11 bits. Where float32 is to be multiplied as such, h and x are split in two
+halves of that many bits, and three of the four products of halves are added up.
 """
 
 import importlib.util
@@ -26,11 +30,14 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILES = {torch.float32: Tile(64, 64, 32, 4, 3), torch.bfloat16: Tile(128, 64, 64, 8, 3)}
-"""By the dtype of what is multiplied; float32 also in TF32."""
+DTYPES = (torch.float32, torch.bfloat16)
+ROW_BYTES = 128  # of positions that are multiplied at a time, and what a matrix unit reads
+UNIT_BYTES = 16  # each row of positions begins at a multiple of it
+LOW_BITS = 0x1FFF  # of float32, that TF32 does not have
 
-PROGRAMS = 512  # below this many tiles the examples are split too, up to it, each part into sums of its own
-LEAST_POSITIONS = 6  # products take 16 positions at a time: up to here pairs of positions are less work
+PROGRAMS = 132  # multiprocessors, where there is no device to ask
+WRITTEN = 600  # positions that take as long to multiply as two sums of a tile to write
+LEAST_POSITIONS = 6  # a product takes a row of positions at a time: up to here pairs of positions are less work
 EXTRA = 2  # times the operations of the cheapest order that are taken for the memory traffic saved
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it would multiply the bits of bfloat16 as integers
@@ -39,6 +46,7 @@ FOUND = importlib.util.find_spec("triton") is not None
 if FOUND:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit
     def _kernel(
@@ -47,35 +55,42 @@ if FOUND:
         total: "Any",
         square: "Any",
         n: "Any",
-        s: "Any",
+        blocks: "Any",
+        rows: "Any",
         o: "Any",
         i: "Any",
         n_of_part: "Any",
         TILE_O: tl.constexpr,
         TILE_I: tl.constexpr,
         TILE_S: tl.constexpr,
-        PRECISION: tl.constexpr,
+        PRODUCTS: tl.constexpr,
         WIDEN: tl.constexpr,
     ) -> None:
         tiles_i = tl.cdiv(i, TILE_I)
-        outputs = tl.program_id(0) // tiles_i * TILE_O + tl.arange(0, TILE_O)
-        inputs = tl.program_id(0) % tiles_i * TILE_I + tl.arange(0, TILE_I)
-        block, blocks, part = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+        first_o, first_i = tl.program_id(0) // tiles_i * TILE_O, tl.program_id(0) % tiles_i * TILE_I
+        block, part = tl.program_id(1), tl.program_id(2)
+        begin = part * n_of_part
+        of_one = rows * PRODUCTS
         sums = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
         squares = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
-        for example in range(part * n_of_part, tl.minimum((part + 1) * n_of_part, n)):
-            first = (example * blocks + block).to(tl.int64) * s
-            G = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
-            for at in range(0, s, TILE_S):
-                positions = at + tl.arange(0, TILE_S)
-                rows, there = (first + positions)[:, None], (positions < s)[:, None]
-                of_h = tl.load(h + rows * o + outputs[None, :], mask=there & (outputs < o)[None, :], other=0.0)
-                of_x = tl.load(x + rows * i + inputs[None, :], mask=there & (inputs < i)[None, :], other=0.0)
-                if WIDEN:
-                    of_h, of_x = of_h.to(tl.float32), of_x.to(tl.float32)
-                G = tl.dot(tl.trans(of_h), of_x, G, input_precision=PRECISION)
-            sums += G
-            squares += G * G
+        G = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
+        for step in range(tl.minimum(n_of_part, n - begin) * of_one):  # one loop, so that loads run ahead of an example
+            row_h = (begin + step // of_one) * blocks + block
+            row_x = row_h
+            at = step % of_one
+            if PRODUCTS == 3:  # those with low halves first, since each sum is rounded at its size so far
+                row_h += tl.where(at // rows == 0, n * blocks, 0)
+                row_x += tl.where(at // rows == 1, n * blocks, 0)
+            of_h = h.load([row_h, first_o, at % rows * TILE_S]).reshape(TILE_O, TILE_S)
+            of_x = x.load([row_x, first_i, at % rows * TILE_S]).reshape(TILE_I, TILE_S)
+            if WIDEN:
+                of_h, of_x = of_h.to(tl.float32), of_x.to(tl.float32)
+            G = tl.dot(of_h, of_x.T, G)
+            if at == of_one - 1:
+                sums += G
+                squares += G * G
+                G = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
+        outputs, inputs = first_o + tl.arange(0, TILE_O), first_i + tl.arange(0, TILE_I)
         to = ((part * blocks + block).to(tl.int64) * o + outputs[:, None]) * i + inputs[None, :]
         inside = (outputs < o)[:, None] & (inputs < i)[None, :]
         tl.store(total + to, sums, mask=inside)
@@ -88,7 +103,7 @@ def takes(g: Tensor, a: Tensor, basis: Basis) -> bool:
     On a CUDA device with triton, unless there are few positions (pairs of them are less work) or so many that G[n] is
     cheaper formed before it is projected than after. Of the sizes of one example, never of n.
     """
-    if not FOUND or g.device.type != "cuda" or g.dtype not in TILES:
+    if not FOUND or g.device.type != "cuda" or g.dtype not in DTYPES:
         return False
     s, o, i = g.shape[2], g.shape[3], a.shape[3] * a.shape[4]
     turn_i, turn_o = (Q.shape[-1] if Q.shape[-1] > 1 else 0 for Q in basis)
@@ -101,42 +116,81 @@ def projected_sums(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """`sum_n G[n]` and `sum_n G[n]^2`, `[b O I k]` in float32, with `G[n] = sum_s h[n, s] x[n, s]^T`.
 
     h: output gradients in the basis, `[n b s O]`, in float32 or bfloat16. x: inputs in the basis, `[n b s I k]`, in
-    the same dtype. Products of float32 are as exact as `torch.set_float32_matmul_precision` asks: TF32 unless it is
-    "highest", the default. All sums are in float32.
+    the same dtype. Read as they are where positions are the last axis in memory, copied so elsewhere. Products of
+    float32 are as exact as `torch.set_float32_matmul_precision` asks: TF32 unless it is "highest", the default. All
+    sums are in float32.
 
     ValueError where shapes or dtypes do not fit; RuntimeError without triton.
     """
-    if h.dtype != x.dtype or h.dtype not in TILES:
+    if h.dtype != x.dtype or h.dtype not in DTYPES:
         raise ValueError(f"h is {h.dtype} and x is {x.dtype}: give both in float32 or both in bfloat16")
     if h.dim() != 4 or x.dim() != 5 or h.shape[:3] != x.shape[:3]:
         raise ValueError(f"h is {tuple(h.shape)} and x is {tuple(x.shape)}: give [n b s O] and [n b s I k]")
     if not FOUND:
         raise RuntimeError("projected_sums needs the package triton: pip install triton, or use `reference`")
-    return launch(h, x, TILES[h.dtype])
+    return launch(h, x, tile_of(h.shape[3], x.shape[3] * x.shape[4], h.dtype))
+
+
+def tile_of(o: int, i: int, dtype: torch.dtype) -> Tile:
+    """As large as three of it fit into registers, and no larger than a side asks for."""
+    wide_o, wide_i = (128 if size > 64 else 64 for size in (o, i))
+    return Tile(wide_o, wide_i, ROW_BYTES // dtype.itemsize, 8 if wide_o + wide_i > 192 else 4, 4)
 
 
 def launch(h: Tensor, x: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """`projected_sums` with tiles of a given size."""
     n, b, s, o = h.shape
     i, k = x.shape[3:]
-    tiles = -(-o // tile.o) * -(-(i * k) // tile.i) * b
-    n_of_part = max(1, n // max(1, PROGRAMS // max(1, tiles)))
-    parts = max(1, -(-n // n_of_part))
+    exact = h.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    tiles = -(-o // tile.o) * -(-(i * k) // tile.i)
+    n_of_part = examples_of_part(n, s, tiles * b, _programs(h.device))
+    parts = -(-n // n_of_part)
     total, square = (torch.empty(parts, b, o, i, k, dtype=torch.float32, device=h.device) for _ in range(2))
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if total.numel():
-        _kernel[(tiles // b, b, parts)](
-            *(h.contiguous(), x.contiguous(), total, square),
-            *(n, s, o, i * k, n_of_part),
-            TILE_O=tile.o,
-            TILE_I=tile.i,
-            TILE_S=tile.s,
-            PRECISION=precision,
-            WIDEN=INTERPRETED,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        rows_h, rows_x = (_in_rows(t, exact) for t in (h, x.flatten(3)))
+        with torch.cuda.device_of(h):
+            _kernel[(tiles, b, parts)](
+                TensorDescriptor.from_tensor(rows_h, [1, tile.o, tile.s]),
+                TensorDescriptor.from_tensor(rows_x, [1, tile.i, tile.s]),
+                *(total, square, n, b, -(-s // tile.s), o, i * k, n_of_part),
+                TILE_O=tile.o,
+                TILE_I=tile.i,
+                TILE_S=tile.s,
+                PRODUCTS=3 if exact else 1,
+                WIDEN=INTERPRETED,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
     return (total[0], square[0]) if parts == 1 else (total.sum(0), square.sum(0))
+
+
+def _programs(device: torch.device) -> int:
+    """That run at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROGRAMS
+
+
+def examples_of_part(n: int, s: int, tiles: int, programs: int) -> int:
+    """Examples that a program sums: few where tiles alone are too few to fill a device, for each part is written."""
+
+    def positions(size: int) -> float:
+        parts = -(-n // size)
+        return -(-tiles * parts // programs) * (size * s + WRITTEN) + (parts > 1) * tiles * parts * WRITTEN / programs
+
+    return min(range(1, n + 1), key=positions, default=1)
+
+
+def _in_rows(t: Tensor, exact: bool) -> Tensor:
+    """`[n b s d]` as rows of positions `[(n b) d s]`, filled up with zeros; exact: high halves, then low ones."""
+    rows = t.flatten(0, 1).mT
+    unit = UNIT_BYTES // t.element_size()
+    missing = -rows.shape[2] % unit
+    if not exact:
+        return torch.nn.functional.pad(rows, (0, missing)).contiguous() if missing else rows.contiguous()
+    halves = rows.new_zeros(2, *rows.shape[:2], rows.shape[2] + missing)
+    high, low = halves[..., : rows.shape[2]]
+    torch.bitwise_and(rows.view(torch.int32), ~LOW_BITS, out=high.view(torch.int32))
+    torch.sub(rows, high, out=low)
+    return halves.flatten(0, 1)
 
 
 @projected_sums.register_fake
