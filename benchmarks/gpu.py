@@ -113,7 +113,8 @@ def of_kernel(
     """Error and speed of the sums of one layer."""
     n, s, o, i = sizes
     generator = torch.Generator(device).manual_seed(0)
-    h, x = (torch.randn(n, 1, s, *rest, generator=generator, device=device) for rest in ((o,), (i, 1)))
+    h, x = (torch.randn(n, 1, d, s, generator=generator, device=device).mT for d in (o, i))  # as the plan projects them
+    x = x[..., None]
     exact = kernels.reference(h.double(), x.double())
     low = h.to(PRECISIONS[precision].dtype), x.to(PRECISIONS[precision].dtype)
     operations = 2 * n * s * o * i

@@ -117,7 +117,7 @@ def training(w: Work, **settings: Any) -> tuple[Any, Any]:
 def test_a_training_step_never_waits() -> None:
     step, carried = training(w := tiny("W2"), basis_every=100)
     for _ in range(2):
-        *carried, _ = step(*carried, w.batch)  # type: ignore[assignment]
+        *carried, _ = step(*carried, w.batch)
     with no_host_reads():
         step(*carried, w.batch)
 
@@ -145,7 +145,7 @@ def test_a_compiled_training_step(name: str, mode: str | None, settings: Any) ->
         found, expected = clone(fast(*carried, w.batch)), eager(*carried, w.batch)
         close_trees(found[3]["loss"], expected[3]["loss"], 1e-4)
         moved = [{key: p - carried[0][key] for key, p in new.items()} for new in (found[0], expected[0])]
-        close_trees(*moved, 1e-2)
+        close_trees(moved[0], moved[1], 1e-2)
         carried = found[:3]
 
 
@@ -246,7 +246,7 @@ def test_a_step_with_the_kernel_equals_one_without(compiled: bool) -> None:
     def loss_fn(params: Any, x: Tensor) -> Tensor:
         return functional_call(net, params, (x,)).cos().sum()
 
-    found = []
+    found: list[Any] = []
     for order in (Order.KERNEL, Order.PROJECT_BOTH):
         how = Contractions(orders={"*": order})
         step = ekfac(loss_fn, damping=1e-1, basis_every=10, contractions=how)
@@ -259,6 +259,7 @@ def test_a_step_with_the_kernel_equals_one_without(compiled: bool) -> None:
 
 
 REFRESHES = {"eigh": eigh(), "eigh float32": eigh(torch.float32), "qr": qr(20)}
+LEFT = {"eigh": 1e-8, "eigh float32": 1e-3, "qr": 0.2}  # beside the diagonal, of the norm
 
 
 @pytest.mark.parametrize("refresh", REFRESHES)
@@ -326,7 +327,7 @@ def test_autocast() -> None:
     assert not info.skipped
     assert {leaf.dtype for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)} == {torch.float32}
     flat = [torch.cat([p.flatten() for p in tree.values()]) for tree in (natural, expected)]
-    assert F.cosine_similarity(*flat, dim=0) > 0.9
+    assert F.cosine_similarity(flat[0], flat[1], dim=0) > 0.9
 
 
 def test_the_drop_in_optimizer() -> None:
