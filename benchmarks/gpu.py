@@ -151,11 +151,13 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
-    """How exactly float32 is multiplied, inside."""
-    before = torch.get_float32_matmul_precision()
+    """How exactly float32 is multiplied, inside: by cuDNN too, which takes TF32 unless told not to."""
+    before, of_cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(PRECISIONS[precision].products)
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
     yield
     torch.set_float32_matmul_precision(before)
+    torch.backends.cudnn.allow_tf32 = of_cudnn
 
 
 def throughput(dtype: torch.dtype, device: str, size: int, repeats: int) -> float:
