@@ -28,6 +28,7 @@ from .kronecker import (
 )
 from .orders import FORMED, Contraction, Order, contraction
 from .patches import Patches
+from .products import matmul
 from .subspace import (
     Outside,
     added,
@@ -121,7 +122,7 @@ def _is_plain(t: Tensor, Q: Side) -> bool:
 
 def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
     """`t Q` of `[n 1 s d]` with positions as the last axis in memory, as the kernel reads them."""
-    return torch.bmm(Q.mT.expand(t.shape[0], -1, -1), t[:, 0].mT)[:, None].mT
+    return matmul(Q.mT.expand(t.shape[0], -1, -1), t[:, 0].mT)[:, None].mT
 
 
 def _single_squares(g: Tensor, a: Tensor) -> Tensor:

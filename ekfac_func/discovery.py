@@ -25,7 +25,7 @@ from .batching import OPEN
 from .checks import check_count, check_randomness
 from .rules import Call, Rules
 from .tap import Tap, depth, readings, refuse_batch_statistics, traced, unfused, with_ids
-from .types import Batch, Layer, LossFn, Params
+from .types import Batch, Layer, LossFn, Params, constants
 from .views import View
 
 
@@ -111,8 +111,7 @@ def plan(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Pla
 
 
 def spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
-    constant = (len(range(size)) for size in shape)  # Dynamo's symbols, of a second model, become numbers by `range`
-    return Spec(tuple(constant), tensor.dtype, tensor.device)
+    return Spec(constants(shape), tensor.dtype, tensor.device)
 
 
 class _SecondOrder(Exception):

@@ -29,7 +29,7 @@ from . import kernels
 from .checks import check_count
 from .kronecker import MAX_BYTES, NOMINAL_N, block_count, nominal
 from .patches import Patches
-from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms, outside
+from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms, constants, outside
 
 
 class Order(enum.Enum):
@@ -264,7 +264,7 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
         if only in possible:
             traced = torch.compiler.is_compiling()  # whose sizes may be symbols, of `thin`
             return Contraction(only, () if traced else _products(only, sizes, cost))
-    order, steps = _cheapest(tuple(possible), (*sizes,), cost)
+    order, steps = _cheapest(tuple(possible), constants(sizes), cost)
     b, s, i, k, o = sizes[:5]
     few, n, size = _limit(max_bytes, cost.cache), nominal(term.g), sizes.itemsize
     if order is Order.PAIRS:

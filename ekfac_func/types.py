@@ -151,6 +151,11 @@ class Basis(NamedTuple):
     Q_B: Any  # Side: [b o O] or [b m d D]
 
 
+def constants(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Sizes as numbers: Dynamo takes those of a second model for symbols, which `range` makes it look up."""
+    return tuple(len(range(size)) for size in sizes)
+
+
 def outside(Q: Side) -> int:
     """Dimensions that a side of `rank(r)` leaves to its complement; 0 of any other."""
     return Q.shape[-2] - Q.shape[-1] + 1 if Q.shape[-1] < Q.shape[-2] else 0

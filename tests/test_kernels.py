@@ -3,6 +3,7 @@
 The interpreter is chosen when the kernel is imported, so the tests run in a process of their own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from torch.func import vmap
 
 from ekfac_func import Basis, Factored, exact_sums, kernels
 from ekfac_func.kernels import projected
+from ekfac_func.products import aligned
+
+from .oracles import close
 
 there = pytest.mark.skipif(not projected.FOUND, reason="the package triton is not there")
 inside = pytest.mark.skipif(not projected.INTERPRETED, reason="runs in the process of test_in_the_interpreter")
@@ -156,6 +160,20 @@ def test_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors(h: Tensor, x: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernels.projected_sums(h, x)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 9), (4, 8, 12), (8, 3, 4), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("lead", [((), ()), ((3,), (3,)), ((2, 3), ()), ((1,), (3,))], ids=str)
+def test_products_of_filled_up_rows(shape: tuple[int, int, int], lead: tuple[tuple[int, ...], ...]) -> None:
+    """Of matrices as they are, turned, with gaps between their rows, and one for all."""
+    m, d, e = shape
+    for turned_x, turned_y, gaps in itertools.product((False, True), repeat=3):
+        x, y = torch.randn(*lead[0], m, d), torch.randn(*lead[1], d, e)
+        x, y = (t.mT.contiguous().mT if turned else t for t, turned in ((x, turned_x), (y, turned_y)))
+        x = torch.cat([x, x], -1)[..., :d] if gaps else x
+        x = x.expand(3, -1, -1) if lead[0] == (1,) else x
+        close(aligned(x, y), x @ y)
+        close(aligned(x.float(), y.float()), x.float() @ y.float(), 1e-5)
 
 
 class OnCuda(NamedTuple):

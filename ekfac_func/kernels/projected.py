@@ -15,6 +15,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Basis
@@ -182,12 +183,13 @@ def examples_of_part(n: int, s: int, tiles: int, programs: int) -> int:
 def _in_rows(t: Tensor, exact: bool) -> Tensor:
     """`[n b s d]` as rows of positions `[(n b) d s]`, filled up with zeros; exact: high halves, then low ones."""
     rows = t.flatten(0, 1).mT
-    unit = UNIT_BYTES // t.element_size()
-    missing = -rows.shape[2] % unit
+    unit, s = UNIT_BYTES // t.element_size(), rows.shape[2]
     if not exact:
-        return torch.nn.functional.pad(rows, (0, missing)).contiguous() if missing else rows.contiguous()
-    halves = rows.new_zeros(2, *rows.shape[:2], rows.shape[2] + missing)
-    high, low = halves[..., : rows.shape[2]]
+        there = rows.stride(2) == 1 and not any(size % unit for size in (rows.storage_offset(), *rows.stride()[:2]))
+        return rows if there else F.pad(rows, (0, -s % unit)).contiguous()
+    halves = rows.new_empty(2, *rows.shape[:2], s + -s % unit)
+    halves[..., s:] = 0
+    high, low = halves[..., :s]
     torch.bitwise_and(rows.view(torch.int32), ~LOW_BITS, out=high.view(torch.int32))
     torch.sub(rows, high, out=low)
     return halves.flatten(0, 1)
