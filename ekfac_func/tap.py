@@ -17,14 +17,27 @@ from .rules import Call, Rules
 
 
 class Tap(TorchFunctionMode):
-    """Hands every call of a torch function to a handler, inside which the tap is off."""
+    """Hands every call of a torch function to a handler, inside which the tap is off.
+
+    On CUDA devices nn.RNN asks for the addresses of its weights, to lay them out one after another. Those of fake and
+    of batched tensors are 0: alike, as of shared weights, which it leaves where they are.
+    """
 
     def __init__(self, handle: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__()
         self.handle = handle
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.data_ptr:
+            return _address(args[0])
         return self.handle(plain(func), args, kwargs or {})
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # it has no storage
+        return 0
 
 
 @contextlib.contextmanager

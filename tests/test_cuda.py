@@ -46,7 +46,11 @@ from .cases import Case, N, classifier, every_case, make
 from .oracles import close, close_trees, same_bits
 
 DEVICE = os.environ.get("EKFAC_FUNC_TEST_DEVICE", "cuda")  # another one tries the logic of most of these tests
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 real = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 WORKS = {name: table for table in (TINY, TINY_ON_GPU) for name in table}
 
@@ -66,8 +70,8 @@ def tiny(name: str, n: int | None = None) -> Work:
 
 @contextlib.contextmanager
 def no_host_reads() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -193,7 +197,7 @@ SIZES = [
     (16, 1, 196, 256, 600, 1),
     (4, 1, 1024, 300, 129, 1),
 ]
-BOUNDS = {"highest": 3e-6, "high": 3e-3, "bfloat16": 3e-6}  # of bfloat16 against itself
+BOUNDS = {"highest": 1e-5, "high": 3e-3, "bfloat16": 3e-6}  # of bfloat16 against itself
 
 
 @real
@@ -339,6 +343,7 @@ def test_the_drop_in_optimizer() -> None:
 
 
 def test_the_train_command(tmp_path: Path) -> None:
+    pytest.importorskip("mlxtend")
     torch.set_default_dtype(torch.float32)
     main(["train", "--model", "mlp", "--steps", "6", "--device", DEVICE, "--out", str(tmp_path)])
 
