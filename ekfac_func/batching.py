@@ -33,9 +33,10 @@ def conv(
     if padding == "same":
         x, padding = padded(x, kernel, padding, dilation), 0
     pads = each(0 if padding == "valid" else padding, kernel)
+    x, weight = _under_autocast([x, weight])
     y = _conv(x, weight, each(stride, kernel), pads, each(dilation, kernel), groups)
     if bias is not None:
-        y = y + bias.reshape(-1, *(1,) * nd)
+        y = y + _under_autocast([bias])[0].reshape(-1, *(1,) * nd)
     return y if input.dim() == nd + 2 else y[0]
 
 

@@ -175,7 +175,8 @@ def _tapped(
     compiling = torch.compiler.is_compiling()
     of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
     instead = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
-    layers_of = OPEN_LAYERS if compiling and not options.batched else {}
+    replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
+    device = pytree.tree_leaves(batch)[0].device
     calls: list[Any] = []
     seen: list[Any] = []
 
@@ -214,6 +215,8 @@ def _tapped(
             planned = found.calls[k]
             reads = readings(options.rules, func, args, kwargs)
             name = name_of(reads[planned.reading].weight, known) if planned.reading < len(reads) else None
+            # of a convolution with a bias `vmap` makes what autocast does not cast, or in part
+            layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
             output = layers_of.get(func, func)(*args, **kwargs)
             # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
             named = name == planned.weight or (compiling and name is None)
@@ -240,7 +243,6 @@ def _tapped(
     run = batched if options.batched else looped if found.looped else each if found.nested else summed
     read = begin(layers)
     kept: dict[str, Any] = {}
-    device = pytree.tree_leaves(batch)[0].device
 
     def take(layer: Layer, terms: Terms, held: int) -> None:
         with no_autocast(device):

@@ -301,7 +301,7 @@ def ekfac(
         turn = turn_of(layers, state)
         with no_autocast(leaf.device):
             started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
-            carried, kept = started, torch.zeros((), dtype=torch.int64, device=leaf.device)
+            carried, kept = started, None
             if turn.refreshing:
                 factors = {name: mean_factors(seen[name].factors or ()) for name in turn.refreshing}
                 averages = None if not averaged else factor_decay
@@ -344,7 +344,7 @@ def ekfac(
         state: State,
         turn: _Turn,
         carried: State,
-        kept: Tensor,
+        kept: Tensor | None,
         spans: Mapping[str, Span],
         folded: Folded,
         means: Mapping[str, Sums],
@@ -380,7 +380,7 @@ def ekfac(
             loss,
             unpack_all(layers.values(), mean_gradient, params),
             ~finite,
-            torch.where(finite, kept, 0),
+            finite.new_zeros((), dtype=torch.int64) if kept is None else torch.where(finite, kept, 0),
             used if callable(damping) else used[0],
             aux,
         )

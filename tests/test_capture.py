@@ -246,6 +246,32 @@ def test_functions_replaced_for_vmap_follow_autocast(inner: Any) -> None:
     close(fast(params, batch), losses, tolerance)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_follow_autocast(bias: bool) -> None:
+    """Of which `vmap` leaves some in float32, and on CUDA devices casts half of the arguments."""
+    params = {name: torch.randn(size, 2, 3, 3, dtype=torch.float32) for name, size in (("v", 2), ("w", 3))}
+    params |= {"b": torch.randn(2, dtype=torch.float32)} if bias else {}
+    batch = torch.randn(5, 2, 6, 6, dtype=torch.float32)
+    seen: set[torch.dtype] = set()
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y = F.conv2d(x, params["v"], params.get("b"))
+        z = F.conv2d(y.tanh()[None], params["w"])
+        seen.update((y.dtype, z.dtype))
+        return z.float().square().sum() / 100
+
+    exact = loop(loss_fn, params, batch)[1]
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = loop(loss_fn, params, batch)
+        found = per_example_gradients(loss_fn, params, batch)
+    assert seen == {torch.bfloat16}
+    close(found.losses, expected[0], 1e-3)
+    for name in params:
+        close(found.dense(name), expected[1][name], 2e-2)
+        close(found.dense(name), exact[name], 5e-2)
+
+
 def found_losses(loss_fn: Any, params: Params, batch: Tensor) -> Tensor:
     return per_example_gradients(loss_fn, params, batch).losses
 

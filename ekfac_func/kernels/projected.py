@@ -135,7 +135,7 @@ def projected_sums(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def tile_of(o: int, i: int, dtype: torch.dtype) -> Tile:
     """As large as three of it fit into registers, and no larger than a side asks for."""
     wide_o, wide_i = (128 if size > 64 else 64 for size in (o, i))
-    return Tile(wide_o, wide_i, ROW_BYTES // dtype.itemsize, 8 if wide_o + wide_i > 192 else 4, 4)
+    return Tile(wide_o, wide_i, ROW_BYTES // dtype.itemsize, 8 if wide_o + wide_i > 192 else 4, 5)
 
 
 def launch(h: Tensor, x: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
