@@ -13,11 +13,11 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def where(good: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
+def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`torch.where` of what is nearly always true: without the pass over memory where it can be seen at no cost."""
     if transformed() or good.device.type != "cpu" or _get_current_dispatch_mode() is not None:
         return torch.where(good, new, old)
-    return new if bool(good.all()) else torch.where(good, new, old)
+    return new if bool(good if good.dim() == 0 else good.all()) else torch.where(good, new, old)
 
 
 class Draws(NamedTuple):

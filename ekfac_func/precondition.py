@@ -358,7 +358,7 @@ def ekfac(
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
         ruled = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
         check_dampings(ruled, layers)
-        dampings = {name: ruled[name] + updated[name].weight.new_zeros(()) for name in layers}
+        dampings = {name: _as_scalar(ruled[name], updated[name].weight) for name in layers}
         natural_in = {}
         for name, layer in layers.items():
             sizes = in_span(layer.sizes, spans[name])
@@ -373,7 +373,8 @@ def ekfac(
         new = _out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         finite = _all_finite([loss, losses, *natural_in.values(), *found, *_learned(new, state)])
-        natural = {name: where(finite, M, 0) for name, M in natural_in.items()}
+        nothing = loss.new_zeros(())
+        natural = {name: where(finite, M, nothing) for name, M in natural_in.items()}
         mean_gradient = {name: slope.gradient for name, slope in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
@@ -531,6 +532,10 @@ def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Num
     return dict.fromkeys(moments, damping)
 
 
+def _as_scalar(number: Number, like: Tensor) -> Tensor:
+    return number + like.new_zeros(()) if isinstance(number, Tensor) else like.new_full((), number)
+
+
 def rescaled(
     mean: Mean,
     moment: Moment,
@@ -558,8 +563,8 @@ def _learned(new: State, old: State) -> list[Tensor]:
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
     """`[]` bool. The extremes are NaN or infinite where an entry is, and one fast pass over each tensor."""
-    extremes = [torch.stack(torch.aminmax(t)) for t in tensors if t.numel()]
-    return torch.stack([torch.isfinite(both).all() for both in extremes]).all()
+    extremes = [extreme for t in tensors if t.numel() for extreme in torch.aminmax(t)]
+    return torch.isfinite(torch.stack(extremes)).all()
 
 
 def _choose(finite: Tensor, new: State, old: State) -> State:
