@@ -22,7 +22,7 @@ AVAILABLE = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 ENTRIES = 2**15  # of the matrix, or of the product, from which on it pays
-ROW_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
+ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
 
 
 def rotate(x: Tensor, Q: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor, y: Tensor) -> Tensor:
-    """`x y`, with the axes that are the last in memory filled up with zeros to a multiple of `ROW_BYTES`."""
-    unit = ROW_BYTES // x.itemsize
+    """`x y`, with the axes that are the last in memory filled up with zeros to a multiple of `ALIGNED_BYTES`."""
+    unit = ALIGNED_BYTES // x.itemsize
     m, e = x.shape[-2], y.shape[-1]
     turned_x, turned_y = _turned(x), _turned(y)
     inner = 0 if turned_x and not turned_y else -x.shape[-1] % unit

@@ -31,6 +31,8 @@ from ekfac_func import (
     thin,
 )
 
+from ekfac_func.modes import Draws
+
 from .cases import N, classifier, every_case, make
 from .oracles import close, close_trees, same_bits
 
@@ -107,6 +109,12 @@ def test_a_second_pass_draws_the_same() -> None:
         (one, generator), (other, generator_after) = found
         close_trees(one, other, 1e-9)
         same_bits(generator, generator_after)
+
+
+def test_a_recorded_step_has_no_second_pass() -> None:
+    """Whose random numbers it could not draw again."""
+    with pytest.raises(RuntimeError, match="CUDA graph"):
+        Draws([], recorded=True).repeat()
 
 
 def deep(n: int) -> Any:

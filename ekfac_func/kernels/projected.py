@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..products import ALIGNED_BYTES
 from ..types import Basis
 
 
@@ -33,7 +34,6 @@ class Tile(NamedTuple):
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROW_BYTES = 128  # of positions that are multiplied at a time, and what a matrix unit reads
-UNIT_BYTES = 16  # each row of positions begins at a multiple of it
 LOW_BITS = 0x1FFF  # of float32, that TF32 does not have
 
 PROGRAMS = 132  # multiprocessors, where there is no device to ask
@@ -183,7 +183,7 @@ def examples_of_part(n: int, s: int, tiles: int, programs: int) -> int:
 def _in_rows(t: Tensor, exact: bool) -> Tensor:
     """`[n b s d]` as rows of positions `[(n b) d s]`, filled up with zeros; exact: high halves, then low ones."""
     rows = t.flatten(0, 1).mT
-    unit, s = UNIT_BYTES // t.element_size(), rows.shape[2]
+    unit, s = ALIGNED_BYTES // t.element_size(), rows.shape[2]
     if not exact:
         there = rows.stride(2) == 1 and not any(size % unit for size in (rows.storage_offset(), *rows.stride()[:2]))
         return rows if there else F.pad(rows, (0, -s % unit)).contiguous()
