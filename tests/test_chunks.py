@@ -30,7 +30,6 @@ from ekfac_func import (
     staggered,
     thin,
 )
-
 from ekfac_func.modes import Draws
 
 from .cases import N, classifier, every_case, make
