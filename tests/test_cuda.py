@@ -44,6 +44,7 @@ from ekfac_func.orders import Order
 
 from .cases import Case, N, classifier, every_case, make
 from .oracles import close, close_trees, same_bits
+from .test_kernels import SIZES
 
 DEVICE = os.environ.get("EKFAC_FUNC_TEST_DEVICE", "cuda")  # another one tries the logic of most of these tests
 pytestmark = [
@@ -186,23 +187,13 @@ def test_an_eager_step_inside_a_cuda_graph() -> None:
     close_trees(natural, expected, 1e-4)
 
 
-SIZES = [
-    (3, 1, 20, 5, 7, 1),
-    (5, 2, 9, 33, 18, 1),
-    (2, 1, 70, 70, 3, 1),
-    (4, 1, 6, 4, 5, 9),
-    (1, 1, 1, 1, 1, 1),
-    (300, 1, 8, 6, 6, 1),
-    (2, 3, 49, 130, 140, 1),
-    (16, 1, 196, 256, 600, 1),
-    (4, 1, 1024, 300, 129, 1),
-]
+LARGER = [(300, 1, 8, 6, 6, 1), (2, 3, 49, 130, 140, 1), (16, 1, 196, 256, 600, 1), (4, 1, 1024, 300, 129, 1)]
 BOUNDS = {"highest": 1e-5, "high": 3e-3, "bfloat16": 3e-6}  # of bfloat16 against itself
 
 
 @real
 @pytest.mark.parametrize("precision", BOUNDS)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", [*SIZES, *LARGER])
 def test_the_kernel_equals_the_reference(sizes: tuple[int, ...], precision: str) -> None:
     n, b, s, o, i, k = sizes
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
