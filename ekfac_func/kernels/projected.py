@@ -15,7 +15,6 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..products import ALIGNED_BYTES
@@ -184,15 +183,16 @@ def _in_rows(t: Tensor, exact: bool) -> Tensor:
     """`[n b s d]` as rows of positions `[(n b) d s]`, filled up with zeros; exact: high halves, then low ones."""
     rows = t.flatten(0, 1).mT
     unit, s = ALIGNED_BYTES // t.element_size(), rows.shape[2]
-    if not exact:
-        there = rows.stride(2) == 1 and not any(size % unit for size in (rows.storage_offset(), *rows.stride()[:2]))
-        return rows if there else F.pad(rows, (0, -s % unit)).contiguous()
-    halves = rows.new_empty(2, *rows.shape[:2], s + -s % unit)
-    halves[..., s:] = 0
-    high, low = halves[..., :s]
-    torch.bitwise_and(rows.view(torch.int32), ~LOW_BITS, out=high.view(torch.int32))
-    torch.sub(rows, high, out=low)
-    return halves.flatten(0, 1)
+    there = rows.stride(2) == 1 and not any(size % unit for size in (rows.storage_offset(), *rows.stride()[:2]))
+    if there and not exact:
+        return rows
+    filled = rows.new_empty(1 + exact, *rows.shape[:2], s + -s % unit)
+    filled[..., s:] = 0
+    high = filled[0, ..., :s].copy_(rows)
+    if exact:
+        high.view(torch.int32).bitwise_and_(~LOW_BITS)
+        torch.sub(rows, high, out=filled[1, ..., :s])
+    return filled.flatten(0, 1)
 
 
 @projected_sums.register_fake
