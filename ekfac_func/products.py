@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from .modes import transformed
+
 AVAILABLE = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -82,9 +84,7 @@ def _takes(x: Tensor, y: Tensor, entries: int) -> bool:
 
 def _plain() -> bool:
     """Whether no transform may want a derivative, which the operator does not have, or hides how a matrix lies."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return torch.compiler.is_compiling() or not (transformed() or forward_ad._current_level >= 0)
 
 
 @torch.library.custom_op("ekfac_func::product", mutates_args=())
