@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from .kronecker import (
     turn_inputs,
     turn_outputs,
 )
-from .orders import FORMED, Contraction, Order, contraction
-from .patches import Patches
+from .modes import one_by_one
+from .orders import FORMED, Contraction, Order, as_operator, contraction
+from .patches import Patches, patches_of
 from .products import matmul
 from .subspace import (
     Outside,
@@ -84,7 +86,7 @@ def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) ->
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             return single_sums(term.g, term.inputs, basis)[1]
         case (Factored() as term,) if how.order in FORMED:
-            return _formed_squares(term, _halved(term, basis, how), how, around=True)[1]
+            return _formed_square(term, basis, how, around=True)
     return _inside_squares(terms, basis, how) + outside_squares(terms, basis)
 
 
@@ -102,7 +104,7 @@ def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
                     return _kernel_sums(term, basis)[1]
                 case Order.PAIRS:
                     return _pair_squares(term, basis, how)
-            return _formed_squares(term, _halved(term, basis, how), how)[1]
+            return _formed_square(term, basis, how)
         case (Dense(G=G),):
             return _dense_squares(G, basis, how)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
@@ -175,7 +177,7 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     one, other = torch.triu_indices(s, s, device=g.device)
     twice = torch.where(one == other, 1, 2).to(g)[:, None]
     square = None
-    for of_g, of_a in zip(split(g, how.blocks), split(a, how.blocks), strict=True):
+    for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
         h, x = project_outputs(of_g, basis), project_inputs(of_a, basis)
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
         of_block = add_up(pairs_h, pairs_x)
@@ -186,10 +188,62 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
 
 def _formed_sums(term: Factored, basis: Basis, how: Contraction, around: bool = False) -> Sums:
     """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
+    if as_operator(term, basis):
+        return Sums(*_opaque_sums(*_arguments(term, basis, how, around), True))
     halves = _halved(term, basis, how)
     formed, square = _formed_squares(term, halves, how, total=True, around=around)
     assert formed is not None
     return Sums(_turned_back(formed, term, halves.first, halves.fast), into_basis(formed, halves.then), square)
+
+
+def _formed_square(term: Factored, basis: Basis, how: Contraction, around: bool = False) -> Tensor:
+    if as_operator(term, basis):
+        return _opaque_sums(*_arguments(term, basis, how, around), False)[0]
+    return _formed_squares(term, _halved(term, basis, how), how, around=around)[1]
+
+
+def _arguments(term: Factored, basis: Basis, how: Contraction, around: bool) -> tuple[Any, ...]:
+    assert isinstance(term.a, Patches)
+    return (term.g, *term.a.parts(), *basis, how.order.name, how.block, how.part, around)
+
+
+@torch.library.custom_op("ekfac_func::patch_sums", mutates_args=())
+def _opaque_sums(
+    g: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    last: float | None,
+    apart: bool,
+    Q_A: Tensor,
+    Q_B: Tensor,
+    order: str,
+    block: int | None,
+    part: int | None,
+    around: bool,
+    total: bool,
+) -> list[Tensor]:
+    """Those of `_formed_sums`, or the square alone."""
+    term, basis = Factored(patches_of(x, kernel, stride, dilation, last, apart), g), Basis(Q_A, Q_B)
+    how = contraction((term,), basis, Order[order])._replace(block=block, part=part)
+    if not total:
+        return [_formed_square(term, basis, how, around)]
+    G, projected, square = _formed_sums(term, basis, how, around)
+    assert square is not None
+    return [G, projected.clone() if projected.data_ptr() == G.data_ptr() else projected, square]
+
+
+@_opaque_sums.register_fake
+def _(g: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    *geometry, Q_A, Q_B, _, _, _, _, total = rest
+    _, b, _, i, k = patches_of(x, *geometry).shape
+    columns = (d if Q.shape[-1] == 1 else Q.shape[1:-2].numel() * Q.shape[-1] for d, Q in ((g.shape[3], Q_B), (i, Q_A)))
+    square = g.new_empty(b, *columns, k)
+    return [g.new_empty(b, g.shape[3], i, k), torch.empty_like(square), square] if total else [square]
+
+
+_opaque_sums.register_vmap(one_by_one(_opaque_sums))
 
 
 def _formed_squares(
@@ -203,24 +257,27 @@ def _formed_squares(
     formed of so few that they stay in cache.
     """
     g, a = term.g, term.a
-    first, then, late, fast, whole = halves
+    first, then, late, fast, whole, convolved = halves
     of_samples = around and incomplete(first)
     of_G = around and incomplete(then) and not of_samples
     entries = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
-    apart = entries * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
+    apart = not convolved and entries * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
     formed, square = None, None
     left: Outside = (None, None, None)
-    for of_g, of_a in zip(split(g, how.blocks), split(a, how.blocks), strict=True):
-        x = of_a if isinstance(of_a, Tensor) else of_a.write_fast() if fast else of_a.write()
-        of_x = x
-        h, x = project_outputs(of_g, first), project_inputs(x, first)
-        if of_samples:
-            left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
-        if total and apart:
-            of_block = add_up(h, x)
-            formed = of_block if formed is None else formed + of_block
-        for few_h, few_x in zip(split(h, how.parts), split(x, how.parts), strict=True):
-            G = form(few_h, few_x)
+    for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
+        h = project_outputs(of_g, first)
+        if convolved:
+            gradients: Iterable[Tensor] = [of_a.gradients(h)]
+        else:
+            of_x = of_a if isinstance(of_a, Tensor) else of_a.write_fast() if fast else of_a.write()
+            x = project_inputs(of_x, first)
+            if of_samples:
+                left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
+            if total and apart:
+                of_block = add_up(h, x)
+                formed = of_block if formed is None else formed + of_block
+            gradients = map(form, split(h, how.part), split(x, how.part))
+        for G in gradients:
             if total and not apart:
                 formed = _add(formed, G)
             if of_G:
@@ -242,15 +299,18 @@ class Halves(NamedTuple):
     late: list[str]  # the sides of `then` in their order
     fast: bool  # whether patches are written the fast way, and Q_A is in its order
     whole: Basis  # both sides, in the order of the patches as they are written
+    convolved: bool  # whether G[n] comes from a convolution, without patches
 
 
 def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
     early, late = _sides(how)
-    (Q_A, Q_B), fast = _patches_in(term.a, basis, "Q_A" in early)
+    convolved = "Q_A" not in early and isinstance(term.a, Patches) and term.a.convolves(term.g)
+    convolved = convolved and not ("Q_B" in early and outside(basis.Q_B))  # what is outside asks for the samples
+    (Q_A, Q_B), fast = (basis, False) if convolved else _patches_in(term.a, basis, "Q_A" in early)
     one = term.g.new_ones(1, 1, 1)
     first = Basis(Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)
     then = Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B)
-    return Halves(first, then, late, fast, Basis(Q_A, Q_B))
+    return Halves(first, then, late, fast, Basis(Q_A, Q_B), convolved)
 
 
 def _sides(how: Contraction) -> tuple[list[str], list[str]]:
@@ -300,7 +360,7 @@ def _turned_back(total: Tensor, term: Factored, first: Basis, fast: bool = False
 def _dense_squares(G: Tensor, basis: Basis, how: Contraction) -> Tensor:
     """The sum of the squares of G in the basis, some examples at a time."""
     square = None
-    for block in split(G, how.blocks):
+    for block in split(G, how.block):
         square = _add(square, into_basis(block, basis), squared=True)
     assert square is not None
     return square

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .patches import Patches
+from .modes import one_by_one, opaque
+from .patches import Patches, patches_of
 from .products import outer, rotate
 from .types import (
     Basis,
@@ -60,18 +61,21 @@ def nominal(t: Tensor | Patches) -> int:
     return NOMINAL_N if torch.compiler.is_compiling() else (t.x if isinstance(t, Patches) else t).shape[0]
 
 
-def block_count(n: int, size: int, most: int) -> int:
-    """Into how many blocks n examples of so many bytes each are split, for `most` bytes at a time."""
-    return max(1, -(-n // max(1, most // max(1, size))))
+def fitting(size: int, most: int) -> int:
+    """How many examples of so many bytes each are taken at a time, for `most` bytes; one is never split."""
+    return max(1, most // max(1, size))
 
 
-def split(t: Any, count: int) -> Sequence[Any]:
-    """A tensor or patches in blocks of examples.
+def split(t: Any, most: int | None) -> Sequence[Any]:
+    """A tensor or patches in blocks of at most so many examples.
 
-    In a graph filled up with examples of zeros, since blocks of the traced batch's size would fix it.
+    In a graph of so many as there are in a nominal batch, filled up with examples of zeros, since a number of blocks
+    that the traced batch gave would fix its size.
     """
     if isinstance(t, Patches):
-        return [replace(t, x=x) for x in split(t.x, count)]
+        return [replace(t, x=x) for x in split(t.x, most)]
+    n = nominal(t)
+    count = 1 if most is None else max(1, -(-n // most))
     if count == 1 or not torch.compiler.is_compiling():
         return t.tensor_split(count)
     n = t.shape[0]
@@ -79,12 +83,11 @@ def split(t: Any, count: int) -> Sequence[Any]:
     return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
 
 
-def in_blocks(t: Any, entries: int, most: int | None = None) -> Sequence[Any]:
-    """A tensor or patches in blocks of examples that need so many entries each; by default what stays in a cache."""
+def in_blocks(t: Any, entries: int) -> Sequence[Any]:
+    """A tensor or patches in blocks of examples that need so many entries each, of what stays in a cache."""
     x = t.x if isinstance(t, Patches) else t
-    if most is None:
-        most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
-    return split(t, block_count(nominal(t), entries * x.element_size(), most))
+    most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
+    return split(t, fitting(entries * x.element_size(), most))
 
 
 def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False) -> bool:
@@ -222,6 +225,8 @@ def symmetric(x: Tensor) -> Tensor:
 
 def _patch_gram(a: Patches) -> Tensor:
     """The second moment of patches `[b i i]`, some examples at a time; a last input stands beside them."""
+    if opaque(a.x):
+        return _opaque_patch_gram(*a.parts())
     n, b, s, _, _ = a.shape
     ones = a.x.new_full((n,), float(s)).sum()
     rows = replace(a, last=None)
@@ -236,6 +241,22 @@ def _patch_gram(a: Patches) -> Tensor:
     beside = last * total[:, at, None]
     corner = (ones * last * last).expand(b, 1, 1)
     return torch.cat([torch.cat([gram, beside], 2), torch.cat([beside.mT, corner], 2)], 1)
+
+
+@torch.library.custom_op("ekfac_func::patch_gram", mutates_args=())
+def _opaque_patch_gram(
+    x: Tensor, kernel: list[int], stride: list[int], dilation: list[int], last: float | None, apart: bool
+) -> Tensor:
+    return _patch_gram(patches_of(x, kernel, stride, dilation, last, apart))
+
+
+@_opaque_patch_gram.register_fake
+def _(x: Tensor, *geometry: Any) -> Tensor:
+    _, b, _, i, _ = patches_of(x, *geometry).shape
+    return x.new_empty(b, i, i)
+
+
+_opaque_patch_gram.register_vmap(one_by_one(_opaque_patch_gram))
 
 
 def _blocks(x: Tensor, Q: Side, axis: int) -> Tensor:
@@ -334,6 +355,8 @@ def dense(terms: Terms) -> Tensor:
 
 def _dense(term: Term) -> Tensor:
     match term:
+        case Factored(a=Patches() as a, g=g) if not torch.compiler.is_compiling() and a.convolves(g):
+            return a.gradients(g)
         case Factored(g=g):
             return form(g, term.inputs)
         case OneHot(ids=ids, size=size, g=g):
@@ -361,12 +384,8 @@ def gradient(terms: Terms) -> Tensor:
 
 def _gradient(term: Term) -> Tensor:
     match term:
-        case Factored(a=Patches() as a, g=g) if not a.apart:
-            total, entries = g.new_zeros(a.shape[1], g.shape[3], *a.shape[3:]), math.prod(a.shape[1:])
-            most = MAX_BYTES if total[0].numel() * g.element_size() > CACHE_BYTES else None  # to add it up less often
-            for of_g, of_a in zip(in_blocks(g, entries, most), in_blocks(a, entries, most), strict=True):
-                total = total + add_up(of_g, of_a.write_fast())
-            return total[:, :, a.order()]
+        case Factored(a=Patches() as a, g=g):
+            return a.gradient(g)
         case Factored(g=g):
             return add_up(g, term.inputs)
         case OneHot(ids=ids, size=size, g=g):

@@ -1,16 +1,41 @@
 """What a line may do where it runs: eager on a CPU look at values, in a graph or transform not; and its draws."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def transformed() -> bool:
     """Whether a trace or a transform of `torch.func` is under way."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def opaque(*tensors: Tensor) -> bool:
+    """Whether a graph takes what is done some examples at a time as one operator, which runs as in eager mode.
+
+    On CPUs, where inductor would write to memory what else stays in cache, and compile every block; it has no
+    derivative.
+    """
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors) and not wanted
+
+
+def one_by_one(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """A rule for `vmap` of an operator that is called for each entry of the axis."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        def at(k: int) -> list[Any]:
+            pairs = zip(args, in_dims, strict=True)
+            return [t.select(dim, k) if isinstance(t, Tensor) and dim is not None else t for t, dim in pairs]
+
+        found = pytree.tree_map(lambda *t: torch.stack(t), *(operator(*at(k)) for k in range(info.batch_size)))
+        return found, pytree.tree_map(lambda _: 0, found)
+
+    return rule
 
 
 def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from . import kernels
 from .checks import check_count
-from .kronecker import MAX_BYTES, NOMINAL_N, block_count, nominal
+from .kronecker import MAX_BYTES, NOMINAL_N, fitting, nominal
+from .modes import opaque
 from .patches import Patches
 from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms, constants, outside
 
@@ -99,8 +100,8 @@ class Contraction(NamedTuple):
 
     order: Order
     steps: tuple[Step, ...]
-    blocks: int = 1  # of examples, taken one after another, as memory asks for
-    parts: int = 1  # of a block, of which G[n] is formed at a time, as the cache does
+    block: int | None = None  # examples that are taken at a time, as memory asks for; None is all
+    part: int | None = None  # of a block, of which G[n] is formed at a time, as the cache does
 
     @property
     def operations(self) -> int:
@@ -170,8 +171,8 @@ def contraction(
             entries = math.prod(G.shape[1:])  # of one example
             operations = 2 * NOMINAL_N * entries * (sum(map(_turned, basis)) + 1)
             step = Step("project G[n]", operations, 4 * NOMINAL_N * entries * G.element_size())
-            few = _limit(max_bytes, _cost(G, costs).cache)
-            return Contraction(Order.AS_GIVEN, (step,), block_count(nominal(G), entries * G.element_size(), few))
+            few = _limit(max_bytes, _cost(G, costs).cache, torch.compiler.is_compiling())
+            return Contraction(Order.AS_GIVEN, (step,), fitting(entries * G.element_size(), few))
         case (Factored() as factored, OneHot(g=h)):
             of_factored = contraction((factored,), basis, order, max_bytes, costs, name)
             s, i = h.shape[1:]
@@ -266,24 +267,37 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
             return Contraction(only, () if traced else _products(only, sizes, cost))
     order, steps = _cheapest(tuple(possible), constants(sizes), cost)
     b, s, i, k, o = sizes[:5]
-    few, n, size = _limit(max_bytes, cost.cache), nominal(term.g), sizes.itemsize
+    traced, size = torch.compiler.is_compiling() and not as_operator(term, basis), sizes.itemsize
+    few = _limit(max_bytes, cost.cache, traced)
     if order is Order.PAIRS:
-        return Contraction(order, steps, block_count(n, size * b * s * (s + 1) // 2 * (o + i * k), few))
-    of_G, traced = size * b * o * i * k, torch.compiler.is_compiling()
+        return Contraction(order, steps, fitting(size * b * s * (s + 1) // 2 * (o + i * k), few))
+    of_G = size * b * o * i * k
     if traced and not sizes.unwritten:  # blocks are filled up with zeros, on which a projection would waste its work
-        return Contraction(order, steps, 1, block_count(n, of_G, few))
+        return Contraction(order, steps, None, fitting(of_G, few))
     if traced or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
-        return Contraction(order, steps, block_count(n, of_G + size * b * s * i * k * sizes.unwritten, few))
+        return Contraction(order, steps, fitting(of_G + size * _written(term), few))
     # what comes before G[n] is a product for so many examples that it is not the basis that takes the time to read
     of_one = size * b * s * (i * k * (1 + sizes.unwritten) + o)
     enough = max(BLOCK_BYTES, of_one * -(-ROWS * max(sizes.A, sizes.B) // s))
-    blocks = block_count(n, of_one, min(max_bytes, enough))
-    return Contraction(order, steps, blocks, block_count(-(-n // blocks), of_G, few))
+    return Contraction(order, steps, fitting(of_one, min(max_bytes, enough)), fitting(of_G, few))
 
 
-def _limit(max_bytes: int, cache: int) -> int:
-    """Of what is written at a time: in eager mode it stays in cache."""
-    return min(max_bytes, cache) if cache and not torch.compiler.is_compiling() else max_bytes
+def as_operator(term: Factored, basis: Basis) -> bool:
+    """Whether a graph has the sums over patches as one operator, which runs as in eager mode."""
+    return isinstance(term.a, Patches) and all(isinstance(Q, Tensor) for Q in basis) and opaque(term.g, term.a.x)
+
+
+def _written(term: Factored) -> int:
+    """Entries of an example's patches, or of what takes their place."""
+    a = term.a
+    if not isinstance(a, Patches):
+        return 0
+    return math.prod((a.x if a.convolves(term.g) else a).shape[1:])
+
+
+def _limit(max_bytes: int, cache: int, traced: bool) -> int:
+    """Of what is written at a time: but in a graph it stays in cache."""
+    return min(max_bytes, cache) if cache and not traced else max_bytes
 
 
 def _cost(t: Tensor, costs: Costs) -> Cost:

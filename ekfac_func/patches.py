@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .modes import opaque
 from .products import outer
+
+ONEDNN = torch.backends.mkldnn.is_available()
+CHANNELS = 16  # of a block of oneDNN's, without which it takes its slow ways
+PIXELS = 4  # of the output for each channel, from which on patches take more time than a convolution without them
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,22 @@ class Patches:
     last: float | None = None  # one more input, the same at every position
     apart: bool = False  # the offsets of the kernel on k, not with the channels on i
 
+    def parts(self) -> tuple[Tensor, list[int], list[int], list[int], float | None, bool]:
+        """As an operator takes it, and `patches_of` gives it back."""
+        return self.x, list(self.kernel), list(self.stride), list(self.dilation), self.last, self.apart
+
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """`n b s i k`."""
-        n, m, b, *spatial, c = self.x.shape
-        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
-        pixels = [(size - r) // s + 1 for size, r, s in zip(spatial, reach, self.stride, strict=True)]
+        n, m, b, *_, c = self.x.shape
         offsets = math.prod(self.kernel)
         i, k = (c, offsets) if self.apart else (c * offsets, 1)
-        return n, b, m * math.prod(pixels), i + (self.last is not None), k
+        return n, b, m * math.prod(self.pixels()), i + (self.last is not None), k
+
+    def pixels(self) -> list[int]:
+        """Of the output, along each spatial axis."""
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        return [(size - r) // s + 1 for size, r, s in zip(self.x.shape[3:-1], reach, self.stride, strict=True)]
 
     def to(self, dtype: torch.dtype) -> Patches:
         return replace(self, x=self.x.to(dtype))
@@ -45,6 +57,37 @@ class Patches:
     def write_fast(self) -> Tensor:
         """`[n b s i 1]`, kernel offsets before channels on i, as in memory: `order` leads back. Not where apart."""
         return self._written(self._windows().movedim(3, -1))  # [n b m *output *kernel c]
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """Per-example gradients `[n b o i k]` of output gradients `[n b s o]`: of a convolution with a group for each.
+
+        No patch is written.
+        """
+        n, m, b, *_, c = self.x.shape
+        o, nd, pixels = g.shape[3], len(self.kernel), self.pixels()
+        spatial = range(3, 3 + nd)
+        x = self.x.permute(1, 0, 2, 3 + nd, *spatial).flatten(1, 3)  # [m (n b c) *spatial]
+        y = g.reshape(n, b, m, *pixels, o).permute(2, 0, 1, 3 + nd, *spatial).flatten(1, 3)
+        weight = x.new_empty(()).expand(n * b * o, c, *self.kernel)
+        none = [0] * nd
+        geometry = self.stride, none, self.dilation, False, none, n * b
+        G = torch.ops.aten.convolution_backward(y, x, weight, None, *geometry, [False, True, False])[1]
+        G = G.reshape(n, b, o, *((c, -1) if self.apart else (-1, 1)))
+        return G if self.last is None else torch.cat([G, self.last * g.sum(2)[..., None, None]], 3)
+
+    def gradient(self, g: Tensor) -> Tensor:
+        """The sum of `gradients`, `[b o i k]`."""
+        together = replace(self, x=self.x.flatten(0, 1)[None])
+        return together.gradients(g.transpose(0, 1).flatten(1, 2)[None])[0]
+
+    def convolves(self, g: Tensor) -> bool:
+        """Whether `gradients` takes less time than the product of g and patches, as measured on a CPU."""
+        x, channels = self.x, (self.x.shape[-1], g.shape[3])
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not ONEDNN:
+            return False
+        if torch.compiler.is_compiling() and not opaque(x, g):  # a group for each example would fix their number
+            return False
+        return min(channels) >= CHANNELS and self.shape[2] >= PIXELS * max(channels)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Sums over examples and pixels of `patch patch^T`, `[b i i]`, and of patches, `[b i]`; i as in `write_fast`.
@@ -119,6 +162,12 @@ class Patches:
         one = torch.arange(outer * inner, device=self.x.device)
         turned = one.reshape(outer, inner).T.flatten()
         return turned if self.last is None else torch.cat([turned, one.new_full((1,), outer * inner)])
+
+
+def patches_of(
+    x: Tensor, kernel: list[int], stride: list[int], dilation: list[int], last: float | None, apart: bool
+) -> Patches:
+    return Patches(x, tuple(kernel), tuple(stride), tuple(dilation), last, apart)
 
 
 pytree.register_pytree_node(

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_func import (
@@ -38,9 +39,10 @@ from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
 from ekfac_func.orders import contraction
+from ekfac_func.patches import Patches
 from ekfac_func.types import Layer, Params
 
-from .cases import Case, N, every_case, make
+from .cases import Case, N, classifier, every_case, make
 from .oracles import blocks, close, close_trees, loop, side
 
 RULE_TABLES = pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])
@@ -110,6 +112,33 @@ def test_every_order_sums_the_same_moment(name: str) -> None:
                 close(projected, into_basis(total, basis))
             assert contraction(of_layer, basis).order in taken
             assert len(taken) >= (5 if isinstance(of_layer[0], Factored) else 1)
+
+
+@pytest.mark.parametrize("r", [None, 8])
+def test_gradients_of_a_convolution_without_patches(r: int | None) -> None:
+    """In float32 on a CPU, of many pixels and channels: as in float64, where patches are written; compiled too."""
+    case = classifier(nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.Flatten()), 16, 19, 19)
+    params, batch = case.params, case.batch(5)
+    terms = per_example_gradients(case.loss_fn, params, batch).captured.terms
+    choices: Any = {} if r is None else {"*": rank(r)}
+    state = ekfac(case.loss_fn, damping=1e-2, bases=choices).init(params, batch)
+    for weight, (term,) in terms.items():
+        assert isinstance(term, Factored)
+        assert isinstance(term.a, Patches)
+        basis = Basis(*(torch.linalg.qr(torch.randn(Q.shape))[0] for Q in state.bases[weight]))
+        if r is not None:
+            basis = Basis(*(torch.cat([Q[..., :-1], torch.zeros_like(Q[..., :1])], -1) for Q in basis))
+        expected = exact_sums((term,), basis, contraction((term,), basis, Order.PROJECT_BOTH))
+        a, single = term.a.to(torch.float32), Basis(*(Q.float() for Q in basis))
+        of_floats = (Factored(a, term.g.float()),)
+        assert a.convolves(of_floats[0].g)
+        for order in (Order.FORM_FIRST, Order.PROJECT_OUTPUTS):
+            how = contraction(of_floats, single, order)
+            torch.compiler.reset()
+            for sums in (exact_sums, torch.compile(exact_sums, backend="eager", fullgraph=True)):
+                close_trees(pytree.tree_map(Tensor.double, sums(of_floats, single, how)), expected, 1e-4)
+            assert expected.square is not None
+            close(exact_squares(of_floats, single, how).double(), expected.square, 1e-4)
 
 
 def test_no_more_gradients_exist_than_the_budget_allows() -> None:

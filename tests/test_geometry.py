@@ -1,5 +1,6 @@
 """Any geometry of a convolution, any leading dimensions of a linear layer, any tree of an example."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,19 +46,35 @@ def geometries(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@given(geometries(), st.integers(1, 2), st.integers(1, 3))
-@PROFILE
-def test_moments_of_patches(geometry: dict[str, Any], m: int, n: int) -> None:
-    """Of rows of the kernel that share rows of the input as of patches written out."""
+def patches_of(geometry: dict[str, Any], m: int, n: int) -> Patches:
     torch.manual_seed(0)
     options, (_, c, *kernel), nd = geometry["options"], geometry["weight"], len(geometry["spatial"])
     stride, dilation = ((v,) * nd if isinstance(v, int) else v for v in (options["stride"], options["dilation"]))
     x = torch.randn(n, m, options["groups"], *geometry["spatial"], c)
-    patches = Patches(x, tuple(kernel), stride, dilation)
+    return Patches(x, tuple(kernel), stride, dilation)
+
+
+@given(geometries(), st.integers(1, 2), st.integers(1, 3))
+@PROFILE
+def test_moments_of_patches(geometry: dict[str, Any], m: int, n: int) -> None:
+    """Of rows of the kernel that share rows of the input as of patches written out."""
+    patches = patches_of(geometry, m, n)
     written = patches.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
     square, total = patches.moments()
     close(square, written.mT @ written)
     close(total, written.sum(1))
+
+
+@given(geometries(), st.integers(1, 2), st.integers(1, 3), st.booleans())
+@PROFILE
+def test_gradients_without_patches(geometry: dict[str, Any], m: int, n: int, apart: bool) -> None:
+    """By a convolution with a group for each example as from patches written out, with a bias or offsets apart."""
+    patches = replace(patches_of(geometry, m, n), apart=apart)
+    patches = replace(patches, last=1.0 if geometry["bias"] and not apart else None)
+    g = torch.randn(*patches.shape[:3], 2)
+    expected = torch.einsum("nbso,nbsik->nboik", g, patches.write())
+    close(patches.gradients(g), expected)
+    close(patches.gradient(g), expected.sum(0))
 
 
 @given(geometries(), st.booleans())
