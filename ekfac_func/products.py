@@ -2,7 +2,7 @@
 
 In float32 on CPUs by oneDNN, that of PyTorch's convolutions and compiled linear layers: PyTorch's own go to MKL, which
 takes no 512-bit instructions on processors of other makers than its own, where they run at half the speed (measured on
-one of AMD's). It is the operator `torch.ops.ekfac_func.product`, under `torch.compile` and `vmap`.
+one of AMD's). In graphs it is the operator `torch.ops.ekfac_func.product`.
 
 On CUDA devices with rows filled up to 16 bytes: a side of 769, of 768 inputs and a bias, else goes to kernels for any
 alignment, at a third of the speed (measured on an H100).
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .modes import transformed
@@ -24,20 +25,22 @@ AVAILABLE = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 ENTRIES = 2**15  # of the matrix, or of the product, from which on it pays
+MULTIPLICATIONS = 2**23  # or of so many rows as these are, for a matrix that stays in cache
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
 
 
 def rotate(x: Tensor, Q: Tensor) -> Tensor:
     """`x Q` of `[... d]` and `[d e]`."""
-    if _takes(x, Q, Q.shape[0] * Q.shape[1]):
-        return product(x.reshape(-1, x.shape[-1]), Q).reshape(*x.shape[:-1], Q.shape[1])
+    many = not torch.compiler.is_compiling() and x.numel() * Q.shape[1] >= MULTIPLICATIONS
+    if (many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _takes(x, Q):
+        return _product(x.reshape(-1, x.shape[-1]), Q).reshape(*x.shape[:-1], Q.shape[1])
     return matmul(x, Q)
 
 
 def outer(x: Tensor, y: Tensor) -> Tensor:
     """`x^T y` of `[... m d]` and `[... m e]`."""
-    if x.shape[:-2] == y.shape[:-2] and _takes(x, y, x.shape[-1] * y.shape[-1]):
-        return product(x.mT, y)
+    if x.shape[:-2] == y.shape[:-2] and x.shape[-1] * y.shape[-1] >= ENTRIES and _takes(x, y):
+        return _product(x.mT, y)
     return matmul(x.mT, y)
 
 
@@ -74,8 +77,8 @@ def _filled(x: Tensor, rows: int, columns: int, turned: bool) -> Tensor:
     return F.pad(x.mT, (0, rows, 0, columns)).mT if turned else F.pad(x, (0, columns, 0, rows))
 
 
-def _takes(x: Tensor, y: Tensor, entries: int) -> bool:
-    if not AVAILABLE or entries < ENTRIES or not x.dtype == y.dtype == torch.float32 or x.device.type != "cpu":
+def _takes(x: Tensor, y: Tensor) -> bool:
+    if not AVAILABLE or not x.dtype == y.dtype == torch.float32 or x.device.type != "cpu":
         return False
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return False
@@ -87,22 +90,32 @@ def _plain() -> bool:
     return torch.compiler.is_compiling() or not (transformed() or forward_ad._current_level >= 0)
 
 
-@torch.library.custom_op("ekfac_func::product", mutates_args=())
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """`x y` of `[... m d]` and `[... d e]`, the same axes in front."""
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """The operator, without what it takes to call it where nothing asks for one."""
+    plain = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+    return _multiplied(x, y) if plain else product(x, y)
+
+
+def _multiplied(x: Tensor, y: Tensor) -> Tensor:
     if x.numel() == 0 or y.numel() == 0:
         return x @ y
     if x.shape[:-2].numel() == 1:
-        return _product(x.flatten(0, -2), y.flatten(0, -2)).reshape(*x.shape[:-1], y.shape[-1])
+        return _of_matrices(x.flatten(0, -2), y.flatten(0, -2)).reshape(*x.shape[:-1], y.shape[-1])
     found = x.new_empty(*x.shape[:-1], y.shape[-1])
     for z, of_x, of_y in zip(found.flatten(0, -3), x.flatten(0, -3), y.flatten(0, -3), strict=True):
-        z.copy_(_product(of_x, of_y))
+        z.copy_(_of_matrices(of_x, of_y))
     return found
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
+def _of_matrices(x: Tensor, y: Tensor) -> Tensor:
     y = y if y.mT.is_contiguous() else y.contiguous()  # of a matrix with gaps oneDNN takes its reference code
     return torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
+
+
+@torch.library.custom_op("ekfac_func::product", mutates_args=())
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """`x y` of `[... m d]` and `[... d e]`, the same axes in front."""
+    return _multiplied(x, y)
 
 
 @product.register_fake
