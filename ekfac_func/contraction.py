@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .blocking import CACHE_BYTES, NOMINAL_N, split
 from .kronecker import (
-    CACHE_BYTES,
-    NOMINAL_N,
     add_rows,
     add_up,
     coalesce,
@@ -23,7 +22,6 @@ from .kronecker import (
     out_of_basis,
     project_inputs,
     project_outputs,
-    split,
     turn_inputs,
     turn_outputs,
 )

@@ -19,15 +19,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modes import one_by_one, opaque
-from .patches import Patches, patches_of
+from .blocking import in_blocks, nominal
+from .patch_gram import patch_gram
+from .patches import Patches
 from .products import outer, rotate
 from .types import (
     Basis,
@@ -48,46 +48,9 @@ from .types import (
     outside,
 )
 
-NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
-MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
-CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
 FEW = 0.7  # samples for each dimension, below which an eigenvalue problem in their span takes less time
 STRIPS = 4  # of a symmetric product, of 5/8 of the operations
 STRIPS_FROM = 256  # dimensions
-
-
-def nominal(t: Tensor | Patches) -> int:
-    """The examples that a plan is for: in a graph a nominal batch, in eager mode those of t."""
-    return NOMINAL_N if torch.compiler.is_compiling() else (t.x if isinstance(t, Patches) else t).shape[0]
-
-
-def fitting(size: int, most: int) -> int:
-    """How many examples of so many bytes each are taken at a time, for `most` bytes; one is never split."""
-    return max(1, most // max(1, size))
-
-
-def split(t: Any, most: int | None) -> Sequence[Any]:
-    """A tensor or patches in blocks of at most so many examples.
-
-    In a graph of so many as there are in a nominal batch, filled up with examples of zeros, since a number of blocks
-    that the traced batch gave would fix its size.
-    """
-    if isinstance(t, Patches):
-        return [replace(t, x=x) for x in split(t.x, most)]
-    n = nominal(t)
-    count = 1 if most is None else max(1, -(-n // most))
-    if count == 1 or not torch.compiler.is_compiling():
-        return t.tensor_split(count)
-    n = t.shape[0]
-    size = n // count + 2  # two more than needed, for a size of 0 or 1 would be a graph of its own
-    return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
-
-
-def in_blocks(t: Any, entries: int) -> Sequence[Any]:
-    """A tensor or patches in blocks of examples that need so many entries each, of what stays in a cache."""
-    x = t.x if isinstance(t, Patches) else t
-    most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
-    return split(t, fitting(entries * x.element_size(), most))
 
 
 def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False) -> bool:
@@ -159,7 +122,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
             left_A = not formed and left_as_samples(basis.Q_A, count, single, isinstance(samples, Patches))
             left_B = not formed and left_as_samples(basis.Q_B, nominal(g) * g.shape[2], single)
             if isinstance(samples, Patches) and not left_A and basis.Q_A.dim() == 3:
-                A: Factor = _patch_gram(samples)
+                A: Factor = patch_gram(samples)
             else:
                 written = samples.write() if isinstance(samples, Patches) else samples
                 A = _gram(written, "nbsmdk,nbsmek->bmde", basis.Q_A, -2, left_A)
@@ -221,42 +184,6 @@ def symmetric(x: Tensor) -> Tensor:
         mirrored = [strip[..., start - at : end - at].mT for strip, at in zip(strips[:k], cuts, strict=False)]
         rows.append(torch.cat([*mirrored, strips[k]], -1))
     return torch.cat(rows, -2)
-
-
-def _patch_gram(a: Patches) -> Tensor:
-    """The second moment of patches `[b i i]`, some examples at a time; a last input stands beside them."""
-    if opaque(a.x):
-        return _opaque_patch_gram(*a.parts())
-    n, b, s, _, _ = a.shape
-    ones = a.x.new_full((n,), float(s)).sum()
-    rows = replace(a, last=None)
-    last, at = a.last, rows.order()
-    gram, total = a.x.new_zeros(b, len(at), len(at)), a.x.new_zeros(b, len(at))
-    for block in in_blocks(rows, rows.entries_of_moments()):
-        square, added = block.moments()
-        gram, total = gram + square, total + added
-    gram = gram[:, at][:, :, at]
-    if last is None:
-        return gram
-    beside = last * total[:, at, None]
-    corner = (ones * last * last).expand(b, 1, 1)
-    return torch.cat([torch.cat([gram, beside], 2), torch.cat([beside.mT, corner], 2)], 1)
-
-
-@torch.library.custom_op("ekfac_func::patch_gram", mutates_args=())
-def _opaque_patch_gram(
-    x: Tensor, kernel: list[int], stride: list[int], dilation: list[int], last: float | None, apart: bool
-) -> Tensor:
-    return _patch_gram(patches_of(x, kernel, stride, dilation, last, apart))
-
-
-@_opaque_patch_gram.register_fake
-def _(x: Tensor, *geometry: Any) -> Tensor:
-    _, b, _, i, _ = patches_of(x, *geometry).shape
-    return x.new_empty(b, i, i)
-
-
-_opaque_patch_gram.register_vmap(one_by_one(_opaque_patch_gram))
 
 
 def _blocks(x: Tensor, Q: Side, axis: int) -> Tensor:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .blocking import MAX_BYTES, NOMINAL_N, fitting, nominal
 from .checks import check_count
-from .kronecker import MAX_BYTES, NOMINAL_N, fitting, nominal
 from .modes import opaque
 from .patches import Patches
 from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms, constants, outside

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .modes import opaque
-from .products import outer
 
 ONEDNN = torch.backends.mkldnn.is_available()
 CHANNELS = 16  # of a block of oneDNN's, without which it takes its slow ways
@@ -68,10 +67,7 @@ class Patches:
         spatial = range(3, 3 + nd)
         x = self.x.permute(1, 0, 2, 3 + nd, *spatial).flatten(1, 3)  # [m (n b c) *spatial]
         y = g.reshape(n, b, m, *pixels, o).permute(2, 0, 1, 3 + nd, *spatial).flatten(1, 3)
-        weight = x.new_empty(()).expand(n * b * o, c, *self.kernel)
-        none = [0] * nd
-        geometry = self.stride, none, self.dilation, False, none, n * b
-        G = torch.ops.aten.convolution_backward(y, x, weight, None, *geometry, [False, True, False])[1]
+        G = weight_gradients(x, y, self.kernel, self.stride, self.dilation, n * b)
         G = G.reshape(n, b, o, *((c, -1) if self.apart else (-1, 1)))
         return G if self.last is None else torch.cat([G, self.last * g.sum(2)[..., None, None]], 3)
 
@@ -89,48 +85,10 @@ class Patches:
             return False
         return min(channels) >= CHANNELS and self.shape[2] >= PIXELS * max(channels)
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Sums over examples and pixels of `patch patch^T`, `[b i i]`, and of patches, `[b i]`; i as in `write_fast`.
-
-        Of patches without a last input.
-
-        At stride 1 all rows of the kernel see the same rows of the input, but for some at the borders: the product of
-        rows so far apart is summed once, for all pairs of kernel rows at that distance.
-        """
-        if self.stride[0] > 1:
-            x = self.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
-            return outer(x, x), x.sum(1)
-        y, K, step = self._rows(), self.kernel[0], self.dilation[0]
-        pixels = y.shape[1] - step * (K - 1)
-        seen = [(step * k, step * k + pixels) for k in range(K)]  # the input rows of each kernel row
-        blocks: dict[tuple[int, int], Tensor] = {}
-        for apart in range(K):
-            cuts = sorted({cut for rows in seen[: K - apart] for cut in rows})
-            for start, end in itertools.pairwise(cuts):
-                both = [k for k in range(K - apart) if seen[k][0] <= start and end <= seen[k][1]]
-                if both:
-                    one, other = y[:, start:end], y[:, start + step * apart : end + step * apart]
-                    product = outer(one.flatten(1, 2), other.flatten(1, 2))
-                for k in both:
-                    at = k, k + apart
-                    blocks[at] = blocks[at] + product if at in blocks else product
-        grid = [[blocks[j, k] if j <= k else blocks[k, j].mT for k in range(K)] for j in range(K)]
-        gram = torch.cat([torch.cat(row, -1) for row in grid], -2)
-        return gram, torch.cat([y[:, start:end].sum((1, 2)) for start, end in seen], -1)
-
-    def entries_of_moments(self) -> int:
-        """What `moments` writes of an example."""
-        return math.prod(self.shape[1:] if self.stride[0] > 1 else (*self.x.shape[1:], *self.kernel[1:]))
-
-    def _rows(self) -> Tensor:
-        """Patches in each row of the input, `[b rows (n m pixels) (kernel c)]`, of the kernel's other axes."""
-        x = self.x.movedim(-1, 3)  # [n m b c *spatial]
-        for axis, (k, s, d) in list(enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)))[1:]:
-            x = x.unfold(4 + axis, d * (k - 1) + 1, s)[..., ::d]
-        nd = len(self.kernel)
-        pixels, offsets = range(5, 4 + nd), range(4 + nd, 3 + 2 * nd)
-        x = x.permute(2, 4, 0, 1, *pixels, *offsets, 3)
-        return x.reshape(*x.shape[:2], -1, math.prod(self.kernel[1:]) * self.x.shape[-1])
+    def total(self) -> Tensor:
+        """The sum over examples and pixels, `[b i]`, of patches without a last input."""
+        windows = replace(self, x=self.x.sum((0, 1))[None, None])._windows()
+        return windows.sum(tuple(range(4, 4 + len(self.kernel))))[0, :, 0].flatten(1)
 
     def _written(self, windows: Tensor) -> Tensor:
         """Windows `[n b m *output ... ]` in the shape of the inputs, with the last one beside them."""
@@ -162,6 +120,17 @@ class Patches:
         one = torch.arange(outer * inner, device=self.x.device)
         turned = one.reshape(outer, inner).T.flatten()
         return turned if self.last is None else torch.cat([turned, one.new_full((1,), outer * inner)])
+
+
+def weight_gradients(
+    x: Tensor, g: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """`[(groups o) c *kernel]` of a convolution's inputs `[n (groups c) *]` and output gradients `[n (groups o) *]`."""
+    weight = x.new_empty(()).expand(g.shape[1], x.shape[1] // groups, *kernel)
+    none = [0] * len(kernel)
+    geometry = stride, none, dilation, False, none, groups
+    gradient: Tensor = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [False, True, False])[1]
+    return gradient
 
 
 def patches_of(

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocking import NOMINAL_N
 from .kronecker import (
-    NOMINAL_N,
     add_rows,
     add_up,
     coalesce,

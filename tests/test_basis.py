@@ -159,7 +159,7 @@ def test_a_step_from_samples(name: str, rules: Any, estimator: SecondMoment, mon
     step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, rules=rules)
     initial = step.init(case.params, batch)
     natural, state, _ = step.precondition(case.params, batch, initial)
-    monkeypatch.setattr("ekfac_func.kronecker.NOMINAL_N", 1)
+    monkeypatch.setattr("ekfac_func.blocking.NOMINAL_N", 1)
     found, new, info = step.precondition(case.params, batch, initial)
     assert info.kept_bases == 0
     close_trees(found, natural, 1e-8)

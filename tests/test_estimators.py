@@ -404,5 +404,5 @@ def test_blocks_of_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     case = make("conv groups")
     batch = case.batch(N)
     expected = natural_of(case, case.params, batch)
-    monkeypatch.setattr("ekfac_func.kronecker.MAX_BYTES", 1)
+    monkeypatch.setattr("ekfac_func.blocking.MAX_BYTES", 1)
     close_trees(natural_of(case, case.params, batch), expected)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ekfac_func import RULES, SUA, ekfac, per_example_gradients
+from ekfac_func.patch_gram import patch_gram
 from ekfac_func.patches import Patches
 from ekfac_func.types import Params
 
@@ -57,12 +59,13 @@ def patches_of(geometry: dict[str, Any], m: int, n: int) -> Patches:
 @given(geometries(), st.integers(1, 2), st.integers(1, 3))
 @PROFILE
 def test_moments_of_patches(geometry: dict[str, Any], m: int, n: int) -> None:
-    """Of rows of the kernel that share rows of the input as of patches written out."""
-    patches = patches_of(geometry, m, n)
-    written = patches.write_fast()[..., 0].transpose(0, 1).flatten(1, 2)
-    square, total = patches.moments()
-    close(square, written.mT @ written)
-    close(total, written.sum(1))
+    """Of pieces of the image that offsets of the kernel share as of patches written out, summed either way."""
+    patches = replace(patches_of(geometry, m, n), last=0.5 if geometry["bias"] else None)
+    written = patches.write()[..., 0].transpose(0, 1).flatten(1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        for channels in (1, 4):
+            patch.setattr("ekfac_func.patch_gram.CHANNELS", channels)
+            close(patch_gram(patches), written.mT @ written)
 
 
 @given(geometries(), st.integers(1, 2), st.integers(1, 3), st.booleans())

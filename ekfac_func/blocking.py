@@ -1,0 +1,47 @@
+"""Some examples at a time: as many as memory allows, or a cache."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .patches import Patches
+
+NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
+MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
+CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
+
+
+def nominal(t: Tensor | Patches) -> int:
+    """The examples that a plan is for: in a graph a nominal batch, in eager mode those of t."""
+    return NOMINAL_N if torch.compiler.is_compiling() else (t.x if isinstance(t, Patches) else t).shape[0]
+
+
+def fitting(size: int, most: int) -> int:
+    """How many examples of so many bytes each are taken at a time, for `most` bytes; one is never split."""
+    return max(1, most // max(1, size))
+
+
+def split(t: Any, most: int | None) -> Sequence[Any]:
+    """A tensor or patches in blocks of at most so many examples.
+
+    In a graph of so many as there are in a nominal batch, filled up with examples of zeros, since a number of blocks
+    that the traced batch gave would fix its size.
+    """
+    if isinstance(t, Patches):
+        return [replace(t, x=x) for x in split(t.x, most)]
+    count = 1 if most is None else max(1, -(-nominal(t) // most))
+    if count == 1 or not torch.compiler.is_compiling():
+        return t.tensor_split(count)
+    n = t.shape[0]
+    size = n // count + 2  # two more than needed, for a size of 0 or 1 would be a graph of its own
+    return torch.cat([t, t.new_zeros(count * size - n, *t.shape[1:])]).reshape(count, size, *t.shape[1:]).unbind()
+
+
+def in_blocks(t: Any, entries: int) -> Sequence[Any]:
+    """A tensor or patches in blocks of examples that need so many entries each, of what stays in a cache."""
+    x = t.x if isinstance(t, Patches) else t
+    most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
+    return split(t, fitting(entries * x.element_size(), most))
