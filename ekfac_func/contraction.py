@@ -191,7 +191,8 @@ def _formed_sums(term: Factored, basis: Basis, how: Contraction, around: bool = 
     halves = _halved(term, basis, how)
     formed, square = _formed_squares(term, halves, how, total=True, around=around)
     assert formed is not None
-    return Sums(_turned_back(formed, term, halves.first, halves.fast), into_basis(formed, halves.then), square)
+    reordered = halves.fast and "Q_A" in halves.late
+    return Sums(_turned_back(formed, term, halves.first, reordered), into_basis(formed, halves.then), square)
 
 
 def _formed_square(term: Factored, basis: Basis, how: Contraction, around: bool = False) -> Tensor:
@@ -268,7 +269,7 @@ def _formed_squares(
             gradients: Iterable[Tensor] = [of_a.gradients(h)]
         else:
             of_x = of_a if isinstance(of_a, Tensor) else of_a.write_fast() if fast else of_a.write()
-            x = project_inputs(of_x, first)
+            x = of_x if "Q_A" in late else project_inputs(of_x, whole)
             if of_samples:
                 left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
             if total and apart:
@@ -293,9 +294,9 @@ class Halves(NamedTuple):
     """A basis as G[n] meets it: each half has ones, that turn nothing, for the sides of the other."""
 
     first: Basis  # what is turned before G[n] is formed
-    then: Basis
+    then: Basis  # in the order of the patches as they are written
     late: list[str]  # the sides of `then` in their order
-    fast: bool  # whether patches are written the fast way, and Q_A is in its order
+    fast: bool  # whether patches are written the fast way
     whole: Basis  # both sides, in the order of the patches as they are written
     convolved: bool  # whether G[n] comes from a convolution, without patches
 
@@ -306,7 +307,7 @@ def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
     convolved = convolved and not ("Q_B" in early and outside(basis.Q_B))  # what is outside asks for the samples
     (Q_A, Q_B), fast = (basis, False) if convolved else _patches_in(term.a, basis, "Q_A" in early)
     one = term.g.new_ones(1, 1, 1)
-    first = Basis(Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)
+    first = Basis(basis.Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)
     then = Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B)
     return Halves(first, then, late, fast, Basis(Q_A, Q_B), convolved)
 
@@ -345,14 +346,17 @@ def _sum_of_squares(G: Tensor) -> Tensor:
     return G.square().sum(0) if torch.compiler.is_compiling() else torch.linalg.vector_norm(G, dim=0).square()
 
 
-def _turned_back(total: Tensor, term: Factored, first: Basis, fast: bool = False) -> Tensor:
-    """The sum of the gradients from what it is in some sides, where that is less work than from the term."""
+def _turned_back(total: Tensor, term: Factored, first: Basis, reordered: bool = False) -> Tensor:
+    """The sum of the gradients from what it is in some sides, where that is less work than from the term.
+
+    reordered: whether its inputs are in the order of `write_fast`.
+    """
     turned = [Q.shape[-1] for Q in first if Q.shape[-1] > 1]
     if any(outside(Q) for Q in first) or sum(turned) > NOMINAL_N * term.a.shape[2]:
         return gradient((term,))
     b, _, i, k = term.a.shape[1:]
     total = out_of_basis(total, first, (b, term.g.shape[3], i, k))
-    return total[:, :, term.a.order()] if fast and isinstance(term.a, Patches) else total
+    return total[:, :, term.a.order()] if reordered and isinstance(term.a, Patches) else total
 
 
 def _dense_squares(G: Tensor, basis: Basis, how: Contraction) -> Tensor:
