@@ -94,9 +94,9 @@ def of_images(name: str, model: str, batch_size: int, seed: int) -> Task:
 
 
 def autoencoder(seed: int) -> Task:
-    """784-1000-500-250-30 and its mirror; of the factors of up to 1001 dimensions the leading 64 eigenvectors."""
+    """784-1000-500-250-30 and its mirror; of the factors of up to 1001 dimensions the leading 128 eigenvectors."""
     made = of_images("mnist", "autoencoder", 500, seed)
-    return made._replace(bases={"*": rank(64)})
+    return made._replace(bases={"*": rank(128)})
 
 
 def tabular(seed: int) -> Task:
@@ -177,7 +177,7 @@ TASKS: dict[str, Callable[[int], Task]] = {
 MOMENTS: dict[str, SecondMoment] = {
     "K-FAC": kfac,
     "EKFAC intra-batch": intra_batch,
-    "EKFAC averaged": averaged_intra_batch(0.95),
+    "EKFAC averaged": averaged_intra_batch(0.5),  # of few steps: old moments made larger learning rates unstable
     # its own `reset` at every refresh forgets that a moment of mean gradients is up to n times that of single ones
     "EKFAC running": running_average(0.95)._replace(at_refresh=transport),
 }

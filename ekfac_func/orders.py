@@ -171,7 +171,7 @@ def contraction(
             entries = math.prod(G.shape[1:])  # of one example
             operations = 2 * NOMINAL_N * entries * (sum(map(_turned, basis)) + 1)
             step = Step("project G[n]", operations, 4 * NOMINAL_N * entries * G.element_size())
-            few = _limit(max_bytes, _cost(G, costs).cache, torch.compiler.is_compiling())
+            few = _limit(max_bytes, _cost(G, costs).cache, not torch.compiler.is_compiling())
             return Contraction(Order.AS_GIVEN, (step,), fitting(entries * G.element_size(), few))
         case (Factored() as factored, OneHot(g=h)):
             of_factored = contraction((factored,), basis, order, max_bytes, costs, name)
@@ -267,14 +267,14 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
             return Contraction(only, () if traced else _products(only, sizes, cost))
     order, steps = _cheapest(tuple(possible), constants(sizes), cost)
     b, s, i, k, o = sizes[:5]
-    traced, size = torch.compiler.is_compiling() and not as_operator(term, basis), sizes.itemsize
-    few = _limit(max_bytes, cost.cache, traced)
+    eager = not torch.compiler.is_compiling() or (order in FORMED and as_operator(term, basis))
+    few, size = _limit(max_bytes, cost.cache, eager), sizes.itemsize
     if order is Order.PAIRS:
         return Contraction(order, steps, fitting(size * b * s * (s + 1) // 2 * (o + i * k), few))
     of_G = size * b * o * i * k
-    if traced and not sizes.unwritten:  # blocks are filled up with zeros, on which a projection would waste its work
+    if not (eager or sizes.unwritten):  # blocks are filled up with zeros, on which a projection would waste its work
         return Contraction(order, steps, None, fitting(of_G, few))
-    if traced or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
+    if not eager or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
         return Contraction(order, steps, fitting(of_G + size * _written(term), few))
     # what comes before G[n] is a product for so many examples that it is not the basis that takes the time to read
     of_one = size * b * s * (i * k * (1 + sizes.unwritten) + o)
@@ -295,9 +295,9 @@ def _written(term: Factored) -> int:
     return math.prod((a.x if a.convolves(term.g) else a).shape[1:])
 
 
-def _limit(max_bytes: int, cache: int, traced: bool) -> int:
-    """Of what is written at a time: but in a graph it stays in cache."""
-    return min(max_bytes, cache) if cache and not traced else max_bytes
+def _limit(max_bytes: int, cache: int, eager: bool) -> int:
+    """Of what is written at a time: in eager mode it stays in cache."""
+    return min(max_bytes, cache) if cache and eager else max_bytes
 
 
 def _cost(t: Tensor, costs: Costs) -> Cost:

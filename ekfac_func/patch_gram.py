@@ -38,8 +38,10 @@ def patch_gram(a: Patches) -> Tensor:
     split = c, K, inputs // (c * K)
     grid = gram[:, :inputs, :inputs].unflatten(2, split).unflatten(1, split)
     for (j, k), product in sums.items():
-        for one, other, block in ((j, k, product), (k, j, product.mT)) if j < k else ((j, k, product),):
-            grid[:, :, one, :, :, other] = block.unflatten(2, (-1, c)).unflatten(1, (-1, c)).permute(0, 2, 1, 4, 3)
+        square = product.unflatten(2, (-1, c)).unflatten(1, (-1, c))  # [b offsets c offsets c]
+        grid[:, :, j, :, :, k] = square.permute(0, 2, 1, 4, 3)
+        if j < k:
+            grid[:, :, k, :, :, j] = square.permute(0, 4, 3, 2, 1)
     if a.last is not None:
         gram[:, :-1, -1] = gram[:, -1, :-1] = a.last * patches.total()
         gram[:, -1, -1] = a.x.new_full((n,), float(s)).sum() * a.last**2

@@ -200,6 +200,22 @@ def test_number_of_graphs_with_blocks_of_examples(backend: str) -> None:
     assert graphs() <= 5
 
 
+@pytest.mark.parametrize("name", ["conv groups", "conv dilation", "conv stride", "conv1d", "conv3d"])
+def test_convolutions_without_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a graph has their sums in full."""
+    for room in ("patch_gram", "orders", "patches"):
+        monkeypatch.setattr(f"ekfac_func.{room}.opaque", lambda *tensors: False)
+    case = make(name)
+    step = ekfac(case.loss_fn, damping=1e-2)
+    precondition = compiled(step.precondition)
+    for n in (N, N + 3, N + 5):
+        batch = case.batch(n)
+        state = step.init(case.params, batch)
+        found = precondition(case.params, batch, state)
+        close_trees(found[0], step.precondition(case.params, batch, state)[0], 1e-8)
+    assert graphs() <= 2
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_second_model_in_one_process(backend: str) -> None:
     """Whose sizes Dynamo takes for symbols, as it has seen others in their place."""
