@@ -27,8 +27,8 @@ def fitting(size: int, most: int) -> int:
 def split(t: Any, most: int | None) -> Sequence[Any]:
     """A tensor or patches in blocks of at most so many examples.
 
-    In a graph of so many as there are in a nominal batch, filled up with examples of zeros, since a number of blocks
-    that the traced batch gave would fix its size.
+    In a graph in as many blocks as a nominal batch has, filled up with examples of zeros: a number that depended on the
+    traced batch would fix its size.
     """
     if isinstance(t, Patches):
         return [replace(t, x=x) for x in split(t.x, most)]
@@ -41,7 +41,7 @@ def split(t: Any, most: int | None) -> Sequence[Any]:
 
 
 def in_blocks(t: Any, entries: int) -> Sequence[Any]:
-    """A tensor or patches in blocks of examples that need so many entries each, of what stays in a cache."""
+    """A tensor or patches in blocks of examples that need so many entries each: of a cache in eager mode on a CPU."""
     x = t.x if isinstance(t, Patches) else t
     most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
     return split(t, fitting(entries * x.element_size(), most))

@@ -26,7 +26,7 @@ from .kronecker import (
     turn_outputs,
 )
 from .modes import one_by_one
-from .orders import FORMED, Contraction, Order, as_operator, contraction
+from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves
 from .patches import Patches, patches_of
 from .products import matmul
 from .subspace import (
@@ -223,13 +223,13 @@ def _opaque_sums(
     around: bool,
     total: bool,
 ) -> list[Tensor]:
-    """Those of `_formed_sums`, or the square alone."""
+    """The three of `_formed_sums` where total, else the square alone; the products of an order depend on no cost."""
     term, basis = Factored(patches_of(x, kernel, stride, dilation, last, apart), g), Basis(Q_A, Q_B)
     how = contraction((term,), basis, Order[order])._replace(block=block, part=part)
     if not total:
-        return [_formed_square(term, basis, how, around)]
-    G, projected, square = _formed_sums(term, basis, how, around)
-    assert square is not None
+        return [_formed_square(term, basis, how, around).contiguous()]
+    sums = _formed_sums(term, basis, how, around)
+    G, projected, square = (t.contiguous() for t in sums if t is not None)
     return [G, projected.clone() if projected.data_ptr() == G.data_ptr() else projected, square]
 
 
@@ -260,7 +260,7 @@ def _formed_squares(
     of_samples = around and incomplete(first)
     of_G = around and incomplete(then) and not of_samples
     entries = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
-    apart = not convolved and entries * g.element_size() > CACHE_BYTES  # then G is not read again for its sum
+    by_itself = not convolved and entries * g.element_size() > CACHE_BYTES  # the sum: G is not read again for it
     formed, square = None, None
     left: Outside = (None, None, None)
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
@@ -272,12 +272,12 @@ def _formed_squares(
             x = of_x if "Q_A" in late else project_inputs(of_x, whole)
             if of_samples:
                 left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
-            if total and apart:
+            if total and by_itself:
                 of_block = add_up(h, x)
                 formed = of_block if formed is None else formed + of_block
             gradients = map(form, split(h, how.part), split(x, how.part))
         for G in gradients:
-            if total and not apart:
+            if total and not by_itself:
                 formed = _add(formed, G)
             if of_G:
                 G, *of_part = gradient_squares(G, then)
@@ -303,8 +303,7 @@ class Halves(NamedTuple):
 
 def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
     early, late = _sides(how)
-    convolved = "Q_A" not in early and isinstance(term.a, Patches) and term.a.convolves(term.g)
-    convolved = convolved and not ("Q_B" in early and outside(basis.Q_B))  # what is outside asks for the samples
+    convolved = not torch.compiler.is_compiling() and convolves(term, basis, how.order)
     (Q_A, Q_B), fast = (basis, False) if convolved else _patches_in(term.a, basis, "Q_A" in early)
     one = term.g.new_ones(1, 1, 1)
     first = Basis(basis.Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)

@@ -275,7 +275,10 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
     if not (eager or sizes.unwritten):  # blocks are filled up with zeros, on which a projection would waste its work
         return Contraction(order, steps, None, fitting(of_G, few))
     if not eager or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
-        return Contraction(order, steps, fitting(of_G + size * _written(term), few))
+        of_inputs = 0
+        if isinstance(term.a, Patches):
+            of_inputs = math.prod((term.a.x if eager and convolves(term, basis, order) else term.a).shape[1:])
+        return Contraction(order, steps, fitting(of_G + size * of_inputs, few))
     # what comes before G[n] is a product for so many examples that it is not the basis that takes the time to read
     of_one = size * b * s * (i * k * (1 + sizes.unwritten) + o)
     enough = max(BLOCK_BYTES, of_one * -(-ROWS * max(sizes.A, sizes.B) // s))
@@ -287,12 +290,15 @@ def as_operator(term: Factored, basis: Basis) -> bool:
     return isinstance(term.a, Patches) and all(isinstance(Q, Tensor) for Q in basis) and opaque(term.g, term.a.x)
 
 
-def _written(term: Factored) -> int:
-    """Entries of an example's patches, or of what takes their place."""
-    a = term.a
-    if not isinstance(a, Patches):
-        return 0
-    return math.prod((a.x if a.convolves(term.g) else a).shape[1:])
+def convolves(term: Factored, basis: Basis, order: Order) -> bool:
+    """Whether G[n] is formed without patches, for which what lies outside of an output side would ask; not in graphs.
+
+    There a group for each example would fix their number.
+    """
+    early = _early(order)
+    if not isinstance(term.a, Patches) or "a" in early or ("g" in early and outside(basis.Q_B)):
+        return False
+    return term.a.convolves(term.g)
 
 
 def _limit(max_bytes: int, cache: int, eager: bool) -> int:

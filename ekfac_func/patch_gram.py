@@ -24,13 +24,14 @@ from .products import outer
 
 def patch_gram(a: Patches) -> Tensor:
     """`sum patch patch^T` over examples and pixels, `[b i i]`, channels before kernel offsets on i as in the weight."""
+    assert not a.apart
     if opaque(a.x):
         return _operator(*a.parts())
     patches = replace(a, last=None)
     n, b, s, i, _ = a.shape
     c, K = a.x.shape[-1], a.kernel[0] if a.stride[0] == 1 else 1
     sums: dict[tuple[int, int], Tensor] = {}
-    for some in [patches] if _convolves(patches) else in_blocks(patches, _entries(patches)):
+    for some in [patches] if _correlates(patches) else in_blocks(patches, _entries(patches)):
         for at, product in _products(some):
             sums[at] = sums[at] + product if at in sums else product
     gram = a.x.new_empty(b, i, i)
@@ -38,10 +39,10 @@ def patch_gram(a: Patches) -> Tensor:
     split = c, K, inputs // (c * K)
     grid = gram[:, :inputs, :inputs].unflatten(2, split).unflatten(1, split)
     for (j, k), product in sums.items():
-        square = product.unflatten(2, (-1, c)).unflatten(1, (-1, c))  # [b offsets c offsets c]
-        grid[:, :, j, :, :, k] = square.permute(0, 2, 1, 4, 3)
+        entries = product.unflatten(2, (-1, c)).unflatten(1, (-1, c))  # [b offsets c offsets c]
+        grid[:, :, j, :, :, k] = entries.permute(0, 2, 1, 4, 3)
         if j < k:
-            grid[:, :, k, :, :, j] = square.permute(0, 4, 3, 2, 1)
+            grid[:, :, k, :, :, j] = entries.permute(0, 4, 3, 2, 1)
     if a.last is not None:
         gram[:, :-1, -1] = gram[:, -1, :-1] = a.last * patches.total()
         gram[:, -1, -1] = a.x.new_full((n,), float(s)).sum() * a.last**2
@@ -72,7 +73,7 @@ def _products(a: Patches) -> Iterator[tuple[tuple[int, int], Tensor]]:
         return
     K = a.kernel[0]
     for piece in _pieces(a.x.shape[3], K, a.dilation[0]):
-        sums = _by_convolution if _convolves(a) and len(piece.offsets) == K else _by_rows
+        sums = _by_correlation if _correlates(a) and len(piece.offsets) == K else _by_rows
         for apart, product in enumerate(sums(a, piece, K - piece.offsets[0])):
             yield from (((k, k + apart), product) for k in piece.offsets if k + apart < K)
 
@@ -122,12 +123,12 @@ def _entries(a: Patches) -> int:
     return math.prod(a.shape[1:] if a.stride[0] > 1 else (*a.x.shape[1:], *a.kernel[1:]))
 
 
-def _convolves(a: Patches) -> bool:
-    """Whether the sums are those of convolutions of the image with itself, as measured on a CPU."""
+def _correlates(a: Patches) -> bool:
+    """Whether correlations of the image with itself take less time than products of its rows, as measured on a CPU."""
     return len(a.kernel) == 2 and a.stride == (1, 1) and a.x.device.type == "cpu" and a.x.shape[-1] >= CHANNELS
 
 
-def _by_convolution(a: Patches, piece: Piece, count: int) -> list[Tensor]:
+def _by_correlation(a: Patches, piece: Piece, count: int) -> list[Tensor]:
     """As `_by_rows`, in two dimensions: the columns of the image in pieces as well, each a gradient of a kernel."""
     start, end, _ = piece
     _, _, b, _, columns, c = a.x.shape

@@ -2,7 +2,7 @@
 
 In float32 on CPUs by oneDNN, that of PyTorch's convolutions and compiled linear layers: PyTorch's own go to MKL, which
 takes no 512-bit instructions on processors of other makers than its own, where they run at half the speed (measured on
-one of AMD's). In graphs it is the operator `torch.ops.ekfac_func.product`.
+one of AMD's). In graphs and under dispatch modes it is the operator `torch.ops.ekfac_func.product`.
 
 On CUDA devices with rows filled up to 16 bytes: a side of 769, of 768 inputs and a bias, else goes to kernels for any
 alignment, at a third of the speed (measured on an H100).
@@ -25,7 +25,7 @@ AVAILABLE = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 ENTRIES = 2**15  # of the matrix, or of the product, from which on it pays
-MULTIPLICATIONS = 2**23  # or of so many rows as these are, for a matrix that stays in cache
+MULTIPLICATIONS = 2**23  # of a smaller matrix with many rows, from which on it pays
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
 
 

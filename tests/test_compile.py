@@ -14,10 +14,13 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ekfac_func import (
+    DIAGONAL,
     EKFAC,
     RULES,
     SUA,
+    Blocks,
     Contractions,
+    Factored,
     Order,
     SecondMoment,
     averaged_intra_batch,
@@ -26,10 +29,16 @@ from ekfac_func import (
     keep,
     kfac,
     per_example_gradients,
+    rank,
     reset,
     running_average,
     transport,
 )
+from ekfac_func.capture import capture
+from ekfac_func.discovery import Options
+from ekfac_func.orders import FORMED
+from ekfac_func.patches import Patches
+from ekfac_func.subspace import incomplete
 from ekfac_func.types import Params
 
 from .cases import BATCHED, N, classifier, make
@@ -200,10 +209,33 @@ def test_number_of_graphs_with_blocks_of_examples(backend: str) -> None:
     assert graphs() <= 5
 
 
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])
+@pytest.mark.parametrize("name", ["conv groups", "conv depthwise", "conv stride", "conv3d"])
+def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> None:
+    """Shapes and strides of what they return, for every order and several bases."""
+    case = make(name)
+    batch = case.batch(N)
+    terms = capture(case.loss_fn, case.params, batch, Options(rules)).terms
+    for bases in ({}, {"*": Blocks(2, 2)}, {"*": rank(2)}, {"*": DIAGONAL}):
+        state = ekfac(case.loss_fn, damping=1.0, rules=rules, bases=bases).init(case.params, batch)
+        for weight, (term, *_) in terms.items():
+            if not (isinstance(term, Factored) and isinstance(term.a, Patches)):
+                continue
+            basis = state.bases[weight]
+            if term.x is None:
+                torch.library.opcheck(torch.ops.ekfac_func.patch_gram, term.a.parts(), test_utils=FAKE)
+            for order, total in itertools.product(FORMED, (False, True)):
+                given = (term.g, *term.a.parts(), *basis, order.name, 2, 1, incomplete(basis), total)
+                torch.library.opcheck(torch.ops.ekfac_func.patch_sums, given, test_utils=FAKE)
+
+
+FAKE = ("test_schema", "test_faketensor")
+
+
 @pytest.mark.parametrize("name", ["conv groups", "conv dilation", "conv stride", "conv1d", "conv3d"])
 def test_convolutions_without_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a graph has their sums in full."""
-    for room in ("patch_gram", "orders", "patches"):
+    for room in ("patch_gram", "orders"):
         monkeypatch.setattr(f"ekfac_func.{room}.opaque", lambda *tensors: False)
     case = make(name)
     step = ekfac(case.loss_fn, damping=1e-2)

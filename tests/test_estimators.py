@@ -38,7 +38,7 @@ from ekfac_func import (
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
-from ekfac_func.orders import contraction
+from ekfac_func.orders import contraction, convolves
 from ekfac_func.patches import Patches
 from ekfac_func.types import Layer, Params
 
@@ -134,6 +134,8 @@ def test_gradients_of_a_convolution_without_patches(r: int | None) -> None:
         assert a.convolves(of_floats[0].g)
         for order in (Order.FORM_FIRST, Order.PROJECT_OUTPUTS):
             how = contraction(of_floats, single, order)
+            # what lies outside of an output side is of the samples: then patches are written, and count for the budget
+            assert convolves(of_floats[0], single, order) == (r is None or order is Order.FORM_FIRST)
             torch.compiler.reset()
             for sums in (exact_sums, torch.compile(exact_sums, backend="eager", fullgraph=True)):
                 close_trees(pytree.tree_map(Tensor.double, sums(of_floats, single, how)), expected, 1e-4)
