@@ -291,9 +291,9 @@ def as_operator(term: Factored, basis: Basis) -> bool:
 
 
 def convolves(term: Factored, basis: Basis, order: Order) -> bool:
-    """Whether G[n] is formed without patches, for which what lies outside of an output side would ask; not in graphs.
+    """Whether an order forms G[n] without patches, in eager mode: a graph would fix the number of groups, n b.
 
-    There a group for each example would fix their number.
+    What lies outside of an output side that is projected early asks for the patches.
     """
     early = _early(order)
     if not isinstance(term.a, Patches) or "a" in early or ("g" in early and outside(basis.Q_B)):

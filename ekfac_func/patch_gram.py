@@ -109,12 +109,9 @@ def _by_rows(a: Patches, piece: Piece, count: int) -> list[Tensor]:
 
 def _rows(a: Patches) -> Tensor:
     """Patches in each row of the input, `[b rows (n m pixels) (kernel c)]`, of the kernel's other axes."""
-    x = a.x.movedim(-1, 3)  # [n m b c *spatial]
-    for axis, (k, s, d) in list(enumerate(zip(a.kernel, a.stride, a.dilation, strict=True)))[1:]:
-        x = x.unfold(4 + axis, d * (k - 1) + 1, s)[..., ::d]
+    x = replace(a, kernel=(1, *a.kernel[1:])).windows()  # [n b m c rows *pixels 1 *offsets]
     nd = len(a.kernel)
-    pixels, offsets = range(5, 4 + nd), range(4 + nd, 3 + 2 * nd)
-    x = x.permute(2, 4, 0, 1, *pixels, *offsets, 3)
+    x = x.permute(1, 4, 0, 2, *range(5, 4 + 2 * nd), 3)
     return x.reshape(*x.shape[:2], -1, math.prod(a.kernel[1:]) * a.x.shape[-1])
 
 

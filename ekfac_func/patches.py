@@ -49,11 +49,11 @@ class Patches:
     def write(self) -> Tensor:
         """`[n b s i k]`, channels before kernel offsets on i, as in the weight."""
         nd = len(self.kernel)
-        return self._written(self._windows().movedim(3, 3 + nd))  # [n b m *output c *kernel]
+        return self._written(self.windows().movedim(3, 3 + nd))  # [n b m *output c *kernel]
 
     def write_fast(self) -> Tensor:
         """`[n b s i 1]`, kernel offsets before channels on i, as in memory: `order` leads back. Not where apart."""
-        return self._written(self._windows().movedim(3, -1))  # [n b m *output *kernel c]
+        return self._written(self.windows().movedim(3, -1))  # [n b m *output *kernel c]
 
     def gradients(self, g: Tensor) -> Tensor:
         """Per-example gradients `[n b o i k]` of output gradients `[n b s o]`: of a convolution with a group for each.
@@ -83,7 +83,7 @@ class Patches:
 
     def total(self) -> Tensor:
         """The sum over examples and pixels, `[b i]`, of patches without a last input."""
-        windows = replace(self, x=self.x.sum((0, 1))[None, None])._windows()
+        windows = replace(self, x=self.x.sum((0, 1))[None, None]).windows()
         return windows.sum(tuple(range(4, 4 + len(self.kernel))))[0, :, 0].flatten(1)
 
     def _written(self, windows: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class Patches:
         a[..., :-1, 0].unflatten(3, split[1]).unflatten(2, split[0]).copy_(windows)
         return a
 
-    def _windows(self) -> Tensor:
-        """A view `[n b m c *output *kernel]`."""
+    def windows(self) -> Tensor:
+        """What the output pixels see, a view `[n b m c *output *kernel]`."""
         x = self.x.movedim(-1, 3).transpose(1, 2)
         for axis, (k, s, d) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             x = x.unfold(4 + axis, d * (k - 1) + 1, s)[..., ::d]

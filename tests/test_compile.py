@@ -209,6 +209,9 @@ def test_number_of_graphs_with_blocks_of_examples(backend: str) -> None:
     assert graphs() <= 5
 
 
+FAKE = ("test_schema", "test_faketensor")
+
+
 @pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])
 @pytest.mark.parametrize("name", ["conv groups", "conv depthwise", "conv stride", "conv3d"])
 def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> None:
@@ -227,9 +230,6 @@ def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> Non
             for order, total in itertools.product(FORMED, (False, True)):
                 given = (term.g, *term.a.parts(), *basis, order.name, 2, 1, incomplete(basis), total)
                 torch.library.opcheck(torch.ops.ekfac_func.patch_sums, given, test_utils=FAKE)
-
-
-FAKE = ("test_schema", "test_faketensor")
 
 
 @pytest.mark.parametrize("name", ["conv groups", "conv dilation", "conv stride", "conv1d", "conv3d"])

@@ -22,6 +22,7 @@ from ekfac_func import (
     SecondMoment,
     State,
     averaged_intra_batch,
+    blocking,
     describe,
     ekfac,
     exact_squares,
@@ -35,6 +36,7 @@ from ekfac_func import (
     running_average,
     transport,
 )
+from ekfac_func import contraction as contraction_room
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
@@ -406,5 +408,16 @@ def test_blocks_of_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     case = make("conv groups")
     batch = case.batch(N)
     expected = natural_of(case, case.params, batch)
-    monkeypatch.setattr("ekfac_func.blocking.MAX_BYTES", 1)
-    close_trees(natural_of(case, case.params, batch), expected)
+    split = blocking.split
+    sizes = set()
+
+    def counted(t: Any, most: int | None) -> Any:
+        found = split(t, most)
+        sizes.add(len(found))
+        return found
+
+    monkeypatch.setattr(blocking, "split", counted)  # of the factors
+    monkeypatch.setattr(contraction_room, "split", counted)  # of the moment
+    monkeypatch.setattr(blocking, "CACHE_BYTES", 1)
+    close_trees(natural_of(case, case.params, batch, contractions=Contractions(max_bytes=1)), expected)
+    assert N in sizes
