@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .blocking import CACHE_BYTES, NOMINAL_N, split
+from .blocking import CACHE_BYTES, nominal, split
 from .kronecker import (
     add_rows,
     add_up,
@@ -65,7 +65,7 @@ def _inside_sums(terms: Terms, basis: Basis, how: Contraction) -> Sums:
             return Sums(gradient(terms), *_tied_sums(factored, table, basis, how))
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
             a, g = project_inputs(term.inputs, basis), project_outputs(term.g, basis)
-            return Sums(gradient(terms), add_up(g, a), _single_squares(g, a))
+            return Sums(gradient(terms), add_up(g, a), add_up(g.square(), a.square()))
         case (Factored() as term,) if how.order is Order.KERNEL:
             projected, square = _kernel_sums(term, basis)
             return Sums(_turned_back(projected, term, basis), projected, square)
@@ -97,7 +97,8 @@ def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
         case (Factored() as term,):
             match how.order:
                 case Order.ONE_POSITION:
-                    return _single_squares(project_outputs(term.g, basis), project_inputs(term.inputs, basis))
+                    h, x = project_outputs(term.g, basis), project_inputs(term.inputs, basis)
+                    return add_up(_squared(h, basis.Q_B), _squared(x, basis.Q_A))
                 case Order.KERNEL:
                     return _kernel_sums(term, basis)[1]
                 case Order.PAIRS:
@@ -106,6 +107,11 @@ def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
         case (Dense(G=G),):
             return _dense_squares(G, basis, how)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
+
+
+def _squared(turned: Tensor, Q: Side) -> Tensor:
+    """In place, but where the side turned nothing and gave back what it was given."""
+    return turned.square_() if Q.shape[-1] > 1 else turned.square()
 
 
 def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
@@ -123,11 +129,6 @@ def _is_plain(t: Tensor, Q: Side) -> bool:
 def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
     """`t Q` of `[n 1 s d]` with positions as the last axis in memory, as the kernel reads them."""
     return matmul(Q.mT.expand(t.shape[0], -1, -1), t[:, 0].mT)[:, None].mT
-
-
-def _single_squares(g: Tensor, a: Tensor) -> Tensor:
-    """Of one position the square factors."""
-    return add_up(g.square(), a.square())
 
 
 def add_sums(sums: Sums, more: Sums) -> Sums:
@@ -276,6 +277,7 @@ def _formed_squares(
                 of_block = add_up(h, x)
                 formed = of_block if formed is None else formed + of_block
             gradients = map(form, split(h, how.part), split(x, how.part))
+            del of_x, x  # what is not read again is freed before more is written
         for G in gradients:
             if total and not by_itself:
                 formed = _add(formed, G)
@@ -286,6 +288,7 @@ def _formed_squares(
                 for name in late:
                     G = turn_inputs(G, then.Q_A) if name == "Q_A" else turn_outputs(G, then.Q_B)
             square = _add(square, G, squared=True)
+        del h, gradients, G
     assert square is not None
     return formed, square + assembled(left, (square.shape[1], square.shape[2])) if of_samples or of_G else square
 
@@ -320,8 +323,8 @@ def _sides(how: Contraction) -> tuple[list[str], list[str]]:
 
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:
-    """Whether to write patches the fast way, and the basis in its order: unless that has more entries than they."""
-    many = NOMINAL_N * a.shape[2] >= a.shape[3]
+    """Whether to write patches the fast way, and the basis in its order: unless that has far more entries than they."""
+    many = 2 * nominal(a) * a.shape[2] >= a.shape[3]
     whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
     if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
         return basis, False
@@ -351,7 +354,7 @@ def _turned_back(total: Tensor, term: Factored, first: Basis, reordered: bool = 
     reordered: whether its inputs are in the order of `write_fast`.
     """
     turned = [Q.shape[-1] for Q in first if Q.shape[-1] > 1]
-    if any(outside(Q) for Q in first) or sum(turned) > NOMINAL_N * term.a.shape[2]:
+    if any(outside(Q) for Q in first) or sum(turned) > nominal(term.g) * term.a.shape[2]:
         return gradient((term,))
     b, _, i, k = term.a.shape[1:]
     total = out_of_basis(total, first, (b, term.g.shape[3], i, k))

@@ -82,7 +82,7 @@ class Contractions(NamedTuple):
 
 DEFAULT = Contractions()
 BLOCK_BYTES = 2**24  # of inputs and output gradients that are projected at a time, in eager mode
-ROWS = 2  # or so many positions for each column of the basis, where that is more
+ROWS = 512  # or so many positions, where that is more: beside their product the basis takes little time to read
 Costs = Mapping[tuple[str, torch.dtype], Cost]
 FORMED = (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST)
 
@@ -279,9 +279,8 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
         if isinstance(term.a, Patches):
             of_inputs = math.prod((term.a.x if eager and convolves(term, basis, order) else term.a).shape[1:])
         return Contraction(order, steps, fitting(of_G + size * of_inputs, few))
-    # what comes before G[n] is a product for so many examples that it is not the basis that takes the time to read
     of_one = size * b * s * (i * k * (1 + sizes.unwritten) + o)
-    enough = max(BLOCK_BYTES, of_one * -(-ROWS * max(sizes.A, sizes.B) // s))
+    enough = max(BLOCK_BYTES, of_one * -(-ROWS // s))
     return Contraction(order, steps, fitting(of_one, min(max_bytes, enough)), fitting(of_G, few))
 
 
