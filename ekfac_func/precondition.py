@@ -69,6 +69,7 @@ from .subspace import (
     in_span,
     incomplete,
     into_span,
+    mean_outside,
     rescale,
     rescales_samples,
 )
@@ -353,7 +354,12 @@ def ekfac(
     ) -> tuple[Params, State, Info]:
         losses, layers, _, aux, _ = folded
         bases, n, loss = carried.bases, len(losses), losses.mean()
-        updated = {name: turn.estimators[name].update(carried.second_moments[name], means[name], n) for name in layers}
+        updated = {}
+        for name in layers:
+            estimator, mean = turn.estimators[name], means[name]
+            if estimator.reads_mean and incomplete(bases[name]):
+                mean = mean_outside(mean, bases[name])
+            updated[name] = estimator.update(carried.second_moments[name], mean, n)
         if data is not None:
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
         ruled = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})

@@ -25,8 +25,9 @@ class SecondMoment(NamedTuple):
     `sums(terms, basis, how)` is what it needs of a batch, `how` being the order that sums the moment; `update(moment,
     mean, n)` takes that as means over the n examples. Before the first observation it `starts_from_eigenvalues` of the
     factors or from nothing. One that `reads_mean` takes the mean gradient for that of independent draws, which not
-    every Fisher has. One that `carries` nothing from step to step, once its basis is of the step itself, may be used
-    with `thin` bases.
+    every Fisher has; for all that lies outside of a basis of some rank its `mean.projected` has the root of the mean
+    square there, others' has zero. One that `carries` nothing from step to step, once its basis is of the step itself,
+    may be used with `thin` bases.
     """
 
     name: str

@@ -32,7 +32,7 @@ from .kronecker import (
     written,
 )
 from .products import outer
-from .types import Basis, Dense, Factored, OneHot, Side, Terms, outside
+from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
 
 MAX_ENTRIES = 2**24  # that exist at a time of a norm that is summed over blocks of examples, in eager mode
 
@@ -127,6 +127,13 @@ def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Te
         rest = G - _out_outputs(K, basis)
         both = (rest - _out_inputs(turn_inputs(rest, basis.Q_A), basis)).square_().sum((0, 2, 3)) / (c_i * c_o)
     return H, on_i, on_o, both
+
+
+def mean_outside(mean: Sums, basis: Basis) -> Sums:
+    """Means whose projected gradient has, for all that lies outside, the root of its mean square there."""
+    _, *squares = gradient_squares(mean.gradient[None], basis)
+    sizes = mean.projected.shape[1], mean.projected.shape[2]
+    return mean._replace(projected=mean.projected + assembled(squares, sizes).sqrt())
 
 
 def added(total: Outside, part: Outside) -> Outside:

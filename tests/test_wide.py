@@ -118,6 +118,32 @@ def test_rank_against_an_explicit_complement(name: str, r: int, rules: Any) -> N
     assert tall
 
 
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+def test_the_mean_gradient_outside_of_a_rank(name: str, r: int, rules: Any) -> None:
+    """Estimators that read it: what it has outside counts as much as inside, and is not taken for zero."""
+    if rules is not RULES and not name.startswith("conv"):
+        return
+    case = make(name)
+    batches = [case.batch(N) for _ in range(2)]
+    settings: dict[str, Any] = {"damping": 1e-2, "bases": {"*": rank(r)}, "basis_every": 2, "rules": rules}
+    for estimator in (centred, running_average(0.6)):
+        step = ekfac(case.loss_fn, second_moment=estimator, **settings)
+        _, old, _ = step.precondition(case.params, batches[0], step.init(case.params, batches[0]))
+        _, new, _ = step.precondition(case.params, batches[1], old)
+        gradients = loop(case.loss_fn, case.params, batches[1])[1]
+        for layer in layers(case, batches[1], rules):
+            Q_A, Q_B, inside = whole(new, layer)
+            G = torch.einsum("boO,nboik,biI->nbOIk", Q_B, dense_blocks(gradients, layer), Q_A)
+            if estimator is centred:
+                expected = averaged_outside(G.var(0, correction=0), inside)
+            else:
+                seen = averaged_outside(N * G.mean(0).square(), inside)
+                expected = 0.6 * old.second_moments[layer.weight].value + 0.4 * seen
+            close(new.second_moments[layer.weight].value, expected)
+
+
 def wide(n: int = 6, s: int = 1, i: int = 40, o: int = 30) -> tuple[Any, Params, Any]:
     """A layer wider than its batch has samples: its loss, parameters and a batch."""
     params = {"w": torch.randn(o, i) / i**0.5, "b": torch.randn(o)}
