@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .arrivals import Arrivals
-from .modes import transformed
+from .modes import draws, transformed
 from .types import Batch, Params
 
 
@@ -148,8 +148,10 @@ def looped(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n:
     def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
         return probed(_taps(outputs.__setitem__, start), free, example)
 
-    parts = []
+    parts, before = [], draws(pytree.tree_leaves((free, examples)))
     for k in range(n):
+        if randomness == "same":
+            before.repeat()
         # a copy, for discovery may not have seen whether the loss changes it in place
         example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)
         outputs = arrivals.probes()

@@ -249,8 +249,18 @@ def _tapped(
             of_terms = read(layer, terms, held)
             kept[layer.weight] = add(layer, kept[layer.weight], of_terms) if layer.weight in kept else of_terms
 
+    chunks = _chunks(batch, options.chunk_size)
+    repeated = options.randomness == "same" and len(chunks) > 1 and not options.batched
+    if repeated and compiling:
+        raise ValueError(
+            f"chunk_size={options.chunk_size!r} with randomness='same' in a compiled step, where its chunks would draw "
+            "other numbers: leave one of them out"
+        )
+    before = draws(pytree.tree_leaves((params, batch))) if repeated else None
     parts, held = [], 0
-    for examples in _chunks(batch, options.chunk_size):
+    for examples in chunks:
+        if before is not None:
+            before.repeat()
         n = pytree.tree_leaves(examples)[0].shape[0]
         arrivals = Arrivals(found, params, calls, take, n)
         dense, losses, aux = run(probed, arrivals, free, examples, n, options.randomness)

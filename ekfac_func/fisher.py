@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Bernoulli, Binomial, Distribution, Independent, Normal
 from torch.utils import _pytree as pytree
 
 from .checks import check_count
 from .discovery import Spec
+from .modes import draws
 from .types import Batch, LossFn, Params
 
 Model = Callable[[Params, Any], Any]
@@ -103,28 +104,33 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
             rows = torch.cat(_rows(likelihood(outputs)))
         return poison + weight * rows.gather(0, row[None])[0]
 
-    @torch.compiler.assume_constant_result
-    def useful(param_specs: Any, example: Any) -> tuple[int, ...]:
-        """The rows that depend on the output, from shapes alone."""
-
-        def fill(spec: Any) -> Tensor:
-            return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
-
-        def filled(tree: Any) -> Any:
-            return pytree.tree_map(fill, tree, is_leaf=lambda leaf: isinstance(leaf, Spec))
-
-        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
-            outputs = model(filled(param_specs), *filled(example))
-            outputs = pytree.tree_map(lambda leaf: leaf.detach().requires_grad_(), outputs)
+    def rows_of(params: Params, example: Any) -> tuple[int, ...]:
+        """Those that depend on the output."""
+        with torch.enable_grad():
+            outputs = pytree.tree_map(lambda leaf: leaf.detach().requires_grad_(), model(params, example))
             with _unchecked():
                 parts = _rows(likelihood(outputs))
         live = [part.requires_grad for part in parts for _ in range(len(part))]
         return tuple(row for row, needed in enumerate(live) if needed)
 
+    @torch.compiler.assume_constant_result
+    def rows_of_shapes(param_specs: Any, example: Any) -> tuple[int, ...]:
+        def fill(spec: Any) -> Tensor:
+            return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+
+        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
+            filled = pytree.tree_map(fill, (param_specs, *example), is_leaf=lambda leaf: isinstance(leaf, Spec))
+            return rows_of(*filled)
+
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
         specs = {name: Spec(tuple(p.shape), p.dtype, p.device) for name, p in params.items()}
         one = pytree.tree_map(lambda leaf: Spec(tuple(leaf.shape[1:]), leaf.dtype, leaf.device), batch)
-        rows = useful(specs, (one,))
+        try:
+            rows = rows_of_shapes(specs, (one,))
+        except DataDependentOutputException:  # of a model that branches on values
+            before = draws(pytree.tree_leaves((params, batch)))
+            rows = rows_of(dict(params), pytree.tree_map(lambda leaf: leaf[0], batch))
+            before.repeat()
         like = next(iter(params.values()))
         n = pytree.tree_leaves(batch)[0].shape[0]
         row = torch.tensor(rows, device=like.device).expand(n, len(rows)).flatten()

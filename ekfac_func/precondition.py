@@ -509,7 +509,8 @@ def _refresh(
         if averages is not None or not isinstance(chosen[name], Rank | Compact):
             factors[name] = average_factors(state.factors[name], mean, 0.0 if averages is None else averages)
     used = {name: mean if averages is None else factors[name] for name, mean in means.items()}
-    new, kept = refresh_bases(used, state.bases, how, state.step == 0)
+    spans = [name for name in means if isinstance(chosen[name], Thin)]
+    new, kept = refresh_bases(used, state.bases, how, state.step == 0, spans)
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)

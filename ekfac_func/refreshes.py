@@ -6,7 +6,7 @@ scaled by its largest entry, solved, and the result tested; a factor that fails 
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -177,11 +177,16 @@ class Problem(NamedTuple):
 
 
 def refresh_bases(
-    factors: Mapping[str, Factors | Means], old: Mapping[str, Basis], how: Refresh | None = None, first: bool = True
+    factors: Mapping[str, Factors | Means],
+    old: Mapping[str, Basis],
+    how: Refresh | None = None,
+    first: bool = True,
+    anew: Collection[str] = (),
 ) -> tuple[dict[str, Basis], Tensor]:
     """Eigenvectors of both factors of each layer, and how many blocks `[]` kept their old ones because a solver failed.
 
-    The problems of all layers are gathered, so that a solver may take several at a time.
+    The problems of all layers are gathered, so that a solver may take several at a time. anew: the layers whose old
+    basis says nothing of the new one, at any step.
     """
     how = eigh() if how is None else how
     sides = {name: list(old[name]) for name in factors}
@@ -191,7 +196,7 @@ def refresh_bases(
         for k, C in enumerate((of_layer.A, of_layer.B)):
             problem = _problem(C, old[name][k], how, first)
             if problem is not None:
-                (inner if problem.old is None else whole).append((name, k, problem))
+                (inner if problem.old is None or name in anew else whole).append((name, k, problem))
     solved: list[Tensor] = []
     if whole:
         solved += how.solve([p.C for *_, p in whole], [p.old for *_, p in whole if p.old is not None], first)

@@ -110,7 +110,10 @@ def _variance(moment: Moment, mean: Sums, n: int) -> Moment:
 
 
 centred = SecondMoment("centred", exact_sums, _variance, keep, reads_mean=True, carries=False)
-"""`intra_batch` less the square of the batch's mean gradient: the variance in place of the second moment."""
+"""`intra_batch` less the square of the batch's mean gradient: the variance in place of the second moment.
+
+Of a single example, or of equal ones, it is zero: a constant damping then bounds the step, a relative one does not.
+"""
 
 
 def averaged_intra_batch(decay: Number) -> SecondMoment:

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the argument, its shape and the remedy."""
 
+import itertools
 from collections import UserDict
 from typing import Any
 
@@ -202,7 +203,18 @@ def test_dropout_modes() -> None:
 
     batch = torch.ones(64, 4)
     assert per_example_gradients(noisy, W, batch).losses.unique().numel() > 1
-    assert per_example_gradients(noisy, W, batch, randomness="same").losses.unique().numel() == 1
+
+    def in_a_loop(params: Params, x: Tensor) -> Tensor:
+        return noisy(params, x) if float(x.sum()) > 0 else x.sum()
+
+    for loss_fn, chunk_size in itertools.product((noisy, in_a_loop), (None, 20)):
+        torch.manual_seed(0)
+        found = per_example_gradients(loss_fn, W, batch, randomness="same", chunk_size=chunk_size)
+        assert found.losses.unique().numel() == 1
+        after = torch.rand(())
+        torch.manual_seed(0)
+        per_example_gradients(noisy, W, batch, randomness="same")
+        assert after == torch.rand(())  # what is drawn next is that of the batch at once
     with pytest.raises(RuntimeError, match="randomness"):
         per_example_gradients(noisy, W, batch, randomness="error")
 

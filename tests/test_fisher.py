@@ -199,6 +199,29 @@ def test_several_outputs_and_distributions() -> None:
     moments(data_loss(model), params, given, sampled(two, likelihood, 2))
 
 
+def test_exact_of_a_model_that_branches_on_values() -> None:
+    """Its rows cannot be told from shapes; the same model without a branch has them from shapes."""
+    params = {"a": torch.randn(4, 3, 5)}
+    batch = torch.randn(5, 5), torch.randint(0, 4, (5,))
+
+    def picked(params: Params, example: Any) -> Tensor:
+        x, k = example
+        return params["a"][int(k)] @ x
+
+    def gathered(params: Params, example: Any) -> Tensor:
+        x, k = example
+        return params["a"].index_select(0, k[None])[0] @ x
+
+    def run(model: Any) -> Any:
+        fisher = exact(model, lambda z: Normal(z, 1.0))
+        step = ekfac(lambda p, e: model(p, e).square().sum(), damping=0.1, fisher=fisher)
+        return step.precondition(params, batch, step.init(params, batch))
+
+    (natural, state, _), (expected, gathered_state, _) = run(picked), run(gathered)
+    close_trees(natural, expected)
+    close(state.second_moments["a"].value, gathered_state.second_moments["a"].value)
+
+
 def test_a_curvature_loss_of_ones_own() -> None:
     """The data's loss reads a weight on a second path, the curvature loss does not: the layers are the latter's."""
     model, params, batch = mlp(4)

@@ -290,6 +290,23 @@ def test_thin_is_the_full_basis(name: str, rules: Any) -> None:
         assert all(moment.value.numel() == 0 for moment in state.second_moments.values())
 
 
+@pytest.mark.parametrize("refresh", [qr(), qr(3), adaptive(0.5)], ids=lambda refresh: refresh.name)
+def test_thin_bases_start_from_no_old_ones(refresh: Refresh) -> None:
+    """Of a span that another batch had, or of arbitrary coordinates in it: beside a layer that has old ones."""
+    case = make("mlp")
+    bases: list[dict[str, Any]] = [{"*": thin}, {"0.*": thin, "*": FULL}]
+    for choices in bases:
+        step, state = ekfac(case.loss_fn, damping=1e-2, bases=choices, refresh=refresh), None
+        for _ in range(3):
+            batch = case.batch(2)
+            state = step.init(case.params, batch) if state is None else state
+            natural, state, _ = step.precondition(case.params, batch, state)
+            full = ekfac(case.loss_fn, damping=1e-2)
+            expected, _, _ = full.precondition(case.params, batch, full.init(case.params, batch))
+            names = [name for name in natural if choices == {"*": thin} or name.startswith("0.")]
+            close_trees({name: natural[name] for name in names}, {name: expected[name] for name in names})
+
+
 @pytest.mark.parametrize("estimator", [intra_batch, centred, kfac], ids=lambda e: e.name)
 def test_thin_with_each_estimator_and_fisher(estimator: SecondMoment) -> None:
     """The gradient of the data may lie outside of the span of another Fisher's."""
