@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
-from .types import Basis, Layer, Number, Params, Reflections, Side, State
+from .subspace import real
+from .types import Basis, Layer, Number, Params, State
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,14 @@ def curvature(state: State) -> Curvature:
         raise TypeError(f"state is a {type(state).__name__}: pass what precondition returned")
     if state.step == 0 or not state.layers:
         raise ValueError(f"state has seen no batch, its step is {state.step}: pass what precondition returned")
-    values, real = {}, {}
+    values, inside = {}, {}
     for layer in state.layers:
         moment = state.second_moments[layer.weight]
         _refuse_few_columns(layer, state.bases[layer.weight])
-        real[layer.weight] = _real(state.bases[layer.weight], layer)
+        inside[layer.weight] = real(state.bases[layer.weight], layer)
         seen = torch.where(moment.weight > 0, moment.value, torch.nan)
-        values[layer.weight] = torch.where(real[layer.weight], seen, 1)
-    return Curvature(state.layers, state.bases, values, real)
+        values[layer.weight] = torch.where(inside[layer.weight], seen, 1)
+    return Curvature(state.layers, state.bases, values, inside)
 
 
 def _refuse_few_columns(layer: Layer, basis: Basis) -> None:
@@ -186,27 +187,6 @@ def _refuse_few_columns(layer: Layer, basis: Basis) -> None:
                 f"the basis of {layer.weight!r} has {Q.shape[-1]} columns on a side of {dim}, as rank(r) and thin "
                 "leave it: an operator needs a full basis, or one of blocks(max_dim)"
             )
-
-
-def _real(basis: Basis, layer: Layer) -> Tensor:
-    """`[b O I 1]`: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
-
-    The factors are zero there, so that an eigenvector lies in the one or in the other.
-    """
-    _, o, i, _ = layer.sizes
-    inside = [_length_inside(Q, size) > 0.5 for Q, size in ((basis.Q_B, o), (basis.Q_A, i))]
-    return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
-
-
-def _length_inside(Q: Side, size: int) -> Tensor:
-    """`[b D]`: the squared length of each column of a side within the side's first entries."""
-    if isinstance(Q, Reflections):
-        return Q.V.new_ones(Q.shape[:2])
-    if Q.dim() == 3:
-        return torch.ones_like(Q.diagonal(dim1=-2, dim2=-1))
-    b, m, d = Q.shape[:3]
-    within = (torch.arange(m * d, device=Q.device) < size).reshape(m, d, 1)
-    return (Q.square() * within).sum(-2).reshape(b, -1)
 
 
 def _check_tree(layers: tuple[Layer, ...], tree: Mapping[str, Tensor]) -> None:

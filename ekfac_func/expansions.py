@@ -257,7 +257,7 @@ def recurrent(cell: Cell) -> Expansion:
 
 def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
-    return (scores if mask is None else scores + mask).softmax(-1)
+    return (scores if mask is None else scores + mask).softmax(-1).to(q.dtype)  # of a float32 mask in half precision
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:

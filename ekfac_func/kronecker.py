@@ -128,11 +128,11 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
                 A = _gram(written, "nbsmdk,nbsmek->bmde", basis.Q_A, -2, left_A)
             B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, left_B)
             n, _, s, _ = g.shape
-            used = n * s if counted is None else counted.sum((0, 2))
+            used = n * s if counted is None else counted.sum((0, 2)).to(g)
             inputs = used * a.shape[4] if x is None else n * x.shape[2]
             return FactorSums(A, B, inputs, used, s if counted is None else used / n, n)
         case OneHot(ids=ids, size=size, g=g, counted=counted):
-            seen = counted.sum()
+            seen = counted.sum().to(g)
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
             A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, not formed and outside(basis.Q_A) > 0)
             return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0], g.shape[0])

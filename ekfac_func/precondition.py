@@ -170,8 +170,9 @@ def ekfac(
     has_aux: `loss_fn` returns a pair (loss, aux); the tree of tensors aux, with an axis n in front, is in `info.aux`.
     batched: `loss_fn` takes the batch as it is and returns the losses `[n]`; aux is returned as it is. It is for models
         that couple their examples, BatchNorm in training mode: the gradient of an example is then that of the batch's
-        loss through the example's own activations, as in hook-based K-FAC. For independent examples it is the same as
-        without, and does without `vmap`. An axis of a layer's input that holds several positions of each example must
+        loss through the example's own activations, as in hook-based K-FAC; w.r.t. a parameter without a rule, of the
+        example's own loss through all activations. For independent examples it is the same as without, and does
+        without `vmap`. An axis of a layer's input that holds several positions of each example must
         have those of an example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
     chunk_size: examples differentiated at a time, whose sums add; None takes the batch at once. A step with a refresh
@@ -528,7 +529,8 @@ def _of_data(
     """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
     n = len(data.losses)
     means = {name: total / n for name, total in data.kept.items()}
-    tree = unpack_all(data.layers.values(), means, params)
+    exact = {name: p.new_empty(0, dtype=statistics_dtype(p)) for name, p in params.items()}
+    tree = unpack_all(data.layers.values(), means, exact)
     packed = {name: pack(layer, tree) for name, layer in layers.items()}
     slopes = {name: Mean(M, into_basis(into_span(M, spans[name]), bases[name]), None, n) for name, M in packed.items()}
     return data.losses.mean(), slopes

@@ -6,6 +6,7 @@ scaled by its largest entry, solved, and the result tested; a factor that fails 
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -62,7 +63,12 @@ def eigh(dtype: torch.dtype | None = None) -> Refresh:
         orthonormal. On a device without float64 it is float32.
     """
     _check_dtype(dtype)
-    return Refresh("eigh", lambda C, old, first: eigenvectors(C), dtype, from_samples=True)
+    return Refresh("eigh", _anew, dtype, from_samples=True)
+
+
+def _anew(factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]:
+    found: list[Tensor] = eigenvectors(factors)
+    return found
 
 
 def qr(iterations: int = 1) -> Refresh:
@@ -73,18 +79,20 @@ def qr(iterations: int = 1) -> Refresh:
     the identity says little; where that step was skipped the iteration starts from the identity all the same.
     """
     check_count("iterations", iterations)
+    return Refresh("qr", functools.partial(_iterated_from_old, iterations), None, iterations=iterations)
 
-    def iterate(C: Tensor, old: Tensor) -> Tensor:
-        order = torch.einsum("...de,...dD,...eD->...D", C, old, old).argsort(-1, descending=True)
-        Q = old.gather(-1, order[..., None, :].expand_as(old))
+
+def _iterated_from_old(iterations: int, factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]:
+    if first:
+        return _anew(factors, old, first)
+    found = []
+    for C, old_Q in zip(factors, old, strict=True):
+        order = torch.einsum("...de,...dD,...eD->...D", C, old_Q, old_Q).argsort(-1, descending=True)
+        Q = old_Q.gather(-1, order[..., None, :].expand_as(old_Q))
         for _ in range(iterations):
             Q = torch.linalg.qr(C @ Q).Q
-        return Q.gather(-1, order.argsort(-1)[..., None, :].expand_as(Q))
-
-    def solve(factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]:
-        return eigenvectors(factors) if first else list(map(iterate, factors, old))
-
-    return Refresh("qr", solve, None, iterations=iterations)
+        found.append(Q.gather(-1, order.argsort(-1)[..., None, :].expand_as(Q)))
+    return found
 
 
 def adaptive(tolerance: float, dtype: torch.dtype | None = None) -> Refresh:
@@ -100,8 +108,12 @@ def adaptive(tolerance: float, dtype: torch.dtype | None = None) -> Refresh:
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r}: a share of the factor's norm, give 0 <= tolerance < 1")
     _check_dtype(dtype)
-    share = float(tolerance)
-    return Refresh("adaptive", lambda C, old, first: eigenvectors_where_due(C, old, share), dtype)
+    return Refresh("adaptive", functools.partial(_where_due, float(tolerance)), dtype)
+
+
+def _where_due(tolerance: float, factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]:
+    found: list[Tensor] = eigenvectors_where_due(factors, old, tolerance)
+    return found
 
 
 def staggered(groups: int, of: Refresh | None = None) -> Refresh:

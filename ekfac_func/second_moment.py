@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -122,12 +123,12 @@ def averaged_intra_batch(decay: Number) -> SecondMoment:
     decay: weight of the past in each step, 0 <= decay < 1; checked where it is a Python number.
     """
     check_decay("decay", decay)
+    return SecondMoment("averaged_intra_batch", exact_sums, functools.partial(_averaged, decay), transport)
 
-    def update(moment: Moment, mean: Sums, n: int) -> Moment:
-        assert mean.square is not None
-        return moving_average(moment, mean.square, decay)
 
-    return SecondMoment("averaged_intra_batch", exact_sums, update, transport)
+def _averaged(decay: Number, moment: Moment, mean: Sums, n: int) -> Moment:
+    assert mean.square is not None
+    return moving_average(moment, mean.square, decay)
 
 
 def running_average(decay: Number) -> SecondMoment:
@@ -139,8 +140,9 @@ def running_average(decay: Number) -> SecondMoment:
     decay: weight of the past in each step, 0 <= decay < 1; checked where it is a Python number.
     """
     check_decay("decay", decay)
-
-    def update(moment: Moment, mean: Sums, n: int) -> Moment:
-        return moving_average(moment, n * mean.projected.square(), decay)
-
+    update = functools.partial(_running, decay)
     return SecondMoment("running_average", gradient_sums, update, reset, starts_from_eigenvalues=True, reads_mean=True)
+
+
+def _running(decay: Number, moment: Moment, mean: Sums, n: int) -> Moment:
+    return moving_average(moment, n * mean.projected.square(), decay)

@@ -32,7 +32,7 @@ from .kronecker import (
     written,
 )
 from .products import outer
-from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
+from .types import Basis, Dense, Factored, Layer, OneHot, Reflections, Side, Sums, Terms, outside
 
 MAX_ENTRIES = 2**24  # that exist at a time of a norm that is summed over blocks of examples, in eager mode
 
@@ -336,6 +336,26 @@ def _counts(Q: Side, like: Tensor) -> Tensor:
     columns = Q.shape[-1] if Q.dim() == 3 else Q.shape[1] * Q.shape[-1]
     one = like.new_ones(columns)
     return torch.cat([one[:-1], one[:1] * outside(Q)]) if outside(Q) else one
+
+
+def real(basis: Basis, layer: Layer) -> Tensor:
+    """`[b O I 1]`: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
+
+    The factors are zero there, so that an eigenvector lies in the one or in the other.
+    """
+    _, o, i, _ = layer.sizes
+    inside = [_length_inside(Q, size) > 0.5 for Q, size in ((basis.Q_B, o), (basis.Q_A, i))]
+    return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
+
+
+def _length_inside(Q: Side, size: int) -> Tensor:
+    """`[b D]`: the squared length of each column of a side within the side's first entries."""
+    if isinstance(Q, Reflections) or Q.dim() == 3:
+        like = Q.V if isinstance(Q, Reflections) else Q
+        return like.new_ones(Q.shape[0], Q.shape[-1])
+    b, m, d = Q.shape[:3]
+    within = (torch.arange(m * d, device=Q.device) < size).reshape(m, d, 1)
+    return (Q.square() * within).sum(-2).reshape(b, -1)
 
 
 class Span(NamedTuple):

@@ -219,6 +219,19 @@ def _attending(params: Params, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x[None], y[None], y.float()[None], mask).float().square().sum()
 
 
+def test_a_mask_in_float32_over_queries_in_half_precision() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        q = F.linear(x, params["w"])[None]
+        mask = torch.ones(len(x), len(x), dtype=torch.float32).tril() / 2
+        return F.scaled_dot_product_attention(q, q, q, mask).float().square().sum()
+
+    params, batch = {"w": torch.randn(4, 4).bfloat16()}, torch.randn(5, 3, 4).bfloat16()
+    losses, expected = loop(loss_fn, params, batch)
+    found = per_example_gradients(loss_fn, params, batch)
+    close(found.losses, losses, 2e-2)
+    close(found.dense("w").float(), expected["w"].float(), 5e-2)
+
+
 def _classifying(params: Params, x: Tensor) -> Tensor:
     return F.cross_entropy(40 * F.linear(x, params["w"]), torch.arange(len(x)) % 4)
 

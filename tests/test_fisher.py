@@ -222,6 +222,30 @@ def test_exact_of_a_model_that_branches_on_values() -> None:
     close(state.second_moments["a"].value, gathered_state.second_moments["a"].value)
 
 
+def test_parameters_in_half_precision() -> None:
+    """The data's gradient meets the statistics in float32: the Fisher of the data's own loss is the empirical one."""
+    params = {"w": torch.randn(3, 4).bfloat16()}
+    batch = torch.randn(8, 4).bfloat16(), torch.randint(0, 3, (8,))
+
+    def model(params: Params, example: Any) -> Tensor:
+        return F.linear(example[0], params["w"])
+
+    def loss(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(model(params, example), example[1])
+
+    def run(fisher: Fisher) -> Params:
+        step = ekfac(loss, damping=0.1, fisher=fisher)
+        natural, state, info = step.precondition(params, batch, step.init(params, batch))
+        assert natural["w"].dtype == info.gradient["w"].dtype == torch.bfloat16
+        assert state.second_moments["w"].value.dtype == torch.float32
+        return natural
+
+    same_bits(run(gradient(loss)), run(empirical))
+    likelihoods = lambda z: Categorical(logits=z.float())  # noqa: E731
+    for fisher in (exact(model, likelihoods), sampled(model, likelihoods)):
+        assert run(fisher)["w"].isfinite().all()
+
+
 def test_a_curvature_loss_of_ones_own() -> None:
     """The data's loss reads a weight on a second path, the curvature loss does not: the layers are the latter's."""
     model, params, batch = mlp(4)

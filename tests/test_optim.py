@@ -18,15 +18,20 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ekfac_func import (
+    Blocks,
     EKFACOptimizer,
+    adaptive,
     averaged_intra_batch,
+    curvature,
     ekfac,
     intra_batch,
     kfac,
     optim,
+    qr,
     rank,
     running_average,
     set_grads,
+    staggered,
 )
 from ekfac_func.optim import (
     Transform,
@@ -497,6 +502,9 @@ def test_the_optimizer_skips_compiles_and_takes_a_closure() -> None:
         optimizer.step(batch)
         other.step(batch)
     close_trees(list(twin.parameters()), list(net.parameters()), 1e-8)
+    number = EKFACOptimizer(twin, loss, lr=0.1, damping=1e-2)
+    number.load_state_dict(optimizer.state_dict())  # has no damping, for it was a rule
+    assert number.damping == 1e-2
 
 
 def cross_entropy(model: Any, batch: Any) -> Tensor:
@@ -520,12 +528,16 @@ def test_copies_of_the_optimizer_go_on_with_the_same_bits() -> None:
     assert not torch.equal(twin[0].weight, net[0].weight)
     again.step(batches[2])
     same_bits(twin.state_dict(), net.state_dict())
-    plain = EKFACOptimizer(net, cross_entropy, lr=0.1, damping=1e-2, basis_every=4)  # a pickle has no closures
-    plain.step(batches[3])
-    twin, again = pickle.loads(pickle.dumps((net, plain)))
-    plain.step(batches[4])
-    again.step(batches[4])
-    same_bits(twin.state_dict(), net.state_dict())
+    for estimator, refresh in ((averaged_intra_batch(0.9), qr()), (running_average(0.9), adaptive(0.1))):
+        plain = EKFACOptimizer(
+            net, cross_entropy, lr=0.1, damping=1e-2, second_moment=estimator, refresh=refresh, basis_every=2
+        )
+        plain.step(batches[3])
+        twin, again = pickle.loads(pickle.dumps((net, plain)))
+        for batch in batches[4:]:
+            plain.step(batch)
+            again.step(batch)
+        same_bits(twin.state_dict(), net.state_dict())
 
 
 def test_the_defaults_of_the_optimizer() -> None:
@@ -576,8 +588,60 @@ def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones(
     assert moved(batches[3]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert optimizer.ekfac_state is not None
     assert optimizer.ekfac_state.step == 1
+    resumed = EKFACOptimizer(net, loss, [{"params": group["params"]} for group in optimizer.param_groups], lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
     net[2].bias.requires_grad_(False)
     assert moved(batches[4]) == {"0.weight", "0.bias", "2.weight"}
+    resumed.step(batches[4])  # knows what the saved state is of
+    assert resumed.ekfac_state is not None
+    assert resumed.ekfac_state.step == 1
+
+
+class Shared(nn.Module):
+    """Modules that stand in several places, and a buffer that is assigned anew."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([self.first, self.first])
+        self.norm = self.same = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 3)
+        self.tied = nn.Linear(4, 3)
+        self.tied.weight = self.head.weight
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = 0.9 * self.seen + x.detach().mean(0)
+        for layer in self.layers:
+            x = layer(x).tanh()
+        x = self.norm(x)
+        return self.head(x) + self.tied(x).tanh()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modules_in_several_places_and_assigned_buffers(compiled: bool) -> None:
+    """`functional_call` by itself leaves a module that it meets twice without its parameters."""
+    net = Shared()
+    _, _, batches = net_and_loss()
+
+    def losses(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    optimizer = EKFACOptimizer(net, losses, lr=0.1, damping=1e-2, batched=True)
+    if compiled:
+        optimizer.precondition = torch.compile(optimizer.precondition, fullgraph=True, backend="eager")
+    parameters = dict(net.named_parameters())
+    for batch in batches[:2]:
+        plain = copy.deepcopy(net)
+        losses(plain, batch).mean().backward()
+        optimizer.step(batch)
+        assert optimizer.info is not None
+        close_trees(optimizer.info.gradient, {name: p.grad for name, p in plain.named_parameters()})
+        close_trees(dict(net.named_buffers()), dict(plain.named_buffers()))
+        assert all(p is parameters[name] for name, p in net.named_parameters())
+    assert EKFACOptimizer(net, losses).param_groups[0]["params"] == list(parameters.values())
 
 
 def test_the_optimizer_takes_the_batch_as_it_is() -> None:
@@ -784,6 +848,8 @@ def test_the_predicted_decrease() -> None:
     close(found, -(G.mean(0) @ delta) - delta @ C @ delta / 2, 1e-8)
     assert found > 0
     exact = fisher_quadratic(case.loss_fn, case.params, batch, updates, 1e-2)
+    with pytest.raises(ValueError, match=r"damping has shape \(2,\).*one for all"):
+        fisher_quadratic(case.loss_fn, case.params, batch, updates, torch.ones(2))
     close(exact, delta @ (G.T @ G / N + 1e-2 * torch.eye(15)) @ delta, 1e-8)
 
 
@@ -844,6 +910,16 @@ def test_metrics() -> None:
     close_trees(fast(natural, info, state), metrics(natural, info, state))
 
 
+def test_condition_does_not_count_what_fills_up_a_block() -> None:
+    params, batch = {"w": torch.randn(3, 5)}, torch.randn(20, 5)
+    step = ekfac(lambda p, x: (p["w"] @ x).sin().square().sum(), damping=1e-3, bases={"*": Blocks(2, 2)})
+    natural, state, info = step.precondition(params, batch, step.init(params, batch))
+    values = curvature(state).eigenvalues()["w"] + 1e-3
+    assert state.second_moments["w"].value.numel() == 24
+    assert len(values) == 15
+    close(metrics(natural, info, state)["condition/w"], values.max() / values.min())
+
+
 def test_metrics_of_a_first_step_that_was_skipped() -> None:
     case = make("mlp")
     x, y = case.batch(N)
@@ -863,6 +939,15 @@ def test_metrics_tell_a_refresh() -> None:
         natural, state, info = step.precondition(case.params, (x * math.nan if t == 3 else x, y), state)
         found.append(float(metrics(natural, info, state, basis_every=3)["refresh"]))
     assert found == [1, 0, 0, 0, 0, 0, 1]  # that of step 3 was skipped
+    step = ekfac(case.loss_fn, damping=0.1, basis_every=3, refresh=staggered(2))
+    state, found, changed = step.init(case.params, (x, y)), [], []
+    for _ in range(6):
+        old = state
+        natural, state, info = step.precondition(case.params, case.batch(N), state)
+        found.append(float(metrics(natural, info, state, basis_every=3, refresh=staggered(2))["refresh"]))
+        pairs = zip(pytree.tree_leaves(state.bases), pytree.tree_leaves(old.bases), strict=True)
+        changed.append(float(any(not torch.equal(Q, old_Q) for Q, old_Q in pairs)))
+    assert found == changed == [1, 1, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac])

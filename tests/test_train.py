@@ -202,6 +202,25 @@ def test_goes_on_after_a_kill_and_after_ctrl_c(tmp_path: Path) -> None:
     assert imread(parts / "digits-mlp-metrics.png").std() > 0.01
 
 
+def test_a_training_that_diverged_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    options = ["train", "--model", "mlp", "--steps", "6", "--sgd-lr", "1e30", "--checkpoint-every", "1"]
+    main([*options, "--out", str(tmp_path / "whole")])
+    expected = capsys.readouterr().out
+    with monkeypatch.context() as killed:
+        killed.setattr(torch.optim, "AdamW", None)  # after the end of SGD
+        with pytest.raises(TypeError):
+            main([*options, "--out", str(tmp_path / "parts")])
+    capsys.readouterr()
+    main([*options, "--out", str(tmp_path / "parts")])
+    resumed = capsys.readouterr().out
+    assert str(losses(resumed)) == str(losses(expected))  # with NaN in it
+    found, whole = ((tmp_path / part / "digits-mlp-metrics.csv").read_text() for part in ("parts", "whole"))
+    assert found == whole
+
+
 def test_ekfac_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """Between two refreshes, with momentum: parameters, velocity and state have the bits of an uninterrupted run."""
     torch.set_default_dtype(torch.float32)

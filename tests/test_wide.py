@@ -144,6 +144,26 @@ def test_the_mean_gradient_outside_of_a_rank(name: str, r: int, rules: Any) -> N
             close(new.second_moments[layer.weight].value, expected)
 
 
+@pytest.mark.parametrize("choice", [FULL, rank(2), thin, compact(30)], ids=str)
+def test_a_table_in_another_dtype_than_torchs_default(choice: Any) -> None:
+    """Its factors divide by counts, which are whole numbers."""
+    params, ids = {"t": torch.randn(9, 4)}, torch.randint(0, 9, (5, 6))
+    single = {"t": params["t"].float()}
+    for estimator in (intra_batch, kfac):
+        step = ekfac(
+            lambda p, ids: F.embedding(ids, p["t"]).sin().sum(),
+            damping=0.1,
+            bases={"*": choice},
+            second_moment=estimator,
+        )
+        expected, _, _ = step.precondition(params, ids, step.init(params, ids))
+        natural, state, _ = step.precondition(single, ids, step.init(single, ids))
+        leaves = torch.utils._pytree.tree_leaves((natural, state))
+        assert {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)} == {torch.float32}
+        if estimator is kfac or choice is FULL:  # else the basis is one of a subspace, and not determined so well
+            close_trees({"t": natural["t"].double()}, expected, 1e-3)
+
+
 def wide(n: int = 6, s: int = 1, i: int = 40, o: int = 30) -> tuple[Any, Params, Any]:
     """A layer wider than its batch has samples: its loss, parameters and a batch."""
     params = {"w": torch.randn(o, i) / i**0.5, "b": torch.randn(o)}

@@ -5,7 +5,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 import inspect
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,6 @@ class EKFACOptimizer(torch.optim.Optimizer):
         self.ekfac_state: State | None = None
         self.natural: Params | None = None
         self.info: Info | None = None
-        self._trained: set[str] | None = None  # names of the parameters that the last step trained
         self._bind()
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
@@ -104,18 +103,21 @@ class EKFACOptimizer(torch.optim.Optimizer):
         """Make what the module and the loss decide, and no copy or pickle carries."""
         self.names = {p: name for name, p in self.model.named_parameters()}
         self._bound = bound = _Bound(self.model, self.loss)
-        has_aux, options = self.options.get("has_aux", False), self.options
-        if self.options.get("batched", False):
-            options = {**options, "has_aux": True}
+        places = _places(bound)
+        has_aux, batched = self.options.get("has_aux", False), self.options.get("batched", False)
+        options = {**self.options, "has_aux": True} if batched else self.options
 
         def loss_fn(params: Params, example: Any) -> Any:
-            given = {f"model.{name}": p for name, p in params.items()}
-            if not options.get("batched", False):
-                return functional_call(bound, given, (pytree.tree_map(lambda leaf: leaf[None], example),))
-            buffers = {name: b.clone() for name, b in bound.named_buffers()}
-            found = functional_call(bound, {**given, **buffers}, (example,))
+            given = {place: params[name] for place, name in places.parameters.items() if name in params}
+            if not batched:
+                one = pytree.tree_map(lambda leaf: leaf[None], example)
+                return functional_call(bound, given, (one,), tie_weights=False)
+            clones = {name: b.clone() for name, b in bound.model.named_buffers()}
+            given |= {place: clones[name] for place, name in places.buffers.items()}
+            found = functional_call(bound, given, (example,), tie_weights=False)
             losses, aux = found if has_aux else (found, ())
-            return losses, (aux, buffers)
+            # a module that assigned a new tensor to a buffer has it in `given` now
+            return losses, (aux, {name: given[place] for place, name in places.buffers.items()})
 
         def precondition(
             params: Params, batch: Batch, state: State, damping: Number | Damping
@@ -163,14 +165,13 @@ class EKFACOptimizer(torch.optim.Optimizer):
         if isinstance(batch, UserDict):  # of a collator of `transformers`
             batch = batch.data
         params = {self.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
-        if self.ekfac_state is None or self._trained not in (None, set(params)):
+        if self.ekfac_state is None or _trained(self.ekfac_state) != params.keys():
             self.ekfac_state = self._init(params, batch)
-        self._trained = set(params)
         self.natural, self.ekfac_state, self.info = self.precondition(params, batch, self.ekfac_state, self.damping)
         if self.options.get("batched", False):
             aux, buffers = self.info.aux
             self.info = self.info._replace(aux=aux)
-            for name, b in self._bound.named_buffers():
+            for name, b in self.model.named_buffers():
                 b.copy_(torch.where(self.info.skipped, b, buffers[name]))
         for group in self.param_groups:
             self._update(group, self.natural, self.info)
@@ -201,18 +202,44 @@ class EKFACOptimizer(torch.optim.Optimizer):
         super().load_state_dict(rest)
         device = self.param_groups[0]["params"][0].device
         self.ekfac_state = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), state_dict["ekfac"])
-        self._trained = None
-        if not callable(self.damping):
+        if not callable(self.damping) and state_dict["damping"] is not None:  # which is that of a rule
             self.damping = state_dict["damping"]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "loss", "options", "damping", "ekfac_state", "natural", "info", "_trained")
+        own = ("model", "loss", "options", "damping", "ekfac_state", "natural", "info")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model" in state:  # a copy, where `load_state_dict` gives groups and velocities alone
             self._bind()
+
+
+def _trained(state: State) -> set[str]:
+    """The names of its parameters."""
+    return {name for layer in state.layers for name in (layer.weight, layer.bias) if name is not None}
+
+
+class _Places(NamedTuple):
+    """Where a bound module has its tensors, each with the name that `named_parameters` or `named_buffers` gives it."""
+
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+
+
+def _places(bound: _Bound) -> _Places:
+    """Each module once, where `functional_call` goes to one that stands in several places several times.
+
+    Then it does not find its own tensors again, and leaves those that it was given.
+    """
+    parameters = {p: name for name, p in bound.model.named_parameters()}
+    buffers = {b: name for name, b in bound.model.named_buffers()}
+    places = _Places({}, {})
+    for path, module in bound.named_modules():
+        before = f"{path}." if path else ""
+        places.parameters.update((f"{before}{k}", parameters[p]) for k, p in module.named_parameters(recurse=False))
+        places.buffers.update((f"{before}{k}", buffers[b]) for k, b in module.named_buffers(recurse=False))
+    return places
 
 
 class _Bound(nn.Module):

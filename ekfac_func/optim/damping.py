@@ -103,9 +103,11 @@ def fisher_quadratic(
     `mean_n (G[n] . updates)^2 + damping ||updates||^2`, from one forward pass in forward mode; for any updates, with
     momentum and weight decay too. F is what EKFAC approximates. A loss that forward mode cannot differentiate raises.
 
-    loss_fn, params, batch: as in `ekfac`; a loss with dropout draws anew.
-    damping: a number or `[]`, in loss^2 / parameter^2.
+    loss_fn, params, batch: as in `ekfac`, the loss without aux; one with dropout draws anew.
+    damping: a number or `[]`, in loss^2 / parameter^2; ValueError for one of each layer.
     """
+    if isinstance(damping, Tensor) and damping.dim() > 0:
+        raise ValueError(f"damping has shape {tuple(damping.shape)}: give one for all parameters, a number or []")
     tangents: Params = {name: updates[name].to(p.dtype) for name, p in params.items()}
 
     def losses(params: Params) -> Tensor:

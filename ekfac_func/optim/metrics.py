@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..subspace import counts
+from ..refreshes import Refresh, due, eigh
+from ..subspace import counts, real
 from ..types import Info, Number, State
 from .norms import dots, squares, total
 
@@ -18,12 +19,13 @@ def metrics(
     *,
     learning_rate: Number = 1.0,
     basis_every: int | None = None,
+    refresh: Refresh | None = None,
 ) -> dict[str, Tensor]:
     """Scalars of a step by name, 0-d tensors on the device, for a logger to read when it wants to.
 
     natural, state, info: what `precondition` returned.
     learning_rate: of the step, for `kl` alone.
-    basis_every: as given to `ekfac`, for `refresh` alone.
+    basis_every, refresh: as given to `ekfac`, for `refresh` alone.
 
     | name | meaning |
     |---|---|
@@ -34,8 +36,8 @@ def metrics(
     | damping, damping/LAYER | as used; by layer where a rule gave each its own |
     | effective_rank/LAYER | exponential of the entropy of the shares of `m2`, 1 to their number; 0 without any |
     | condition/LAYER | largest over smallest entry of `m2 + damping` |
-    | skipped | 1 where the step was not finite, else 0; loss, norms and cosine then say what was found |
-    | refresh | 1 where the step refreshed the eigenbases, else 0; where basis_every is given |
+    | skipped | 1 where the step was not finite, else 0; loss, norms, cosine and damping then say what was found |
+    | refresh | 1 where the step refreshed the eigenbases of any layer, else 0; where basis_every is given |
     | kept_bases | eigenbases that could not be refreshed |
 
     Of `thin` layers the state has no moment, and so neither effective rank nor condition.
@@ -55,18 +57,21 @@ def metrics(
         "kept_bases": info.kept_bases,
     }
     if basis_every is not None:
-        due = (state.step - 1) % basis_every == 0  # the state's step is the next one
-        found["refresh"] = torch.where(info.skipped, 0.0, float(due))
+        layers = {layer.weight: layer for layer in state.layers}
+        refreshed = due(layers, refresh or eigh(), state.step - 1, basis_every)  # the state's step is the next one
+        found["refresh"] = torch.where(info.skipped, 0.0, float(len(refreshed) > 0))
     dampings = info.damping.expand(len(state.second_moments)).unbind()
     if info.damping.dim() == 0:
         found["damping"] = info.damping
     else:
         found |= {f"damping/{name}": d for name, d in zip(state.second_moments, dampings, strict=True)}
-    for (name, moment), damping in zip(state.second_moments.items(), dampings, strict=True):
-        if moment.value.numel() == 0:
+    for layer, damping in zip(state.layers, dampings, strict=True):
+        name, basis, m2 = layer.weight, state.bases[layer.weight], state.second_moments[layer.weight].value
+        if m2.numel() == 0:
             continue
-        found[f"effective_rank/{name}"] = _effective_rank(moment.value, counts(state.bases[name], moment.value))
-        found[f"condition/{name}"] = (moment.value.amax() + damping) / (moment.value.amin() + damping)
+        found[f"effective_rank/{name}"] = _effective_rank(m2, counts(basis, m2))
+        least = torch.where(real(basis, layer), m2, torch.inf).amin()
+        found[f"condition/{name}"] = (m2.amax() + damping) / (least + damping)
     return found
 
 

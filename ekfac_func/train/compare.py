@@ -1,6 +1,7 @@
 """EKFAC, SGD with momentum and AdamW on the same task: same steps, same batches, same start."""
 
 import csv
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,8 @@ def compare(
                     plotted = {"loss": loss, **trainer.metrics()}
                     rows.writerows([name, now.step, metric, value.item()] for metric, value in plotted.items())
                     table.flush()
+                if not math.isfinite(loss.item()):  # the end of this training, from which nothing goes on
+                    return
                 if stop.up or now.step % files.checkpoint_every == 0:
                     save(now)
                 if stop.up:
