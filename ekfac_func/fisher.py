@@ -115,6 +115,8 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
 
     @torch.compiler.assume_constant_result
     def rows_of_shapes(param_specs: Any, example: Any) -> tuple[int, ...]:
+        """The same without values, as a constant of a graph."""
+
         def fill(spec: Any) -> Tensor:
             return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
 

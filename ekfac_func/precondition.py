@@ -172,8 +172,8 @@ def ekfac(
         that couple their examples, BatchNorm in training mode: the gradient of an example is then that of the batch's
         loss through the example's own activations, as in hook-based K-FAC; w.r.t. a parameter without a rule, of the
         example's own loss through all activations. For independent examples it is the same as without, and does
-        without `vmap`. An axis of a layer's input that holds several positions of each example must
-        have those of an example one after another, `(n s)`.
+        without `vmap`. An axis of a layer's input that holds several positions of each example must have those of an
+        example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
     chunk_size: examples differentiated at a time, whose sums add; None takes the batch at once. A step with a refresh
         needs the bases before the moment: what a layer is made of stays until then where that of all layers fits into

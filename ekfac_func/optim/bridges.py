@@ -228,9 +228,9 @@ class _Places(NamedTuple):
 
 
 def _places(bound: _Bound) -> _Places:
-    """Each module once, where `functional_call` goes to one that stands in several places several times.
+    """Each module once: `functional_call` goes to one in several places several times, and leaves what it was given.
 
-    Then it does not find its own tensors again, and leaves those that it was given.
+    https://github.com/pytorch/pytorch/issues/164759
     """
     parameters = {p: name for name, p in bound.model.named_parameters()}
     buffers = {b: name for name, b in bound.model.named_buffers()}
