@@ -460,6 +460,7 @@ def test_the_optimizer_resumes_with_the_same_bits() -> None:
     again = made()
     again.load_state_dict(saved["optimizer"])
     assert again.damping == 1e-2
+    assert again.damping is not saved["optimizer"]["damping"]
     for batch in batches[3:]:
         again.step(batch)
     same_bits(net.state_dict(), straight)

@@ -201,9 +201,10 @@ class EKFACOptimizer(torch.optim.Optimizer):
         rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
         super().load_state_dict(rest)
         device = self.param_groups[0]["params"][0].device
-        self.ekfac_state = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), state_dict["ekfac"])
-        if not callable(self.damping) and state_dict["damping"] is not None:  # which is that of a rule
-            self.damping = state_dict["damping"]
+        saved = state_dict["ekfac"], state_dict["damping"]
+        self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), saved)
+        if not callable(self.damping) and damping is not None:  # which is that of a rule
+            self.damping = damping
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("model", "loss", "options", "damping", "ekfac_state", "natural", "info")
