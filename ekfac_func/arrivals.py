@@ -94,13 +94,13 @@ def output_shape(call: Tapped, n: int | None) -> tuple[int, ...]:
     if call.along is None:
         return tuple(call.output.shape)
     assert n is not None
-    axis, entries = call.along[0]
+    axis, entries = call.along[0].axis, call.along[0].entries  # Dynamo of 2.11 unpacks no constant tuple
     return (*call.output.shape[:axis], n * entries, *call.output.shape[axis + 1 :])
 
 
 def _examples_first(t: Tensor, along: Along, n: int) -> Tensor:
     """`[... (n entries) ...]` as `[n ... entries ...]`."""
-    axis, entries = along
+    axis, entries = along.axis, along.entries
     return t.reshape(*t.shape[:axis], n, entries, *t.shape[axis + 1 :]).movedim(axis, 0)
 
 
