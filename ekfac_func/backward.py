@@ -148,9 +148,10 @@ def looped(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n:
     def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
         return probed(_taps(outputs.__setitem__, start), free, example)
 
-    parts, before = [], draws(pytree.tree_leaves((free, examples)))
+    before = draws(pytree.tree_leaves((free, examples))) if randomness == "same" else None
+    parts = []
     for k in range(n):
-        if randomness == "same":
+        if before is not None:
             before.repeat()
         # a copy, for discovery may not have seen whether the loss changes it in place
         example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)

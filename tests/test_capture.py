@@ -212,13 +212,6 @@ def test_the_output_of_an_own_rule_may_be_changed_in_place() -> None:
         close(found.dense(name), expected)
 
 
-def _attending(params: Params, x: Tensor) -> Tensor:
-    """Autocast casts all three to its own dtype, whatever theirs."""
-    y = F.linear(x, params["w"])  # [t 4], bfloat16
-    mask = torch.zeros(len(x), len(x), dtype=x.dtype)
-    return F.scaled_dot_product_attention(x[None], y[None], y.float()[None], mask).float().square().sum()
-
-
 def test_a_mask_in_float32_over_queries_in_half_precision() -> None:
     def loss_fn(params: Params, x: Tensor) -> Tensor:
         q = F.linear(x, params["w"])[None]
@@ -230,6 +223,13 @@ def test_a_mask_in_float32_over_queries_in_half_precision() -> None:
     found = per_example_gradients(loss_fn, params, batch)
     close(found.losses, losses, 2e-2)
     close(found.dense("w").float(), expected["w"].float(), 5e-2)
+
+
+def _attending(params: Params, x: Tensor) -> Tensor:
+    """Autocast casts all three to its own dtype, whatever theirs."""
+    y = F.linear(x, params["w"])  # [t 4], bfloat16
+    mask = torch.zeros(len(x), len(x), dtype=x.dtype)
+    return F.scaled_dot_product_attention(x[None], y[None], y.float()[None], mask).float().square().sum()
 
 
 def _classifying(params: Params, x: Tensor) -> Tensor:

@@ -611,13 +611,14 @@ class Shared(nn.Module):
         self.head = nn.Linear(4, 3)
         self.tied = nn.Linear(4, 3)
         self.tied.weight = self.head.weight
+        self.scale = self.again = nn.Parameter(torch.full((4,), 1.5))
         self.register_buffer("seen", torch.zeros(4))
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = 0.9 * self.seen + x.detach().mean(0)
         for layer in self.layers:
             x = layer(x).tanh()
-        x = self.norm(x)
+        x = self.norm(x * self.scale).sin() * self.again
         return self.head(x) + self.tied(x).tanh()
 
 
@@ -643,6 +644,33 @@ def test_modules_in_several_places_and_assigned_buffers(compiled: bool) -> None:
         close_trees(dict(net.named_buffers()), dict(plain.named_buffers()))
         assert all(p is parameters[name] for name, p in net.named_parameters())
     assert EKFACOptimizer(net, losses).param_groups[0]["params"] == list(parameters.values())
+
+
+class Weighted(nn.Module):
+    """A loss that is a module, with a parameter of its own that nothing trains, and buffers."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]), reduction=reduction)
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, model: Any, batch: Any) -> Tensor:
+        found: Tensor = self.inner(model(batch[0]) * self.temperature, batch[1])
+        return found
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_loss_that_is_a_module(batched: bool) -> None:
+    net, _, batches = net_and_loss()
+    loss = Weighted("none" if batched else "sum")
+    plain = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    total = Weighted("sum")(lambda x: functional_call(net, plain, (x,)), batches[0])
+    expected = torch.autograd.grad(total / len(batches[0][0]), list(plain.values()))
+    optimizer = EKFACOptimizer(net, loss, lr=0.1, damping=1e-2, batched=batched)
+    close(optimizer.step(batches[0]), total.detach() / len(batches[0][0]))
+    assert optimizer.info is not None
+    close_trees(optimizer.info.gradient, dict(zip(plain, expected, strict=True)))
+    assert loss.temperature == 2
 
 
 def test_the_optimizer_takes_the_batch_as_it_is() -> None:

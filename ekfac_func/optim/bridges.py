@@ -5,7 +5,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 import inspect
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,16 +108,16 @@ class EKFACOptimizer(torch.optim.Optimizer):
         options = {**self.options, "has_aux": True} if batched else self.options
 
         def loss_fn(params: Params, example: Any) -> Any:
-            given = {place: params[name] for place, name in places.parameters.items() if name in params}
+            values = {f"model.{name}": p for name, p in params.items()}
             if not batched:
                 one = pytree.tree_map(lambda leaf: leaf[None], example)
-                return functional_call(bound, given, (one,), tie_weights=False)
-            clones = {name: b.clone() for name, b in bound.model.named_buffers()}
-            given |= {place: clones[name] for place, name in places.buffers.items()}
+                return functional_call(bound, _at(places, values), (one,), tie_weights=False)
+            buffers = {name: b.clone() for name, b in bound.named_buffers()}
+            given = _at(places, values | buffers)
             found = functional_call(bound, given, (example,), tie_weights=False)
             losses, aux = found if has_aux else (found, ())
             # a module that assigned a new tensor to a buffer has it in `given` now
-            return losses, (aux, {name: given[place] for place, name in places.buffers.items()})
+            return losses, (aux, {name: given[place] for place, name in places.items() if name in buffers})
 
         def precondition(
             params: Params, batch: Batch, state: State, damping: Number | Damping
@@ -171,7 +171,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         if self.options.get("batched", False):
             aux, buffers = self.info.aux
             self.info = self.info._replace(aux=aux)
-            for name, b in self.model.named_buffers():
+            for name, b in self._bound.named_buffers():
                 b.copy_(torch.where(self.info.skipped, b, buffers[name]))
         for group in self.param_groups:
             self._update(group, self.natural, self.info)
@@ -221,26 +221,23 @@ def _trained(state: State) -> set[str]:
     return {name for layer in state.layers for name in (layer.weight, layer.bias) if name is not None}
 
 
-class _Places(NamedTuple):
-    """Where a bound module has its tensors, each with the name that `named_parameters` or `named_buffers` gives it."""
+def _places(bound: nn.Module) -> dict[str, str]:
+    """Of every tensor of every module, once, the name that `named_parameters` or `named_buffers` gives it.
 
-    parameters: dict[str, str]
-    buffers: dict[str, str]
-
-
-def _places(bound: _Bound) -> _Places:
-    """Each module once: `functional_call` goes to one in several places several times, and leaves what it was given.
-
+    `functional_call` by itself goes to a module in several places several times, and leaves what it was given there:
     https://github.com/pytorch/pytorch/issues/164759
     """
-    parameters = {p: name for name, p in bound.model.named_parameters()}
-    buffers = {b: name for name, b in bound.model.named_buffers()}
-    places = _Places({}, {})
+    names = {t: name for name, t in (*bound.named_parameters(), *bound.named_buffers())}
+    places: dict[str, str] = {}
     for path, module in bound.named_modules():
-        before = f"{path}." if path else ""
-        places.parameters.update((f"{before}{k}", parameters[p]) for k, p in module.named_parameters(recurse=False))
-        places.buffers.update((f"{before}{k}", buffers[b]) for k, b in module.named_buffers(recurse=False))
+        for tensors in (module.named_parameters, module.named_buffers):
+            places |= {place: names[t] for place, t in tensors(path, recurse=False, remove_duplicate=False)}
     return places
+
+
+def _at(places: Mapping[str, str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values in all their places."""
+    return {place: values[name] for place, name in places.items() if name in values}
 
 
 class _Bound(nn.Module):
