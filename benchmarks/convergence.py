@@ -18,6 +18,7 @@ import json
 import math
 import pydoc_data.topics
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import soap
 from ekfac_func import (
@@ -322,6 +325,7 @@ def operations(name: str, setting: Mapping[str, float], task: Task) -> list[floa
         torch.ops.aten._linalg_eigh: decomposition(9),
         torch.ops.ekfac_func.eigenvectors: lambda shapes, *rest, **more: sum(map(decomposition(9), shapes)),
         torch.ops.aten.linalg_qr: decomposition(8 / 3),
+        torch.ops.ekfac_func.householder: lambda s, *rest, **more: 5 * s[0] * s[1] * min(s[1:]) * s[2],
     }
     for batch in batches(task.train, task.batch_size, BASIS_EVERY + 1, 0):
         with FlopCounterMode(display=False, custom_mapping=costs) as counter:

@@ -165,9 +165,11 @@ def products(precision: str) -> Iterator[None]:
     before, of_cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(PRECISIONS[precision].products)
     torch.backends.cudnn.allow_tf32 = precision != "float32"
-    yield
-    torch.set_float32_matmul_precision(before)
-    torch.backends.cudnn.allow_tf32 = of_cudnn
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = of_cudnn
 
 
 def throughput(dtype: torch.dtype, device: str, size: int, repeats: int) -> float:

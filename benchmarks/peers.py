@@ -39,7 +39,7 @@ VARIANTS = ["ekfac_func-rank", "ekfac_func-thin", "ekfac_func-compact"]  # of th
 LIBRARIES = ["ekfac_func", *VARIANTS, "naive", *PEERS]
 TIMED = ["T1", "T2", "T3", "T4", "step"]
 KINDS = [*TIMED, "memory", "floor"]
-BARS: dict[str, dict[str, float]] = {
+BARS: dict[str, dict[str, float]] = {  # set from what the best of the peers took on two cores: aims, not results
     "T1": {"W1": 20.3, "W2": 5.2, "W3": 6.3, "W4": 93, "W5": 30.6},
     "T2": {"W1": 2.1, "W2": 2.9, "W3": 2.2, "W4": 1.5, "W5": 3.0},
     "T4": {"W1": 6.5, "W2": 3.5, "W3": 2.6, "W4": 28, "W5": 6.0},

@@ -13,9 +13,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import FULL, RULES, Basis, averaged_intra_batch, ekfac, rank
+from ekfac_func import FULL, Basis, averaged_intra_batch, ekfac, rank
 from ekfac_func.basis import Choice
-from ekfac_func.discovery import Options, plan
 from ekfac_func.types import Params
 
 HIDDEN, BATCH, STEPS, LOOKS = 128, 128, 120, (20, 60, 120)
@@ -71,7 +70,6 @@ def main() -> None:
     batches = [(x[at], y[at]) for at in (torch.randint(0, len(x), (BATCH,)) for _ in range(STEPS))]
     losses, _, _ = train(FULL, loss_fn, start, batches)
     params = train(FULL, loss_fn, start, batches[: LOOKS[0]])[2]
-    layers = plan(loss_fn, params, batches[0], Options(RULES)).layers
     full_step = ekfac(loss_fn, **{**OPTIONS, "bases": {"*": FULL}})
     looked = batches[LOOKS[0] : LOOKS[0] + 10]
     print(f"{'rank':>6}  {'F + damping':>11}  {'cosine':>7}  " + "  ".join(f"loss {at:>4}" for at in LOOKS))
@@ -85,7 +83,7 @@ def main() -> None:
             distance(
                 of_rank.bases[w], of_rank.second_moments[w].value, of_full.bases[w], of_full.second_moments[w].value
             )
-            for w in (layer.weight for layer in layers)
+            for w in of_full.bases
         ]
         error = (sum(a for a, _ in parts) / sum(b for _, b in parts)) ** 0.5
         v, u = (torch.cat([tree[name].flatten() for name in params]) for tree in (found, wanted))

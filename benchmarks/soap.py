@@ -37,7 +37,7 @@ def init(params: Mapping[str, Tensor]) -> Soap:
     for name, p in params.items():
         if p.dim() > 1:
             o, i = zeros[name].shape
-            sides[name] = Side(p.new_zeros(o, o), torch.eye(o)), Side(p.new_zeros(i, i), torch.eye(i))
+            sides[name] = Side(p.new_zeros(o, o), torch.eye(o).to(p)), Side(p.new_zeros(i, i), torch.eye(i).to(p))
     return Soap(0, zeros, dict(zeros), sides)
 
 

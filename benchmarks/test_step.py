@@ -76,21 +76,17 @@ def test_same_work_as_naive() -> None:
             torch.testing.assert_close(found[key], expected, rtol=1e-3, atol=1e-5)
 
 
-PEAK = r"""
-import ctypes, re, sys, torch
+PEAK = """
+import sys, torch
+from benchmarks.measure import peak_resident
 from benchmarks.workloads import *
 torch.set_num_threads(2)
 kind, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 w = work(name, n)
 step, state = known_basis(work(name, 2), intra_batch)
-def status(key):
-    return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
-ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the refresh left in the allocator is not free memory
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
-before = status("VmRSS")
-{"step": lambda: step.precondition(w.params, w.batch, state), "naive": lambda: naive(w, state),
- "forward_backward": lambda: forward_backward(w)}[kind]()
-print(status("VmHWM") - before)
+calls = {"step": lambda: step.precondition(w.params, w.batch, state), "naive": lambda: naive(w, state),
+         "forward_backward": lambda: forward_backward(w)}
+print(peak_resident(calls[kind]))
 """
 
 

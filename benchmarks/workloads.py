@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ekfac_func import EKFAC, SecondMoment, State, averaged_intra_batch, ekfac, intra_batch, kfac, running_average
-from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import into_basis, out_of_basis, pack, unpack
-from ekfac_func.rules import RULES
 from ekfac_func.types import Layer, LossFn, Params
 
 DAMPING = 1e-2
@@ -242,12 +240,8 @@ def naive(w: Work, state: State) -> Params:
     """The first reading of the idea: every example's gradient in memory, then one einsum into the basis."""
     per_example = vmap(grad(w.loss_fn), (None, 0))(w.params, w.batch)
     natural: Params = {}
-    for layer in plan(w.loss_fn, w.params, w.batch, Options(RULES)).layers:
-        b, o, i, k = layer.sizes
-        G = per_example[layer.weight].reshape(-1, b, o, i - (layer.bias is not None), k)
-        if layer.bias is not None:
-            G = torch.cat([G, per_example[layer.bias].reshape(-1, b, o, 1, k)], dim=3)
-        projected = into_basis(G, state.bases[layer.weight])
+    for layer in state.layers:
+        projected = into_basis(pack(layer, per_example), state.bases[layer.weight])
         rescaled = projected.mean(0) / (projected.square().mean(0) + DAMPING)
         natural |= unpack(layer, out_of_basis(rescaled, state.bases[layer.weight], layer.sizes), w.params)
     return natural

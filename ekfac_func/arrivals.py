@@ -31,7 +31,7 @@ class Arrivals:
         self.planned, self.params, self.calls, self.take, self.n = found.calls, params, calls, take, n
         self.inputs: list[Any] = []
         self.gradients: dict[int, Tensor] = {}
-        self.missing = list(range(len(found.calls)))
+        self.missing = set(range(len(found.calls)))
         self.uses: dict[str, list[int]] = {}
         for k, planned in enumerate(found.calls):
             self.uses.setdefault(planned.weight, []).append(k)
@@ -55,7 +55,7 @@ class Arrivals:
         self.gradients[k] = g if planned.along is None else _examples_first(g, planned.along[0], self.n)
         self.missing.remove(k)
         uses = self.uses[planned.weight]
-        if not any(j in self.missing for j in uses):
+        if self.missing.isdisjoint(uses):
             layer = self.layers[planned.weight]
             terms = _added([_placed(self._term(j), self.planned[j], layer, self.params) for j in uses])
             self.take(layer, terms, self.held)
@@ -79,7 +79,7 @@ class Arrivals:
 
     def finish(self) -> None:
         """Zeros for what the loss does not depend on; then nothing is held, for a tap may live on in a cycle."""
-        for k in list(self.missing):
+        for k in sorted(self.missing):
             planned = self.planned[k]
             shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.output.shape)
             self.arrived(k, torch.zeros(shape, dtype=planned.output.dtype, device=planned.output.device))

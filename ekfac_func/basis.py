@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_count
-from .types import Basis, Layer, Reflections, Side
+from .types import Basis, Layer, Reflections, Side, outside
 
 
 class Blocks(NamedTuple):
@@ -131,6 +131,8 @@ def _choose(
 
 def check_choices(choices: Choices) -> None:
     """bases: a mapping from patterns to choices of whole numbers."""
+    if not isinstance(choices, Mapping):
+        raise TypeError(f"bases is {choices!r}: give a dict from patterns of names to choices, as {{'*': rank(8)}}")
     for pattern, value in choices.items():
         if not isinstance(value, Blocks | Rank | Thin | Compact):
             raise TypeError(
@@ -146,7 +148,7 @@ def check_patterns(argument: str, layers: Sequence[Layer], patterns: Iterable[st
     """Each pattern fits a layer."""
     names = [layer.weight for layer in layers]
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"{argument} has a pattern {pattern!r} that fits no layer: they are {', '.join(names)}")
 
 
@@ -194,7 +196,7 @@ def moment_shape(layer: Layer, choice: Choice) -> tuple[int, int, int, int]:
 
 
 def identity(layer: Layer, choice: Choice, like: Tensor) -> Basis:
-    """The basis before the first refresh: the parameters' own coordinates, or where it is to be of some rank any."""
+    """The basis before the first refresh: the parameters' own coordinates; of a side of some rank any columns."""
     return Basis(*(_start(shape, like, choice) for shape in shapes(layer, choice)))
 
 
@@ -224,3 +226,35 @@ def _start(shape: tuple[int, ...], like: Tensor, choice: Choice) -> Side:
     sketch = torch.randn(rows, columns - 1, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(0))
     U = torch.linalg.qr(sketch.to(like.dtype)).Q.to(like.device)
     return F.pad(U, (0, 1)).repeat(b, 1, 1)
+
+
+def counts(basis: Basis, like: Tensor) -> Tensor:
+    """How many coordinates of a layer each entry of its moment stands for, `[O I]`."""
+    in_A, in_B = (_counts(Q, like) for Q in basis)
+    return in_B[:, None] * in_A
+
+
+def _counts(Q: Side, like: Tensor) -> Tensor:
+    columns = Q.shape[-1] if Q.dim() == 3 else Q.shape[1] * Q.shape[-1]
+    one = like.new_ones(columns)
+    return torch.cat([one[:-1], one[:1] * outside(Q)]) if outside(Q) else one
+
+
+def real(basis: Basis, layer: Layer) -> Tensor:
+    """`[b O I 1]`: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
+
+    The factors are zero there, so that an eigenvector lies in the one or in the other.
+    """
+    _, o, i, _ = layer.sizes
+    inside = [_length_inside(Q, size) > 0.5 for Q, size in ((basis.Q_B, o), (basis.Q_A, i))]
+    return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
+
+
+def _length_inside(Q: Side, size: int) -> Tensor:
+    """`[b D]`: the squared length of each column of a side within the side's first entries."""
+    if isinstance(Q, Reflections) or Q.dim() == 3:
+        like = Q.V if isinstance(Q, Reflections) else Q
+        return like.new_ones(Q.shape[0], Q.shape[-1])
+    b, m, d = Q.shape[:3]
+    within = (torch.arange(m * d, device=Q.device) < size).reshape(m, d, 1)
+    return (Q.square() * within).sum(-2).reshape(b, -1)

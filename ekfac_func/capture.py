@@ -23,9 +23,9 @@ from . import expansions, views
 from .arrivals import Arrivals, output_shape
 from .backward import Probe, Run, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
-from .checks import check_inference_mode
-from .discovery import Options, Plan, check_loss, plan, spec
-from .modes import Draws, draws, transformed
+from .checks import check_inference_mode, check_loss
+from .discovery import Options, Plan, plan, spec
+from .modes import Draws, draws, no_autocast, transformed
 from .rules import RULES
 from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossFn, Params, Terms, statistics_dtype
@@ -111,6 +111,8 @@ def fold(
     # the first call with these shapes, or the loss took another way through the program than last time
     found = plan(loss_fn, params, batch, options)
     folded, seen, found = _retried(found, loss_fn, params, batch, options, begin, add, before)
+    if key not in plans and len(plans) == REMEMBERED:
+        del plans[next(iter(plans))]
     plans[key] = found, seen
     return folded
 
@@ -126,9 +128,10 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
     found = plan(loss_fn, owned, batch, options)
     if found.looped:
         n = pytree.tree_leaves(batch)[0].shape[0]
-        none: dict[str, Terms] = {
-            layer.weight: (Dense(torch.empty(n, *layer.sizes, device="meta")),) for layer in found.layers
-        }
+        none: dict[str, Terms] = {}
+        for layer in found.layers:
+            dtype = statistics_dtype(params[layer.weight])
+            none[layer.weight] = (Dense(torch.empty(n, *layer.sizes, dtype=dtype, device="meta")),)
         return Captured(torch.empty(n, device="meta"), {layer.weight: layer for layer in found.layers}, none, (), 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         owned, batch = pytree.tree_map(torch.empty_like, (owned, batch))
@@ -153,11 +156,6 @@ def _retried(
             raise
     before.repeat()
     return _retried(found, loss_fn, params, batch, options, begin, add, before)
-
-
-def no_autocast(device: torch.device) -> torch.autocast:
-    """Statistics are those of their own dtype where autocast is on around the call, for the loss, as well."""
-    return torch.autocast(device.type, enabled=False)
 
 
 class StalePlan(RuntimeError):
@@ -215,7 +213,7 @@ def _tapped(
             planned = found.calls[k]
             reads = readings(options.rules, func, args, kwargs)
             name = name_of(reads[planned.reading].weight, known) if planned.reading < len(reads) else None
-            # of a convolution with a bias `vmap` makes what autocast does not cast, or in part
+            # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
             layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
             output = layers_of.get(func, func)(*args, **kwargs)
             # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
@@ -283,6 +281,7 @@ def _chunks(batch: Batch, size: int | None) -> list[Batch]:
     return [pytree.tree_unflatten(part, tree) for part in zip(*(leaf.split(size) for leaf in leaves), strict=True)]
 
 
+REMEMBERED = 256  # plans of a loss
 _memos: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Plan, list[Any]]]] = weakref.WeakKeyDictionary()
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .capture import capture
-from .discovery import Options, check_loss
+from .checks import check_loss
+from .discovery import Options
 from .kronecker import dense, unpack_all
 from .types import Batch, LossFn, Params
 

@@ -94,12 +94,7 @@ def check_state(
 
 def check_positive(name: str, value: Number) -> None:
     """Refuse a Python number that is not positive; a tensor cannot be checked and shows in `info`."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: give a Python number or a 0-d tensor")
-    elif not isinstance(value, int | float):
-        raise TypeError(f"{name} is a {type(value).__name__}: give a Python number or a 0-d tensor")
-    elif not value > 0:
+    if not _unknown(name, value) and not value > 0:
         raise ValueError(f"{name}={value!r}: give a positive number")
 
 
@@ -121,20 +116,52 @@ def check_dampings(dampings: Mapping[str, Number], layers: Iterable[str]) -> Non
 
 def check_decay(name: str, decay: Number) -> None:
     """Refuse a Python number that is no weight of the past, and a tensor that is no number."""
-    if isinstance(decay, Tensor):
-        if decay.dim() != 0:
-            raise ValueError(f"{name} has shape {tuple(decay.shape)}: give a Python number or a 0-d tensor")
-    elif not 0 <= decay < 1:
+    if not _unknown(name, decay) and not 0 <= decay < 1:
         raise ValueError(f"{name}={decay!r}: it is the weight of the past in each step, give 0 <= {name} < 1")
 
 
 def check_exponent(name: str, exponent: Number) -> None:
     """Refuse a Python number that does not shrink what has a large second moment, and a tensor that is no number."""
-    if isinstance(exponent, Tensor):
-        if exponent.dim() != 0:
-            raise ValueError(f"{name} has shape {tuple(exponent.shape)}: give a Python number or a 0-d tensor")
-    elif not -math.inf < exponent < 0:
+    if not _unknown(name, exponent) and not -math.inf < exponent < 0:
         raise ValueError(f"{name}={exponent!r}: give a negative number, -1 for the natural gradient")
+
+
+def _unknown(name: str, value: Number) -> bool:
+    """Whether a number is a 0-d tensor, whose value is not looked at. Refuse what is no number."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: give a Python number or a 0-d tensor")
+        return True
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is a {type(value).__name__}: give a Python number or a 0-d tensor")
+    return False
+
+
+def check_loss(loss: Any, has_aux: bool, n: int | None) -> tuple[Tensor, Any]:
+    """What loss_fn returned as a loss and what it returned beside; n: the batch size of a batched loss."""
+    aux: Any = ()
+    if has_aux:
+        if not isinstance(loss, tuple) or len(loss) != 2:
+            raise TypeError(f"loss_fn returned a {type(loss).__name__}: with has_aux=True it returns (loss, aux)")
+        loss, aux = loss
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn returned a {type(loss).__name__}: return the example's loss, a 0-d tensor, or with has_aux=True "
+            "the pair (loss, aux)"
+        )
+    if n is None and loss.dim() != 0:
+        raise ValueError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return the loss of one example as a scalar, "
+            "for instance with .sum() or .mean()"
+        )
+    if n is not None and tuple(loss.shape) != (n,):
+        raise ValueError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)} for a batch of {n}: with batched=True return one "
+            "loss an example, for instance with reduction='none'"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn returned a loss of dtype {loss.dtype}: return a real floating-point scalar")
+    return loss, aux
 
 
 def check_inference_mode() -> None:

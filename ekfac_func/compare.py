@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from .basis import choose
 from .capture import Captured, capture
-from .checks import check_batch, check_count, check_decay, check_params, check_positive, check_randomness
-from .contraction import exact_sums, mean_sums
-from .discovery import Options
+from .checks import check_batch, check_count, check_decay, check_params, check_positive
+from .contraction import add_sums, exact_sums, mean_sums
+from .discovery import Options, checked_options
 from .fisher import Fisher, empirical
 from .kronecker import (
-    FactorSums,
+    add_factor_sums,
     average_factors,
     count,
     eigenvalue_product,
@@ -40,10 +40,10 @@ from .second_moment import (
     AtRefresh,
     SecondMoment,
     averaged_intra_batch,
+    carry_over,
     centred,
     intra_batch,
     kfac,
-    refresh,
     running_average,
 )
 from .subspace import Mean
@@ -190,7 +190,7 @@ def compare(
     chosen = {name: _checked(name, estimator) for name, estimator in estimators.items()}
     trajectory = [params] * len(batches) if isinstance(params, Mapping) else list(params)
     check_positive("damping", damping)
-    check_randomness(randomness)
+    checked_options(RULES, randomness, chunk_size, has_aux=False, batched=False)
     if not batches:
         raise ValueError("batches is empty: pass the data as at least one batch")
     if len(trajectory) != len(batches):
@@ -319,7 +319,9 @@ class _Data:
         own = self.captures[empirical, next(iter(tables))]
         n = sum(len(captured.losses) for captured in own)
         self.loss = sum(captured.losses.double().sum().item() for captured in own) / n
-        slopes = {name: _total([gradient(captured.terms[name]) for captured in own]) / n for name in own[0].layers}
+        slopes = {
+            name: functools.reduce(torch.add, (gradient(c.terms[name]) for c in own)) / n for name in own[0].layers
+        }
         self.slope = unpack_all(own[0].layers.values(), slopes, self.params)
         for table in tables:
             self.truths[table] = self._truth(table)
@@ -348,12 +350,10 @@ class _Data:
 
     def _everywhere(self, terms: Sequence[Terms], layer: Layer) -> tuple[Sums, Basis]:
         """Exact means over all the data in the eigenbasis of all the data's factors."""
-        initial = _started((layer,), self.params)
-        sums = [factor_sums(of_batch, initial.bases[layer.weight]) for of_batch in terms]
-        total = [
-            FactorSums(*(_total(list(field)) for field in zip(*kind, strict=True))) for kind in zip(*sums, strict=True)
-        ]
-        name = layer.weight
+        initial, name = _started((layer,), self.params), layer.weight
+        start = initial.bases[name]
+        sums = (factor_sums(of_batch, start) for of_batch in terms)
+        total = functools.reduce(lambda some, more: add_factor_sums(some, more, start), sums)
         factors = average_factors(initial.factors[name], mean_factors(total), 0.0)
         basis = refresh_bases({name: factors}, initial.bases)[0][name]
         return exact_means(terms, basis), basis
@@ -369,9 +369,8 @@ class _Data:
 
 def exact_means(terms: Sequence[Terms], basis: Basis) -> Sums:
     """Means over the examples of all terms of G, of G in the basis and of its square."""
-    sums = [exact_sums(term, basis) for term in terms]
-    n = sum(map(count, terms))
-    return mean_sums(Sums(*(_total(list(field)) for field in zip(*sums, strict=True))), n)
+    total = functools.reduce(add_sums, (exact_sums(term, basis) for term in terms))
+    return mean_sums(total, sum(map(count, terms)))
 
 
 def _started(layers: tuple[Layer, ...], params: Params) -> State:
@@ -381,6 +380,11 @@ def _started(layers: tuple[Layer, ...], params: Params) -> State:
 
 def _factors(terms: Terms, basis: Basis, formed: bool = True) -> Means:
     return mean_factors(factor_sums(terms, basis, formed=formed))
+
+
+def _product(factors: Factors, terms: Terms, basis: Basis, like: Tensor) -> Tensor:
+    """The K-FAC estimate, of an estimator that asks for it."""
+    return eigenvalue_product(factors, basis, _factors(terms, basis, False).positions, like)
 
 
 def _scaled(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
@@ -443,9 +447,8 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
         for name, term in for_moment.items():
             moment = frame.moments[member][name]
             if starts:
-                positions = _factors(term, bases[name]).positions
-                product = functools.partial(eigenvalue_product, factors[name], bases[name], positions, moment.value)
-                moment = refresh(rule, carry, moment, frame.bases[name], bases[name], product)
+                product = functools.partial(_product, factors[name], term, bases[name], moment.value)
+                moment = carry_over(rule, carry, moment, frame.bases[name], bases[name], product)
             moments[member][name] = rule.update(moment, sums[rule.sums][name], count(term))
     exact, noise = frame.exact, frame.noise
     if turn or not exact or frame.at is not data:
@@ -553,11 +556,11 @@ def _record(
 def _signal_to_noise(noise: tuple[Tensor, Tensor] | None) -> Tensor:
     """`mean^2 / variance` of one example's gradient in each eigen-direction with noise, flat."""
     if noise is None:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float64)
     mean, square = (x.to(torch.float64).flatten() for x in noise)
     variance = square - mean.square()
     live = variance > torch.finfo(noise[1].dtype).eps * square
-    return (mean.square() / variance)[live]
+    return (mean.square() / variance)[live].cpu()
 
 
 def _best_step(data: _Data, direction: Params, step_sizes: Sequence[float]) -> tuple[float, float]:
@@ -585,10 +588,6 @@ def _losses(loss_fn: LossFn, params: Params, batch: Batch, randomness: str, chun
 def _square(means: Sums) -> Tensor:
     assert means.square is not None
     return means.square
-
-
-def _total(values: list[Any]) -> Any:
-    return None if values[0] is None else functools.reduce(lambda x, y: x + y, values)
 
 
 def _ratio(x: float, y: float) -> float:

@@ -43,7 +43,10 @@ from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
 
 
 def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
-    """Sums over the examples of G, of G in the basis, and of its square, `[b o i k]` each; by default the cheapest."""
+    """Sums over the examples of G, `[b o i k]`, and of G in the basis and its square, `[b O I k]`.
+
+    how: by default the cheapest order.
+    """
     how = contraction(terms, basis) if how is None else how
     if not incomplete(basis):
         return _inside_sums(terms, basis, how)
@@ -143,7 +146,7 @@ def mean_sums(sums: Sums, n: int) -> Sums:
 
 
 def gradient_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
-    """Sums over the examples of G and of G in the basis, `[b o i k]` each; no moment."""
+    """Sums over the examples of G, `[b o i k]`, and of G in the basis, `[b O I k]`; no moment."""
     total = gradient(terms)
     return Sums(total, into_basis(total, basis), None)
 

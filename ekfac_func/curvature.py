@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .basis import real
 from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
-from .subspace import real
 from .types import Basis, Layer, Number, Params, State
 
 

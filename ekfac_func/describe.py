@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from . import basis as eigenbasis
 from .basis import FULL, Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
 from .capture import Captured, shapes
-from .checks import check_batch, check_params
-from .discovery import Options
+from .checks import check_batch, check_decay, check_params
+from .discovery import checked_options
 from .kronecker import positions
 from .orders import DEFAULT, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
@@ -84,7 +84,9 @@ def describe(
     """
     check_params(params)
     check_batch(batch)
-    options, choices = Options(rules, has_aux=has_aux, batched=batched), {} if bases is None else bases
+    check_decay("factor_decay", factor_decay)
+    options = checked_options(rules, "different", None, has_aux, batched)
+    choices = {} if bases is None else bases
     check_choices(choices)
     captured = shapes(loss_fn, params, batch, options)
     check_contractions(contractions)

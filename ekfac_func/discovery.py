@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .batching import OPEN
-from .checks import check_count, check_randomness
+from .checks import check_count, check_loss, check_randomness
 from .rules import Call, Rules
 from .tap import Tap, depth, readings, refuse_batch_statistics, traced, unfused, with_ids
 from .types import Batch, Layer, LossFn, Params, constants
@@ -49,6 +49,8 @@ class Options(NamedTuple):
 
 def checked_options(rules: Rules, randomness: str, chunk_size: int | None, has_aux: bool, batched: bool) -> Options:
     """Options that can be right. ValueError or TypeError for others."""
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules is a {type(rules).__name__}: pass a dict from torch functions to rules, as RULES")
     check_randomness(randomness)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
@@ -114,6 +116,13 @@ def spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
     return Spec(constants(shape), tensor.dtype, tensor.device)
 
 
+def filled(specs: Any, lead: tuple[int, ...] = ()) -> Any:
+    """A tree of tensors of these specs, with axes in front; without values in a `FakeTensorMode`."""
+    return pytree.tree_map(
+        lambda s: torch.empty((*lead, *s.shape), dtype=s.dtype, device=s.device), specs, is_leaf=_is_spec
+    )
+
+
 class _SecondOrder(Exception):
     """The loss calls `torch.autograd.grad`."""
 
@@ -172,7 +181,7 @@ def _discover(
     try:
         if not batched:
             found = run(None)
-            return Plan(*_arrange(param_specs, found, [None] * len(found.uses)), False, not found.nested)
+            return Plan(*_arrange(param_specs, found, [None] * len(found.uses)), nested=False, open=not found.nested)
         few, more = run(_FEW), run(_MORE)
         if [use.at for use in few.uses] != [use.at for use in more.uses]:
             raise ValueError("loss_fn calls other layers for another batch size: with batched=True it may not")
@@ -180,7 +189,8 @@ def _discover(
         shared = frozenset(use.at for use, place in zip(few.uses, placed, strict=True) if place is None)
         if shared:  # calls on what all examples share are differentiated as they are
             few = run(_FEW, shared)
-        return Plan(*_arrange(param_specs, few, [place for place in placed if place is not None]), False, False)
+        layers, calls = _arrange(param_specs, few, [place for place in placed if place is not None])
+        return Plan(layers, calls, nested=False, open=False)
     except DATA_DEPENDENT:  # the loss branches on values: nothing is known of it before it runs
         if batched:
             raise
@@ -229,11 +239,6 @@ def _run(
     nested: list[Any] = []
     reached: set[str] = set()
     hidden_by: dict[str, dict[str, None]] = {}
-
-    def fill(tree: Any, lead: tuple[int, ...] = ()) -> Any:
-        return pytree.tree_map(
-            lambda s: torch.empty((*lead, *s.shape), dtype=s.dtype, device=s.device), tree, is_leaf=_is_spec
-        )
 
     def observed(params: Params) -> Tensor:
         marked = {name: _Mark.apply(p, name, reached) for name, p in params.items()}
@@ -325,11 +330,11 @@ def _run(
                 if view is not None and not _reads_shape(func):
                     hidden_by.setdefault(view.name, {})[_called(func)] = None
 
-        filled = fill(example, () if n is None else (n,))
-        versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(filled)]
+        given = filled(example, () if n is None else (n,))
+        versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
             with traced(), unfused(), Tap(handle):
-                loss = loss_fn(marked, filled)
+                loss = loss_fn(marked, given)
         except RuntimeError as error:
             _refuse_checkpoint(error)
             raise
@@ -351,7 +356,7 @@ def _run(
         return loss if n is None else loss.sum()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.func.grad(observed)(fill(dict(param_specs)))
+        torch.func.grad(observed)(filled(dict(param_specs)))
     return _Run(uses, reached, hidden_by, bool(nested))
 
 
@@ -549,33 +554,6 @@ def _reads_shape(func: Any) -> bool:
 def _differentiates(level: int, outputs: Any, *_: Any, **__: Any) -> bool:
     """Whether the outputs of a `torch.autograd.grad` are the loss's own, not of a transform within it."""
     return any(torch._C._functorch.maybe_get_level(leaf) <= level for leaf in pytree.tree_leaves(outputs))
-
-
-def check_loss(loss: Any, has_aux: bool, n: int | None) -> tuple[Tensor, Any]:
-    """What loss_fn returned as a loss and what it returned beside; n: the batch size of a batched loss."""
-    aux: Any = ()
-    if has_aux:
-        if not isinstance(loss, tuple) or len(loss) != 2:
-            raise TypeError(f"loss_fn returned a {type(loss).__name__}: with has_aux=True it returns (loss, aux)")
-        loss, aux = loss
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss_fn returned a {type(loss).__name__}: return the example's loss, a 0-d tensor, or with has_aux=True "
-            "the pair (loss, aux)"
-        )
-    if n is None and loss.dim() != 0:
-        raise ValueError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return the loss of one example as a scalar, "
-            "for instance with .sum() or .mean()"
-        )
-    if n is not None and tuple(loss.shape) != (n,):
-        raise ValueError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)} for a batch of {n}: with batched=True return one "
-            "loss an example, for instance with reduction='none'"
-        )
-    if not loss.is_floating_point():
-        raise TypeError(f"loss_fn returned a loss of dtype {loss.dtype}: return a real floating-point scalar")
-    return loss, aux
 
 
 def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError]) -> Any:

@@ -8,17 +8,17 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Bernoulli, Binomial, Distribution, Independent, Normal
 from torch.utils import _pytree as pytree
 
 from .checks import check_count
-from .discovery import Spec
+from .discovery import DATA_DEPENDENT, filled, spec
 from .modes import draws
 from .types import Batch, LossFn, Params
 
@@ -116,20 +116,15 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
     @torch.compiler.assume_constant_result
     def rows_of_shapes(param_specs: Any, example: Any) -> tuple[int, ...]:
         """The same without values, as a constant of a graph."""
-
-        def fill(spec: Any) -> Tensor:
-            return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
-
         with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
-            filled = pytree.tree_map(fill, (param_specs, *example), is_leaf=lambda leaf: isinstance(leaf, Spec))
-            return rows_of(*filled)
+            return rows_of(*filled((param_specs, *example)))
 
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
-        specs = {name: Spec(tuple(p.shape), p.dtype, p.device) for name, p in params.items()}
-        one = pytree.tree_map(lambda leaf: Spec(tuple(leaf.shape[1:]), leaf.dtype, leaf.device), batch)
+        specs = {name: spec(p, p.shape) for name, p in params.items()}
+        one = pytree.tree_map(lambda leaf: spec(leaf, leaf.shape[1:]), batch)
         try:
             rows = rows_of_shapes(specs, (one,))
-        except DataDependentOutputException:  # of a model that branches on values
+        except DATA_DEPENDENT:  # of a model that branches on values
             before = draws(pytree.tree_leaves((params, batch)))
             rows = rows_of(dict(params), pytree.tree_map(lambda leaf: leaf[0], batch))
             before.repeat()
@@ -191,7 +186,7 @@ def _unchecked() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _no_checks() -> Any:
+def _no_checks() -> Iterator[None]:
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:

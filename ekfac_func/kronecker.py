@@ -73,7 +73,7 @@ class FactorSums(NamedTuple):
     B: Factor
     count_A: Number  # inputs summed in A
     count_B: Number  # output gradients summed in B, or of dense gradients the trace of B
-    positions: Number  # uses an example, of the weight or of each block [b]: `E[G^2]` over the product of the factors
+    positions: Number  # uses of the weight by an example, [b] where blocks differ; times A x B it estimates E[G^2]
     n: int  # examples
 
 
@@ -150,7 +150,7 @@ def add_factor_sums(sums: tuple[FactorSums, ...], more: tuple[FactorSums, ...], 
 def _add_factor_sums(one: FactorSums, other: FactorSums, basis: Basis) -> FactorSums:
     A, B = _both(one.A, other.A, basis.Q_A), _both(one.B, other.B, basis.Q_B)
     n, positions = one.n + other.n, one.positions
-    if isinstance(positions, Tensor):
+    if isinstance(positions, Tensor) or positions != other.positions:
         positions = (one.n * positions + other.n * other.positions) / n
     return FactorSums(A, B, one.count_A + other.count_A, one.count_B + other.count_B, positions, n)
 
@@ -247,7 +247,7 @@ def _trace(C: Factor) -> Tensor:
 
 
 def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
-    """One step of the bias-corrected moving average of the factors; factors of nothing (zero gradients) are zero."""
+    """One step of the bias-corrected moving average of the factors."""
     A, B = formed(mean.A), formed(mean.B)
     if not isinstance(decay, Tensor) and decay == 0:
         return Factors(A, B, torch.ones_like(factors.weight))

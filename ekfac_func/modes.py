@@ -1,4 +1,4 @@
-"""What a line may do where it runs: eager on a CPU look at values, in a graph or transform not; and its draws."""
+"""What may be done where a line runs: values are looked at in eager mode on a CPU alone; and the draws of a pass."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -59,12 +59,24 @@ class Draws(NamedTuple):
                 "before, and record steps without chunk_size or a refresh"
             )
         for device, state in self.states:
-            torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
+            if device.type == "cpu":
+                torch.set_rng_state(state)
+            else:
+                torch.get_device_module(device).set_rng_state(state, *_which(device))
 
 
 def draws(tensors: Iterable[Tensor]) -> Draws:
-    """Of the CPU, and of the CUDA devices of these tensors."""
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
-    recorded = len(devices) > 0 and torch.cuda.is_current_stream_capturing()
-    of_cuda = [] if recorded else [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_cuda], recorded)
+    """Of the CPU, and of the accelerators that these tensors are on."""
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    recorded = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+    of_devices = [] if recorded else [(d, torch.get_device_module(d).get_rng_state(*_which(d))) for d in devices]
+    return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_devices], recorded)
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Statistics are those of their own dtype where autocast is on around the call, for the loss, as well."""
+    return torch.autocast(device.type, enabled=False)

@@ -21,14 +21,12 @@ def share(text: str) -> float:
 
 def count(text: str) -> int:
     """A whole number of at least 1."""
-    remedy = "give a whole number, at least 1"
-    number = _number(text, lambda x: 1 <= x < float("inf") and x == int(x), remedy)
-    return int(number)
+    return _whole(text, 1)
 
 
 def steps(text: str) -> int:
     """A whole number of at least 0."""
-    return 0 if text.strip() == "0" else count(text)
+    return _whole(text, 0)
 
 
 @contextmanager
@@ -51,6 +49,11 @@ def make_directory(path: Path, error: Callable[[str], NoReturn]) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         error(f"argument --out: {reason}: give a directory that can be written")
+
+
+def _whole(text: str, least: int) -> int:
+    remedy = f"give a whole number, at least {least}"
+    return int(_number(text, lambda x: least <= x < float("inf") and x == int(x), remedy))
 
 
 def _number(text: str, allowed: Callable[[float], bool], remedy: str) -> float:

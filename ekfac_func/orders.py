@@ -55,7 +55,9 @@ class Cost(NamedTuple):
     cache: int  # bytes that stay near the processor from one product to the next
 
 
-COSTS: Mapping[tuple[str, torch.dtype], Cost] = {
+Costs = Mapping[tuple[str, torch.dtype], Cost]  # by type of device, and dtype of the statistics
+
+COSTS: Costs = {
     ("cpu", torch.float32): Cost(1.2e11, 1e10, 2**21),
     ("cpu", torch.float64): Cost(6e10, 1e10, 2**21),
     ("cuda", torch.float32): Cost(5e13, 4e12, 0),
@@ -77,13 +79,12 @@ class Contractions(NamedTuple):
 
     max_bytes: int | None = None
     orders: Mapping[str, Order] = {}
-    costs: Mapping[tuple[str, torch.dtype], Cost] = COSTS
+    costs: Costs = COSTS
 
 
 DEFAULT = Contractions()
 BLOCK_BYTES = 2**24  # of inputs and output gradients that are projected at a time, in eager mode
 ROWS = 512  # or so many positions, where that is more: beside their product the basis takes little time to read
-Costs = Mapping[tuple[str, torch.dtype], Cost]
 FORMED = (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST)
 
 
@@ -118,6 +119,8 @@ def check_contractions(chosen: Contractions) -> None:
         raise TypeError(f"contractions is a {type(chosen).__name__}: give Contractions(max_bytes, orders, costs)")
     if chosen.max_bytes is not None:
         check_count("max_bytes", chosen.max_bytes)
+    if not isinstance(chosen.orders, Mapping):
+        raise TypeError(f"orders is {chosen.orders!r}: give a dict from patterns of names to orders")
     for pattern, order in chosen.orders.items():
         if not isinstance(order, Order):
             raise TypeError(f"orders[{pattern!r}] is {order!r}: give one of {', '.join(map(str, Order))}")

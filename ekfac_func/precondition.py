@@ -1,4 +1,4 @@
-"""The step: from a batch to a natural gradient, one line a stage."""
+"""The step: from a batch and a state to a natural gradient and the next state."""
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
@@ -22,10 +22,11 @@ from .basis import (
     check_choices,
     check_patterns,
     choose,
+    counts,
     factor_shapes,
     moment_shape,
 )
-from .capture import Folded, Reading, fold, joined, no_autocast, own
+from .capture import Folded, Reading, fold, joined, own
 from .certify import certify
 from .checks import (
     check_batch,
@@ -53,18 +54,16 @@ from .kronecker import (
     pack,
     unpack_all,
 )
-from .modes import draws, where
+from .modes import draws, no_autocast, where
 from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
 from .passes import Seen, add_gradients, add_if_any, add_seen, read_gradient
 from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
 from .rules import RULES, Rules
-from .second_moment import AtRefresh, SecondMoment, intra_batch, keep, reset
-from .second_moment import refresh as carry_on
+from .second_moment import AtRefresh, SecondMoment, carry_over, intra_batch, keep, reset
 from .subspace import (
     Mean,
     Span,
     compress,
-    counts,
     expand_span,
     in_span,
     incomplete,
@@ -209,8 +208,6 @@ def ekfac(
         )
     if at_refresh is not None and not callable(at_refresh):
         raise TypeError(f"at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
-    if not isinstance(rules, Mapping):
-        raise TypeError(f"rules is a {type(rules).__name__}: pass a dict from torch functions to rules, as RULES")
     if not callable(damping):
         check_positive("damping", damping)
     check_exponent("exponent", exponent)
@@ -447,15 +444,11 @@ def _compressed(
         whole = joined(seen[name].terms)
         given, spans[name] = compress(whole)
         totals[name] = gradient(whole)
-        b, o, i, k = in_span(layer.sizes, spans[name])
-        zero = state.second_moments[name].weight.new_zeros(())
-        Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
+        inner, whole_sides = layer._replace(sizes=in_span(layer.sizes, spans[name])), eigenbasis.FULL
         if layer.table:
-            Q_B = zero.new_ones(b, o, 1, 1)
-        else:
-            Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
-        factors[name] = Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)
-        bases[name], moments[name] = Basis(Q_A, Q_B), Moment(zero.new_zeros(b, o, i, k), zero)
+            whole_sides = whole_sides._replace(outputs=1)
+        start = initial_state((inner,), {name: whole_sides}, {name: state.second_moments[name].weight})
+        factors[name], bases[name], moments[name] = start.factors[name], start.bases[name], start.second_moments[name]
         seen[name] = Seen(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
     return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
 
@@ -515,7 +508,7 @@ def _refresh(
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
-        second_moments[name] = carry_on(estimator, carry, moment, state.bases[name], basis, product)
+        second_moments[name] = carry_over(estimator, carry, moment, state.bases[name], basis, product)
     return replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments), kept
 
 

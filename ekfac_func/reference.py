@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import capture
 from .checks import check_batch, check_params, check_positive
-from .discovery import Options
+from .discovery import Options, checked_options
 from .fisher import Fisher, Model, empirical
 from .kronecker import count, dense, pack, unpack_all
 from .rules import RULES, Rules
@@ -69,8 +69,9 @@ def fisher_blocks(
     """
     check_params(params)
     check_batch(batch)
+    options = checked_options(rules, randomness, chunk_size, has_aux=False, batched=False)
     loss = loss_fn if fisher.loss is None else fisher.loss
-    captured = capture(loss, params, fisher.examples(params, batch), Options(rules, randomness, chunk_size))
+    captured = capture(loss, params, fisher.examples(params, batch), options)
     matrices = {name: second_moment_block([captured.terms[name]], layer) for name, layer in captured.layers.items()}
     return DenseBlocks(captured.layers, matrices)
 
@@ -92,9 +93,6 @@ def ggn_blocks(
     check_params(params)
     n = check_batch(batch)
 
-    def flat(example: Any) -> Tensor:
-        return model(dict(params), example).flatten()
-
     def element(params: Params, example: Any) -> Tensor:
         part, index = example
         return model(params, part).flatten().gather(0, index[None])[0]
@@ -103,8 +101,8 @@ def ggn_blocks(
         output = model(dict(params), example)
         return torch.func.hessian(lambda z: loss(z.reshape(output.shape), example))(output.flatten())
 
-    outputs = torch.func.vmap(flat)(batch).shape[1]
     H = torch.func.vmap(hessian)(batch).to(torch.float64)  # [n e f]
+    outputs = H.shape[1]
     index = torch.arange(outputs, device=H.device).repeat(n)
     each = pytree.tree_map(lambda leaf: leaf.repeat_interleave(outputs, 0), batch), index
     captured = capture(element, params, each, Options(rules))

@@ -1,4 +1,4 @@
-"""How eigenbases are refreshed, as values: always finite, and orthonormal where a solver fails.
+"""How eigenbases are refreshed, as values: finite and orthonormal even where a solver fails.
 
 `torch.linalg.eigh` can return NaN eigenvectors without an error, or raise. So each factor is cleaned, symmetrised,
 scaled by its largest entry, solved, and the result tested; a factor that fails keeps its old basis.
@@ -26,9 +26,9 @@ READS_BACK = (torch.Tag.cudagraph_unsafe,)  # an eigensolver's host looks at wha
 eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail on any machine
 
 ORTHONORMAL = {torch.float64: 1e-6, torch.float32: 1e-4}  # largest entry of |Q^T Q - I| of a good basis, as solved
+PROBES = 8  # vectors on which orthonormality is tried, in place of a product of a fifth of the solver's time
 MAX_GROUPS = 4  # each is a graph of its own, beside those of the first step and of no refresh; Dynamo's limit is eight
 RANK_ITERATIONS = 1  # multiplications by the factor at a refresh of a rank(r) side, one more at the first step
-PROBES = 8  # vectors on which that is tried, in place of a product that takes a fifth of the solver's time
 LARGE = 96  # dimensions from which on a thread of its own pays for a matrix
 
 
@@ -219,9 +219,8 @@ def refresh_bases(
         sides[name][k], failed = problem.read(U)
         kept.append(failed)
     if not kept:
-        like = next(iter(old.values())).Q_B
-        assert isinstance(like, Tensor)
-        kept.append(like.new_zeros((), dtype=torch.int64))
+        Q = next(iter(old.values())).Q_B
+        kept.append((Q.V if isinstance(Q, Reflections) else Q).new_zeros((), dtype=torch.int64))
     return {name: Basis(*pair) for name, pair in sides.items()}, torch.stack(kept).sum()
 
 

@@ -4,8 +4,9 @@ A rule reads a call of a torch function and says where its weight's gradient com
 recognises is differentiated as it is: rules are speed and a better basis, never correctness.
 """
 
+import math
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | 
 
 def matmul(*operands: Tensor, **named: Any) -> list[Call]:
     """`torch.matmul`, `@`, `mm`, `bmm` with a parameter of two or more axes on either side; batch axes are blocks."""
-    tensors = [t for t in (*operands, *named.values()) if isinstance(t, Tensor)]
+    tensors = [t for t in (*operands, *_by_name(named)) if isinstance(t, Tensor)]
     if len(tensors) != 2:
         return []
     x, y = tensors
@@ -67,14 +68,20 @@ def matmul(*operands: Tensor, **named: Any) -> list[Call]:
 
 def addmm(*operands: Tensor, beta: float = 1, alpha: float = 1, **named: Any) -> list[Call]:
     """`torch.addmm` and `torch.baddbmm`; a vector added to `input @ weight` is its bias."""
-    bias, *factors = (*operands, *named.values()) if "input" not in named else (named.pop("input"), *named.values())
-    calls = matmul(*factors)
+    first = [named.pop("input")] if "input" in named else []
+    tensors = [*first, *operands, *_by_name(named)]
+    bias, calls = tensors[0], matmul(*tensors[1:])
     if alpha != 1:
         return []
     return [
         call._replace(bias=bias) if call.letters == "io" and beta == 1 and bias.shape == call.weight.shape[1:] else call
         for call in calls
     ]
+
+
+def _by_name(named: Mapping[str, Any]) -> list[Any]:
+    """Operands in their order, which is that of their names: mat1, mat2; batch1, batch2; input, mat2 or other."""
+    return [named[name] for name in sorted(named)]
 
 
 def einsum(equation: Any, *operands: Any) -> list[Call]:
@@ -308,16 +315,11 @@ def _product(
 
 def _grouped(t: Tensor, counts: Sequence[int]) -> Tensor:
     """`[n ...]` with each run of axes as one, of size 1 where the run is empty."""
-    axes = iter(t.shape[1:])
-    shape = [_size(axes, count) for count in counts]
-    return t.reshape(t.shape[0], *shape)
-
-
-def _size(axes: Iterator[int], count: int) -> int:
-    size = 1
-    for _ in range(count):
-        size = size * next(axes)
-    return size
+    shape, at = [t.shape[0]], 1
+    for count in counts:
+        shape.append(math.prod(t.shape[at : at + count]))
+        at += count
+    return t.reshape(shape)
 
 
 def _scale(

@@ -58,7 +58,7 @@ def transport(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tens
     return Moment(into_basis(moment.value, turned(old, new)), moment.weight)
 
 
-def refresh(
+def carry_over(
     estimator: SecondMoment,
     at_refresh: AtRefresh,
     moment: Moment,

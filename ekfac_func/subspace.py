@@ -11,14 +11,15 @@ dimensions, and `g_p` alike, the entries that the zero columns leave out are
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocking import NOMINAL_N
+from .blocking import MAX_BYTES, NOMINAL_N, fitting, split
 from .kronecker import (
     add_rows,
     add_up,
@@ -32,9 +33,7 @@ from .kronecker import (
     written,
 )
 from .products import outer
-from .types import Basis, Dense, Factored, Layer, OneHot, Reflections, Side, Sums, Terms, outside
-
-MAX_ENTRIES = 2**24  # that exist at a time of a norm that is summed over blocks of examples, in eager mode
+from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
 
 
 def incomplete(basis: Basis) -> bool:
@@ -103,7 +102,7 @@ def _of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Ten
 
 def _of_gradients(G: Tensor, basis: Basis) -> Tensor:
     outside_of: Outside = (None, None, None)
-    for part in G.tensor_split(_parts(G.shape[0], 2 * G.shape[1:].numel())):
+    for part in split(G, _most(2 * G.shape[1:].numel(), G)):
         H, *squares = gradient_squares(part, basis)
         outside_of = added(outside_of, squares)
     return assembled(outside_of, (H.shape[2], H.shape[3]))
@@ -157,54 +156,48 @@ def assembled(squares: Outside, sizes: tuple[int, int]) -> Tensor:
 def _norms_inputs(g: Tensor, a: Tensor) -> Tensor:
     """`sum_n ||sum_s g[n, s, o] a[n, s]||^2`, `[b o k]`, by pairs of positions or by rows, whichever is less work."""
     s, i, o = a.shape[2], a.shape[3], g.shape[3]
-    pairs = s * (i + o) <= i * o
-    total: Tensor | None = None
-    for h, x in _blocks(g, a, s * s + s * o if pairs else i * o):
-        if pairs:
-            K = torch.einsum("nbsik,nbtik->nbkst", x, x)
-            of_block = (torch.einsum("nbkst,nbto->nbkso", K, h) * h[:, :, None]).sum((0, 3)).movedim(1, 2)
-        else:
-            of_block = torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 3))
-        total = of_block if total is None else total + of_block
-    assert total is not None
-    return total
+    if s * (i + o) > i * o:
+        return _summed(lambda h, x: torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 3)), g, a, i * o)
+
+    def by_pairs(h: Tensor, x: Tensor) -> Tensor:
+        K = torch.einsum("nbsik,nbtik->nbkst", x, x)
+        return (torch.einsum("nbkst,nbto->nbkso", K, h) * h[:, :, None]).sum((0, 3)).movedim(1, 2)
+
+    return _summed(by_pairs, g, a, s * s + s * o)
 
 
 def _norms_outputs(g: Tensor, a: Tensor) -> Tensor:
     """`sum_n ||sum_s g[n, s] a[n, s, i]||^2`, `[b i k]`."""
     s, i, o = a.shape[2], a.shape[3], g.shape[3]
-    pairs = s * (i + o) <= i * o
-    total: Tensor | None = None
-    for h, x in _blocks(g, a, s * s + s * i if pairs else i * o):
-        if pairs:
-            K = torch.einsum("nbso,nbto->nbst", h, h)
-            of_block = (torch.einsum("nbst,nbtik->nbsik", K, x) * x).sum((0, 2))
-        else:
-            of_block = torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 2))
-        total = of_block if total is None else total + of_block
-    assert total is not None
-    return total
+    if s * (i + o) > i * o:
+        return _summed(lambda h, x: torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 2)), g, a, i * o)
+
+    def by_pairs(h: Tensor, x: Tensor) -> Tensor:
+        K = torch.einsum("nbso,nbto->nbst", h, h)
+        return (torch.einsum("nbst,nbtik->nbsik", K, x) * x).sum((0, 2))
+
+    return _summed(by_pairs, g, a, s * s + s * i)
 
 
 def _norms(g: Tensor, a: Tensor) -> Tensor:
     """`sum_n ||sum_s g[n, s] a[n, s]^T||^2`, `[b k]`, by pairs of positions: no gradient of an example is formed."""
-    total: Tensor | None = None
-    for h, x in _blocks(g, a, 2 * a.shape[2] ** 2):
+
+    def by_pairs(h: Tensor, x: Tensor) -> Tensor:
         pairs_h, pairs_x = torch.einsum("nbso,nbto->nbst", h, h), torch.einsum("nbsik,nbtik->nbkst", x, x)
-        of_block = torch.einsum("nbst,nbkst->bk", pairs_h, pairs_x)
-        total = of_block if total is None else total + of_block
-    assert total is not None
-    return total
+        return torch.einsum("nbst,nbkst->bk", pairs_h, pairs_x)
+
+    return _summed(by_pairs, g, a, 2 * a.shape[2] ** 2)
 
 
-def _blocks(g: Tensor, a: Tensor, entries: int) -> list[tuple[Tensor, Tensor]]:
-    """Both by examples, in blocks that need few entries at a time; a graph takes them all at once."""
-    count = _parts(g.shape[0], entries * g.shape[1] * a.shape[4])
-    return list(zip(g.tensor_split(count), a.tensor_split(count), strict=True)) if count > 1 else [(g, a)]
+def _summed(of: Callable[[Tensor, Tensor], Tensor], g: Tensor, a: Tensor, entries: int) -> Tensor:
+    """What a function gives of blocks of examples, added up. entries: that it writes for each example, b and k."""
+    most = _most(entries * g.shape[1] * a.shape[4], g)
+    return functools.reduce(torch.add, (of(h, x) for h, x in zip(split(g, most), split(a, most), strict=True)))
 
 
-def _parts(n: int, entries: int) -> int:
-    return 1 if torch.compiler.is_compiling() else min(n, max(1, -(-n * entries // MAX_ENTRIES)))
+def _most(entries: int, t: Tensor) -> int | None:
+    """How many examples of so many entries are taken at a time; a graph takes them all."""
+    return None if torch.compiler.is_compiling() else fitting(entries * t.element_size(), MAX_BYTES)
 
 
 def _replace_last(x: Tensor, last: Tensor, axis: int) -> Tensor:
@@ -256,48 +249,45 @@ def rescale(mean: Mean, scale: Tensor, basis: Basis, sizes: tuple[int, int, int,
     inside = mean.projected * scale
     match mean.terms:
         case (Factored(g=g) as term,) if rescales_samples(mean.terms, basis, mean.n):
-            return _rescaled_samples(g, term.inputs / mean.n, scale, inside, basis, sizes)
+            return _rescaled_samples(g, term.inputs / mean.n, scale, inside, basis)
     G = mean.gradient
-    K, L = turn_outputs(G, basis.Q_B), turn_inputs(G, basis.Q_A)
     found = out_of_basis(inside, basis, sizes)
-    L_p = L - turn_outputs(mean.projected, basis.Q_B.mT)[:, : sizes[1]]
     if c_i:
+        K = turn_outputs(G, basis.Q_B)
         K_p = K - turn_inputs(mean.projected, basis.Q_A.mT)
-        found = found + turn_outputs(K_p * scale[:, :, -1:], basis.Q_B.mT)[:, : sizes[1]]
+        found = found + turn_outputs(K_p * scale[:, :, -1:], basis.Q_B.mT)
     if c_o:
-        found = found + turn_inputs(L_p * scale[:, -1:], basis.Q_A.mT)[:, :, : sizes[2]]
+        L_p = turn_inputs(G, basis.Q_A) - turn_outputs(mean.projected, basis.Q_B.mT)
+        found = found + turn_inputs(L_p * scale[:, -1:], basis.Q_A.mT)
     if c_i and c_o:
         G_p = G - turn_outputs(K, basis.Q_B.mT) - turn_inputs(L_p, basis.Q_A.mT)
         found = found + G_p * scale[:, -1:, -1:]
     return found
 
 
-def _rescaled_samples(
-    g: Tensor, a: Tensor, scale: Tensor, inside: Tensor, basis: Basis, sizes: tuple[int, int, int, int]
-) -> Tensor:
+def _rescaled_samples(g: Tensor, a: Tensor, scale: Tensor, inside: Tensor, basis: Basis) -> Tensor:
     """One product `left^T right` in place of one for each part of the sum, where there are few samples. k is 1."""
-    _, o, i, _ = sizes
     g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
     g_p, a_p = _rest_outputs(g, g_O, basis), _rest_inputs(a, a_I, basis)
     left, right = [], []  # of [b samples o] and [b samples i]
     if outside(basis.Q_A):
         h = g_O * scale[None, :, None, :, -1, 0]
-        h = turn_inputs(h[..., None], basis.Q_B.mT)[..., :o, 0]
+        h = turn_inputs(h[..., None], basis.Q_B.mT)[..., 0]
         if outside(basis.Q_B):
             h = h + scale[:, -1:, -1:, 0][None] * g_p
         left.append(_samples(h))
         right.append(_samples(a_p[..., 0]))
     if outside(basis.Q_B):
         x = a_I[..., 0] * scale[None, :, None, -1, :, 0]
-        x = turn_inputs(x[..., None], basis.Q_A.mT)[..., :i, 0]
+        x = turn_inputs(x[..., None], basis.Q_A.mT)[..., 0]
         left.append(_samples(g_p))
         right.append(_samples(x))
     if outside(basis.Q_A):  # Q_B inside, then Q_A^T; or the other way round
-        left.append(turn_outputs(inside, basis.Q_B.mT)[:, :o, :, 0].mT)
+        left.append(turn_outputs(inside, basis.Q_B.mT)[..., 0].mT)
         right.append(basis.Q_A.mT)
     else:
         left.append(basis.Q_B.mT)
-        right.append(turn_inputs(inside, basis.Q_A.mT)[:, :, :i, 0])
+        right.append(turn_inputs(inside, basis.Q_A.mT)[..., 0])
     return outer(torch.cat(left, 1), torch.cat(right, 1))[..., None]
 
 
@@ -324,38 +314,6 @@ def _turned(old: Side, new: Side) -> Tensor:
     into, out = (1 - R.sum(1, keepdim=True)).clamp(min=0), (1 - R.sum(2, keepdim=True)).clamp(min=0)
     rest = 1 - into.sum(2, keepdim=True) / c
     return torch.cat([torch.cat([R, out / c], 2), torch.cat([into, rest], 2)], 1)
-
-
-def counts(basis: Basis, like: Tensor) -> Tensor:
-    """How many coordinates of a layer each entry of its moment stands for, `[O I]`."""
-    in_A, in_B = (_counts(Q, like) for Q in basis)
-    return in_B[:, None] * in_A
-
-
-def _counts(Q: Side, like: Tensor) -> Tensor:
-    columns = Q.shape[-1] if Q.dim() == 3 else Q.shape[1] * Q.shape[-1]
-    one = like.new_ones(columns)
-    return torch.cat([one[:-1], one[:1] * outside(Q)]) if outside(Q) else one
-
-
-def real(basis: Basis, layer: Layer) -> Tensor:
-    """`[b O I 1]`: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
-
-    The factors are zero there, so that an eigenvector lies in the one or in the other.
-    """
-    _, o, i, _ = layer.sizes
-    inside = [_length_inside(Q, size) > 0.5 for Q, size in ((basis.Q_B, o), (basis.Q_A, i))]
-    return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
-
-
-def _length_inside(Q: Side, size: int) -> Tensor:
-    """`[b D]`: the squared length of each column of a side within the side's first entries."""
-    if isinstance(Q, Reflections) or Q.dim() == 3:
-        like = Q.V if isinstance(Q, Reflections) else Q
-        return like.new_ones(Q.shape[0], Q.shape[-1])
-    b, m, d = Q.shape[:3]
-    within = (torch.arange(m * d, device=Q.device) < size).reshape(m, d, 1)
-    return (Q.square() * within).sum(-2).reshape(b, -1)
 
 
 class Span(NamedTuple):

@@ -97,7 +97,7 @@ class Means(NamedTuple):
 
     A: Factor
     B: Factor
-    positions: Number  # uses an example, of the weight or of each block [b]: `E[G^2]` over the product of the factors
+    positions: Number  # uses of the weight by an example, [b] where blocks differ; times A x B it estimates E[G^2]
 
 
 class Moment(NamedTuple):

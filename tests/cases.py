@@ -298,6 +298,8 @@ def _addmm(params: Params, x: Tensor) -> Tensor:
     w, b, c = params.values()
     y = torch.addmm(b, x, w).tanh() + torch.addmm(c, x, w, beta=0.5)
     y = y + b.addmm(x.cos(), w) + torch.addmm(input=b, mat1=x.sin(), mat2=w) + torch.mm(x, mat2=w)
+    square = x.T @ x
+    y = torch.cat([y, torch.matmul(other=w, input=square), torch.addmm(b, mat2=w, mat1=square.cos())])
     return y.cos().sum()
 
 

@@ -12,7 +12,17 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from ekfac_func import RULES, SUA, averaged_intra_batch, ekfac, per_example_gradients, running_average
+from ekfac_func import (
+    RULES,
+    SUA,
+    Contractions,
+    Order,
+    averaged_intra_batch,
+    ekfac,
+    per_example_gradients,
+    rank,
+    running_average,
+)
 from ekfac_func.types import Params
 
 from .cases import N, classifier, make
@@ -76,7 +86,11 @@ def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, messa
         ({"at_refresh": "keep"}, TypeError, "at_refresh='keep'.*transport"),
         ({"factor_decay": 1.5}, ValueError, "factor_decay=1.5"),
         ({"factor_decay": 1.0}, ValueError, "factor_decay=1.0"),
+        ({"factor_decay": "0.9"}, TypeError, "factor_decay is a str.*number"),
+        ({"exponent": "-1"}, TypeError, "exponent is a str.*number"),
         ({"rules": [F.linear]}, TypeError, "rules is a list.*dict"),
+        ({"bases": rank(8)}, TypeError, r"bases is Rank\(r=8\).*dict"),
+        ({"contractions": Contractions(orders=Order.PAIRS)}, TypeError, "orders is .*dict"),  # type: ignore[arg-type]
         ({"chunk_size": 0}, ValueError, "chunk_size=0.*at least 1"),
         ({"randomness": "often"}, ValueError, "randomness='often'.*different"),
     ],

@@ -74,7 +74,7 @@ def test_the_seed_decides_the_losses(tmp_path: Path) -> None:
 def test_every_second_moment_trains_and_divergence_is_reported(tmp_path: Path) -> None:
     code = f"""
 from ekfac_func.__main__ import main
-for name in {SECOND_MOMENTS[1:]}:
+for name in {list(SECOND_MOMENTS)[1:]}:
     options = ["--model", "mlp", "--steps", "20", "--sgd-lr", "1e30", "--out", {str(tmp_path)!r}]
     main(["train", *options, "--second-moment", name])
     print("====")

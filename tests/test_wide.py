@@ -579,6 +579,22 @@ def test_number_of_graphs_of_staggered_refreshes() -> None:
         close_trees(old.factors, new.factors, 1e-8)
 
 
+def test_a_group_with_nothing_to_rotate_beside_a_compact_layer() -> None:
+    params = {"w": torch.randn(20, 20), "s": torch.randn(())}
+    batch = torch.randn(4, 20)
+    step = ekfac(
+        lambda p, x: F.linear(x, p["w"]).cos().sum() * p["s"],
+        damping=1e-1,
+        basis_every=2,
+        refresh=staggered(2),
+        bases={"w": compact(4)},
+    )
+    state = step.init(params, batch)
+    for _ in range(3):
+        _, state, info = step.precondition(params, batch, state)
+        assert info.kept_bases == 0
+
+
 def test_staggered_groups_are_even() -> None:
     sizes = [("a", (1, 100, 100, 1)), ("b", (1, 80, 80, 1)), ("c", (1, 80, 60, 1)), ("d", (2, 50, 60, 1))]
     groups = refreshes._grouped(tuple(sizes), 2)

@@ -180,8 +180,10 @@ class EKFACOptimizer(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], natural: Params, info: Info) -> None:
         params: Params = {self.names[p]: p for p in group["params"] if p.requires_grad}
         rule = (nesterov if group["nesterov"] else momentum)(group["momentum"])
-        zero = rule.init(params).velocity
-        old = Velocity({name: self.state[p].get("velocity", zero[name]) for name, p in params.items()})
+        for p in params.values():
+            if "velocity" not in self.state[p]:
+                self.state[p]["velocity"] = torch.zeros_like(p)
+        old = Velocity({name: self.state[p]["velocity"] for name, p in params.items()})
         decayed = {name: natural[name] + group["weight_decay"] * p for name, p in params.items()}
         direction, new = rule.update(decayed, old, params, info)
         for name, p in params.items():

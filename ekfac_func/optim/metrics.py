@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..basis import counts, real
 from ..refreshes import Refresh, due, eigh
-from ..subspace import counts, real
 from ..types import Info, Number, State
 from .norms import dots, squares, total
 
@@ -60,11 +60,11 @@ def metrics(
         layers = {layer.weight: layer for layer in state.layers}
         refreshed = due(layers, refresh or eigh(), state.step - 1, basis_every)  # the state's step is the next one
         found["refresh"] = torch.where(info.skipped, 0.0, float(len(refreshed) > 0))
-    dampings = info.damping.expand(len(state.second_moments)).unbind()
+    dampings = info.damping.expand(len(state.layers)).unbind()
     if info.damping.dim() == 0:
         found["damping"] = info.damping
     else:
-        found |= {f"damping/{name}": d for name, d in zip(state.second_moments, dampings, strict=True)}
+        found |= {f"damping/{layer.weight}": d for layer, d in zip(state.layers, dampings, strict=True)}
     for layer, damping in zip(state.layers, dampings, strict=True):
         name, basis, m2 = layer.weight, state.bases[layer.weight], state.second_moments[layer.weight].value
         if m2.numel() == 0:

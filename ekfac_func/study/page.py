@@ -56,11 +56,11 @@ def write_page(study: Study, figures: dict[str, Figure], line: str, seconds: flo
     for name, figure in figures.items():
         parts.append(f"<h2>{TITLES[name]}</h2><img alt='{name}' src='data:image/png;base64,{_png(figure)}'>")
     for stage in study.stages:
-        rows = [row.record for row in study.rows if row.part == "batches" and row.stage == stage.steps]
+        rows = study.records("batches", stage.steps)
         parts.append(f"<h2>After {stage.steps} training steps, loss {stage.loss:.4g}</h2>{_table(summarise(rows))}")
-        rows = [row.record for row in study.rows if row.part == "all data" and row.stage == stage.steps]
+        rows = study.records("all data", stage.steps)
         parts.append(f"<h3>All the data in one batch</h3>{_table(summarise(rows), without=('decrease', 'step_size'))}")
-    rows = [row.record for row in study.rows if row.part == "refresh"]
+    rows = study.records("refresh")
     for since in sorted({record.since_refresh for record in rows}):
         table = summarise([record for record in rows if record.since_refresh == since and record.layer == "all"])
         heading = f"{since * s.stride} steps after a refresh, training from step {middle(s)}"
@@ -76,7 +76,7 @@ def claims(study: Study) -> list[str]:
     for part, words in (("all data", "in the basis of all the data"), ("batches", "estimated from a batch")):
         errors: dict[tuple[int, str, str], float] = {}
         for stage in study.stages:
-            rows = [row.record for row in study.rows if row.part == part and row.stage == stage.steps]
+            rows = study.records(part, stage.steps)
             for row in summarise(rows):
                 errors[stage.steps, row["layer"], row["estimator"]] = row["fisher_error"]
         pairs = [

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..compare import Record, summarise
-from .run import Row, Study, batch_sizes, middle
+from .run import Study, batch_sizes, middle
 
 SCATTERED = ("intra_batch", "kfac", "running 0.9", "sua kfac", "diagonal")
 POINTS = 1500  # of one layer in the scatter
@@ -50,7 +50,7 @@ def error_by_layer(study: Study) -> Figure:
     figure = Figure(figsize=(11, 3 * len(study.stages)), layout="constrained")
     axes = figure.subplots(len(study.stages), 1, squeeze=False, sharex=True)[:, 0]
     for ax, stage in zip(axes, study.stages, strict=True):
-        table = summarise([row.record for row in study.rows if row.part == "batches" and row.stage == stage.steps])
+        table = summarise(study.records("batches", stage.steps))
         layers = list(dict.fromkeys(row["layer"] for row in table))
         names = list(dict.fromkeys(row["estimator"] for row in table))
         for k, name in enumerate(names):
@@ -100,8 +100,7 @@ def batch_size(study: Study) -> Figure:
         ("||m2 - exact|| / ||exact||", "||F - estimate|| / ||F||"),
         strict=True,
     ):
-        rows = [row for row in study.rows if row.part == "batch size"]
-        _lines(ax, rows, "examples", field)
+        _lines(ax, study.records("batch size"), "examples", field)
         ax.set(xscale="log", xlabel="examples in a batch", ylabel=label, ylim=(0, None))
         ax.set_xticks(batch_sizes(study.settings), batch_sizes(study.settings))
         ax.minorticks_off()
@@ -112,14 +111,13 @@ def batch_size(study: Study) -> Figure:
 def refreshes(study: Study) -> Figure:
     """Errors of the whole model along a training trajectory, by the steps since the last refresh."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    rows = [row for row in study.rows if row.part == "refresh"]
     for ax, field, label in zip(
         figure.subplots(1, 2),
         ("moment_error", "fisher_error"),
         ("||m2 - exact|| / ||exact||", "||F - estimate|| / ||F||"),
         strict=True,
     ):
-        _lines(ax, rows, "since_refresh", field)
+        _lines(ax, study.records("refresh"), "since_refresh", field)
         unit, first = study.settings.stride, middle(study.settings)
         ax.set(xlabel=f"since the refresh, in units of {unit} steps, from step {first}", ylabel=label)
     figure.axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -133,7 +131,7 @@ def step_quality(study: Study) -> Figure:
         figure.subplots(2, 1), ("cosine", "decrease"), ("cosine to the target", "decrease / loss"), strict=True
     ):
         for g, stage in enumerate(study.stages):
-            rows = [row.record for row in study.rows if row.part == "batches" and row.stage == stage.steps]
+            rows = study.records("batches", stage.steps)
             table = [row for row in summarise(rows) if row["layer"] == "all"]
             scale = stage.loss if field == "decrease" else 1.0
             for k, row in enumerate(table):
@@ -152,9 +150,9 @@ def step_quality(study: Study) -> Figure:
     return figure
 
 
-def _lines(ax: Axes, rows: list[Row], along: str, field: str) -> None:
+def _lines(ax: Axes, records: list[Record], along: str, field: str) -> None:
     """Mean and standard error of a figure of the whole model, one line an estimator."""
-    records = [row.record for row in rows if row.record.layer == "all"]
+    records = [record for record in records if record.layer == "all"]
     for k, name in enumerate(dict.fromkeys(record.estimator for record in records)):
         groups: dict[int, list[Record]] = {}
         for record in records:

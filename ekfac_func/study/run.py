@@ -1,5 +1,6 @@
 """The study itself: train to a few stages, compare at each, and two closer looks at the middle one."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -45,6 +46,10 @@ class Study(NamedTuple):
     rows: list[Row]
     seen: list[tuple[int, Seen]]  # moments after the last batch, by the stage's steps
 
+    def records(self, part: str, stage: int | None = None) -> list[Record]:
+        """Of a part of the study, after so many training steps or at all stages."""
+        return [row.record for row in self.rows if row.part == part and stage in (None, row.stage)]
+
 
 def run(settings: Settings, data: Data) -> Study:
     """Train, compare and look closer. Everything random follows from the seed."""
@@ -58,7 +63,7 @@ def run(settings: Settings, data: Data) -> Study:
     loss_fn, chosen = loss_of(task), estimators(task, settings)
     inputs, labels = (t[: settings.examples] for t in data.train)
     examples = inputs.double() if inputs.is_floating_point() else inputs, labels
-    common: dict[str, Any] = {"damping": settings.damping}
+    compared = functools.partial(compare, loss_fn, damping=settings.damping)
     found = Study(settings, [], [], [])
     for stage in settings.stages:
         last = -(-settings.examples // settings.batch_size) - 1
@@ -69,11 +74,10 @@ def run(settings: Settings, data: Data) -> Study:
 
         print(f"after {stage} training steps", flush=True)
         split = cut(examples, settings.batch_size)
-        sizes = settings.step_sizes
-        records = compare(loss_fn, points[stage], split, estimators=chosen, watch=watch, step_sizes=sizes, **common)
+        records = compared(points[stage], split, estimators=chosen, watch=watch, step_sizes=settings.step_sizes)
         found.rows.extend(Row("batches", stage, record) for record in records)
         whole = {name: estimator for name, estimator in ESTIMATORS.items() if name in WHOLE}
-        records = compare(loss_fn, points[stage], [examples], estimators=whole, step_sizes=(), **common)
+        records = compared(points[stage], [examples], estimators=whole, step_sizes=())
         found.rows.extend(Row("all data", stage, record) for record in records)
         with torch.no_grad():
             outputs = functional_call(task.net, points[stage], (examples[0],))
@@ -84,12 +88,12 @@ def run(settings: Settings, data: Data) -> Study:
     print(f"batch sizes and refreshes, after {stage} training steps", flush=True)
     for size in batch_sizes(settings):
         some = {name: ESTIMATORS[name] for name in ("intra_batch", "kfac", "diagonal")}
-        records = compare(loss_fn, points[stage], cut(examples, size), estimators=some, step_sizes=(), **common)
+        records = compared(points[stage], cut(examples, size), estimators=some, step_sizes=())
         found.rows.extend(Row("batch size", stage, record) for record in records)
     few = tuple(t[: REFRESH_STEPS * settings.refresh_batch] for t in examples)
     split = cut((few[0], few[1]), settings.refresh_batch)
     trajectory = [points[step] for step in _trajectory_steps(settings)][: len(split)]
-    records = compare(loss_fn, trajectory, split, estimators=REFRESHES, step_sizes=(), **common)
+    records = compared(trajectory, split, estimators=REFRESHES, step_sizes=())
     found.rows.extend(Row("refresh", stage, record) for record in records)
     return found
 

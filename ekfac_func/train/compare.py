@@ -14,7 +14,7 @@ from . import checkpoint
 from .data import Data
 from .models import Task
 from .run import Curve, NaturalGradient, Point, Progress, TorchOptimizer, Trainer, batches, record
-from .settings import Settings, estimator
+from .settings import SECOND_MOMENTS, Settings
 
 
 class OtherRun(Exception):
@@ -54,7 +54,7 @@ def compare(
             momentum_decay=s.momentum,
             damping=s.damping,
             basis_every=s.basis_every,
-            second_moment=estimator(second_moment, decay),
+            second_moment=SECOND_MOMENTS[second_moment](decay),
             compiled=compiled,
         ),
         "SGD": lambda: TorchOptimizer(task, lambda p: torch.optim.SGD(p, lr=s.sgd_lr, momentum=s.sgd_momentum)),

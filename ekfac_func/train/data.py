@@ -39,8 +39,10 @@ def load(name: str, seed: int) -> Data:
             inputs, labels = _text()
         case "digits":
             inputs, labels = _images(load_digits(return_X_y=True), 8, 16)
-        case _:
+        case "mnist":
             inputs, labels = _images(mnist_data(), 28, 255)
+        case _:
+            raise ValueError(f"data {name!r}: give digits, mnist or text")
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     inputs, labels = inputs[order], labels[order]
     test = round(TEST_SHARE * len(inputs))

@@ -39,8 +39,10 @@ def make(model: str, images: Tensor, seed: int) -> Task:
                 task = Task(cnn(side, bias=False), classification_losses, True)
             case "transformer":
                 task = Task(Transformer(), next_character_losses, True)
-            case _:
+            case "autoencoder":
                 task = Task(autoencoder(side, images.mean(0).flatten()), reconstruction_losses, False)
+            case _:
+                raise ValueError(f"model {model!r}: give mlp, cnn, unbiased-cnn, transformer or autoencoder")
     task.net.to(images.device)
     return task
 

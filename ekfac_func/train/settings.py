@@ -1,12 +1,19 @@
 """What the options of `train` mean, and good values of those that are left out."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..second_moment import SecondMoment, averaged_intra_batch, intra_batch, kfac, running_average
 
 DATA = ("digits", "mnist")
 MODELS = ("mlp", "cnn", "autoencoder")
-SECOND_MOMENTS = ("intra_batch", "averaged_intra_batch", "running_average", "kfac")
+SECOND_MOMENTS: dict[str, Callable[[float], SecondMoment]] = {
+    "intra_batch": lambda decay: intra_batch,
+    "averaged_intra_batch": averaged_intra_batch,
+    "running_average": running_average,
+    "kfac": lambda decay: kfac,
+}
+"""The estimator of a name, from the decay of those that average."""
 AVERAGES = ("averaged_intra_batch", "running_average")
 
 
@@ -34,16 +41,3 @@ DEFAULTS = {
     ("mnist", "cnn"): Settings(300, 128, 0.1, 0.9, 1.0, 10, 0.3, 0.8, 0.01),
     ("mnist", "autoencoder"): Settings(200, 500, 0.03, 0.9, 3.0, 20, 3e-3, 0.9, 1e-3),
 }
-
-
-def estimator(name: str, decay: float) -> SecondMoment:
-    """The second moment of that name; the decay is that of the two averages."""
-    match name:
-        case "intra_batch":
-            return intra_batch
-        case "kfac":
-            return kfac
-        case "averaged_intra_batch":
-            return averaged_intra_batch(decay)
-        case _:
-            return running_average(decay)
