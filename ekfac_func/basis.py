@@ -4,6 +4,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from .checks import check_count
 from .types import Basis, Layer, Reflections, Side, outside
+
+LARGE = 8192  # dimensions of a whole side, above which a warning says what it takes
 
 
 class Blocks(NamedTuple):
@@ -150,6 +153,21 @@ def check_patterns(argument: str, layers: Sequence[Layer], patterns: Iterable[st
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"{argument} has a pattern {pattern!r} that fits no layer: they are {', '.join(names)}")
+
+
+def warn_of_large(layers: Sequence[Layer], chosen: Mapping[str, Choice]) -> None:
+    """Name the sides whose eigendecomposition takes minutes."""
+    for layer in layers:
+        choice = chosen[layer.weight]
+        for which, (*_, rows, columns) in zip(("inputs", "outputs"), shapes(layer, choice), strict=True):
+            if rows == columns > LARGE and not _reflects((rows, columns), choice):
+                warnings.warn(
+                    f"{layer.weight!r} has a whole basis of {rows} dimensions for its {which}: it and its factor take "
+                    f"{rows**2 * 4 / 2**30:.1f} GiB each in float32, and a refresh {(rows / 4096) ** 3:.0f} times as "
+                    f"long as of 4096. Give bases={{{layer.weight!r}: rank(256)}}, or Blocks({which}=1), which leaves "
+                    "that side in its own coordinates",
+                    stacklevel=3,
+                )
 
 
 def side(dim: int, largest: int | None) -> tuple[int, ...]:

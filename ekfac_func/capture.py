@@ -24,10 +24,10 @@ from .arrivals import Arrivals, output_shape
 from .backward import Probe, Run, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode, check_loss
-from .discovery import Options, Plan, plan, spec
+from .discovery import DATA_DEPENDENT, Options, Plan, plan, spec
 from .modes import Draws, draws, no_autocast, transformed
 from .rules import RULES
-from .tap import Tap, name_of, readings, refuse_batch_statistics, traced, unfused, with_ids
+from .tap import Tap, name_of, readings, refuse, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossFn, Params, Terms, statistics_dtype
 
 
@@ -123,7 +123,7 @@ def own(params: Mapping[str, Tensor]) -> Params:
 
 
 def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
-    """What `capture` would return, of tensors without values."""
+    """What `capture` would return, of tensors without values where the loss looks at none."""
     owned = own(params)
     found = plan(loss_fn, owned, batch, options)
     if found.looped:
@@ -133,9 +133,14 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
             dtype = statistics_dtype(params[layer.weight])
             none[layer.weight] = (Dense(torch.empty(n, *layer.sizes, dtype=dtype, device="meta")),)
         return Captured(torch.empty(n, device="meta"), {layer.weight: layer for layer in found.layers}, none, (), 0)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        owned, batch = pytree.tree_map(torch.empty_like, (owned, batch))
-        folded = _retried(found, loss_fn, owned, batch, options, _as_they_are, _together, draws([]))[0]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
+            folded = _retried(found, loss_fn, like, examples, options, _as_they_are, _together, draws([]))[0]
+    except DATA_DEPENDENT:
+        before = draws(pytree.tree_leaves((owned, batch)))
+        folded = _tapped(found, loss_fn, owned, batch, options, _as_they_are, _together)[0]
+        before.repeat()
     return _captured(folded)
 
 
@@ -187,8 +192,7 @@ def _tapped(
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             seen.append(func)
-            if not options.batched:
-                refuse_batch_statistics(func, args, kwargs, params)
+            refuse(func, args, kwargs, params, options.batched)
             output = (
                 NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, options.batched)
             )

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the argument, its shape and the remedy, before anything is computed."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Number, State
+from .types import Batch, Number, State, statistics_dtype
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:
@@ -41,11 +42,12 @@ def check_batch(batch: Batch) -> int:
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
-                + ("pass dict(batch)" if isinstance(leaf, Mapping) else "close over anything else in loss_fn")
+                + ("pass dict(batch)" if isinstance(leaf, Mapping) else _remedy(leaf))
             )
         if leaf.dim() == 0:
             raise ValueError(
-                f"batch{_where(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples"
+                f"batch{_where(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples, "
+                "give what is one for all as .expand(n)"
             )
     n = leaves[0].shape[0]
     for leaf in leaves:
@@ -53,7 +55,7 @@ def check_batch(batch: Batch) -> int:
             raise ValueError(
                 f"batch{_where(batch, leaf)} has shape {tuple(leaf.shape)}, with {leaf.shape[0]} examples, where "
                 f"batch{_where(batch, leaves[0])} of shape {tuple(leaves[0].shape)} has {n}: give every tensor the "
-                "same leading size"
+                "same leading size, pad what an example has any number of"
             )
     if n == 0:
         raise ValueError(
@@ -67,6 +69,7 @@ def check_state(
     state: State,
     shapes: Mapping[str, tuple[int, ...]],
     factor_shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    params: Mapping[str, Tensor],
 ) -> None:
     """state: made by `init` for these params, loss_fn, rules and bases; shapes: of what they need."""
     if not isinstance(state, State):
@@ -74,11 +77,17 @@ def check_state(
     for name, shape in shapes.items():
         if name not in state.second_moments:
             raise ValueError(f"state has no layer {name!r}, params has: make it with init(params, batch)")
-        found = tuple(state.second_moments[name].value.shape)
-        if found != shape:
+        value = state.second_moments[name].value
+        if tuple(value.shape) != shape:
             raise ValueError(
-                f"state has a second moment of shape {found} for the layer {name!r}, params, rules and bases need "
-                f"{shape} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
+                f"state has a second moment of shape {tuple(value.shape)} for the layer {name!r}, params, rules and "
+                f"bases need {shape} (blocks, outputs, inputs with the bias, offsets): make it with "
+                "init(params, batch), and let the loss use each layer in every call or in none"
+            )
+        if value.dtype != statistics_dtype(params[name]):
+            raise TypeError(
+                f"state has a second moment of dtype {value.dtype} for the layer {name!r}, params of dtype "
+                f"{params[name].dtype} need {statistics_dtype(params[name])}: make it with init(params, batch)"
             )
         A, B, _ = state.factors[name]
         if (tuple(A.shape), tuple(B.shape)) != factor_shapes[name]:
@@ -96,6 +105,12 @@ def check_positive(name: str, value: Number) -> None:
     """Refuse a Python number that is not positive; a tensor cannot be checked and shows in `info`."""
     if not _unknown(name, value) and not value > 0:
         raise ValueError(f"{name}={value!r}: give a positive number")
+
+
+def check_not_negative(name: str, value: Number) -> None:
+    """Refuse a Python number below zero; a tensor cannot be checked."""
+    if not _unknown(name, value) and not value >= 0:
+        raise ValueError(f"{name}={value!r}: give a number, at least 0")
 
 
 def check_dampings(dampings: Mapping[str, Number], layers: Iterable[str]) -> None:
@@ -180,6 +195,12 @@ def check_randomness(randomness: str) -> None:
     """Refuse what `torch.func.vmap` does not know."""
     if randomness not in ("different", "same", "error"):
         raise ValueError(f"randomness={randomness!r}: give 'different', 'same' or 'error', as to torch.func.vmap")
+
+
+def _remedy(leaf: object) -> str:
+    if dataclasses.is_dataclass(leaf):
+        return f"register it, torch.utils._pytree.register_dataclass({type(leaf).__name__})"
+    return "leave out what the loss does not need, close over what stays as it is from batch to batch"
 
 
 def _where(batch: Batch, leaf: Any) -> str:

@@ -6,6 +6,7 @@ A pure function of the loss, the parameters and the shapes of an example.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +20,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import expansions, views
 from .batching import OPEN
 from .checks import check_count, check_loss, check_randomness
+from .modes import draws
 from .rules import Call, Rules
-from .tap import Tap, depth, readings, refuse_batch_statistics, traced, unfused, with_ids
+from .tap import Tap, depth, readings, refuse, traced, unfused, with_ids
 from .types import Batch, Layer, LossFn, Params, constants
 from .views import View
 
@@ -105,11 +108,12 @@ def plan(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Pla
     param_specs = {name: spec(p, p.shape) for name, p in params.items()}
     example = (pytree.tree_map(lambda leaf: spec(leaf, leaf.shape[1:]), batch),)  # Dynamo's constants are containers
     how = (options.rules, options.has_aux, options.batched)
+    values = None if torch.compiler.is_compiling() else (params, batch)
     if isinstance(loss_fn, MethodType):  # Dynamo hands over a function and its object, not the two bound together
-        return _discover(param_specs, example, how, loss_fn.__func__, loss_fn.__self__)
+        return _discover(param_specs, example, how, values, loss_fn.__func__, loss_fn.__self__)
     if isinstance(loss_fn, functools.partial):
-        return _discover(param_specs, example, how, loss_fn.func, *loss_fn.args, **loss_fn.keywords)
-    return _discover(param_specs, example, how, loss_fn)
+        return _discover(param_specs, example, how, values, loss_fn.func, *loss_fn.args, **loss_fn.keywords)
+    return _discover(param_specs, example, how, values, loss_fn)
 
 
 def spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
@@ -162,6 +166,7 @@ class _Run(NamedTuple):
     reached: set[str]  # parameters with a path to the loss beside their uses
     hidden_by: dict[str, dict[str, None]]  # the functions without a rule that took a parameter
     nested: bool
+    on_picked: frozenset[int] = frozenset()  # calls on rows that values picked
 
 
 @torch.compiler.assume_constant_result
@@ -169,31 +174,31 @@ def _discover(
     param_specs: dict[str, Spec],
     example: tuple[Any],
     how: tuple[Rules, bool, bool],
+    values: tuple[Params, Batch] | None,
     loss_fn: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Plan:
     rules, has_aux, batched = how
 
-    def run(n: int | None, skip: frozenset[int] = frozenset()) -> _Run:
-        return _run(lambda p, e: loss_fn(*args, p, e, **kwargs), param_specs, example[0], rules, has_aux, n, skip)
+    def run(n: Any, skip: frozenset[int] = frozenset(), of: tuple[Params, Batch] | None = None) -> _Run:
+        loss = functools.partial(loss_fn, *args, **kwargs)
+        given = None if of is None else (of[0], pytree.tree_map(lambda leaf: _rows(leaf, n), of[1]))
+        return _run(loss, param_specs, example[0], rules, has_aux, n, skip, given)
 
     try:
-        if not batched:
-            found = run(None)
-            return Plan(*_arrange(param_specs, found, [None] * len(found.uses)), nested=False, open=not found.nested)
-        few, more = run(_FEW), run(_MORE)
-        if [use.at for use in few.uses] != [use.at for use in more.uses]:
-            raise ValueError("loss_fn calls other layers for another batch size: with batched=True it may not")
-        placed = [_places(use, other) for use, other in zip(few.uses, more.uses, strict=True)]
-        shared = frozenset(use.at for use, place in zip(few.uses, placed, strict=True) if place is None)
-        if shared:  # calls on what all examples share are differentiated as they are
-            few = run(_FEW, shared)
-        layers, calls = _arrange(param_specs, few, [place for place in placed if place is not None])
-        return Plan(layers, calls, nested=False, open=False)
+        if batched:
+            return _of_batches(param_specs, run)
+        found = run(None)
+        return Plan(*_arrange(param_specs, found, [None] * len(found.uses)), nested=False, open=not found.nested)
     except DATA_DEPENDENT:  # the loss branches on values: nothing is known of it before it runs
         if batched:
-            raise
+            if values is None:
+                raise
+            before = draws(pytree.tree_leaves(values))
+            found_with_values = _of_batches(param_specs, functools.partial(run, of=values))
+            before.repeat()
+            return found_with_values
         free = _Run(
             [], set(param_specs), {name: {"a branch on the values of tensors": None} for name in param_specs}, True
         )
@@ -201,15 +206,35 @@ def _discover(
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
-                "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: write the loss of one "
-                "example, or use torch.func.grad inside it"
+                "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
         none = _Run([], set(param_specs), {name: {"torch.autograd.grad": None} for name in param_specs}, True)
         return Plan(*_arrange(param_specs, none, []), nested=True, open=False)
 
 
+def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., _Run]) -> Plan:
+    """The plan of a batched loss: the axes of the examples are those that grow with their number."""
+    few, more = run(_FEW), run(_MORE)
+    if [use.at for use in few.uses] != [use.at for use in more.uses]:
+        raise ValueError("loss_fn calls other layers for another batch size: with batched=True it may not")
+    placed = [_places(use, other) for use, other in zip(few.uses, more.uses, strict=True)]
+    placed = [
+        None if use.at in few.on_picked | more.on_picked else place for use, place in zip(few.uses, placed, strict=True)
+    ]
+    shared = frozenset(use.at for use, place in zip(few.uses, placed, strict=True) if place is None)
+    if shared:  # calls on what all examples share are differentiated as they are
+        few = run(_FEW, shared)
+    layers, calls = _arrange(param_specs, few, [place for place in placed if place is not None])
+    return Plan(layers, calls, nested=False, open=False)
+
+
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _FEW, _MORE = 3, 5  # batch sizes that show where the examples lie
+
+
+def _rows(leaf: Tensor, n: int) -> Tensor:
+    """n examples of a batch of any size."""
+    return leaf[torch.arange(n, device=leaf.device) % len(leaf)]
 
 
 def _places(use: _Use, other: _Use) -> tuple[Along, ...] | None:
@@ -231,21 +256,28 @@ def _run(
     has_aux: bool,
     n: int | None,
     skip: frozenset[int],
+    values: tuple[Params, Any] | None,
 ) -> _Run:
-    """Run the loss on tensors without values; autograd decides which weights have a path beside their calls."""
+    """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
+
+    values: parameters and n examples, for a loss that looks at values.
+    """
     uses: list[_Use] = []
     inputs: list[tuple[str, Tensor, int]] = []
     mutations: list[RuntimeError] = []
     nested: list[Any] = []
     reached: set[str] = set()
+    of_outputs: set[str] = set()  # not empty where the loss depends on a use
+    counted: list[Any] = []
+    rows = _Picks()
     hidden_by: dict[str, dict[str, None]] = {}
 
-    def observed(params: Params) -> Tensor:
+    def observed(params: Params, zero: Tensor) -> Tensor:
         marked = {name: _Mark.apply(p, name, reached) for name, p in params.items()}
+        zero = _Mark.apply(zero, "", of_outputs)
         # by the id of a tensor, which is held so that no id is reused, and its version: a changed copy is no view
         known = {id(p): (p, p._version, views.whole(name, p.shape)) for name, p in marked.items()}
         level = depth()
-        counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
 
         def view_of(tensor: Any) -> View | None:
@@ -266,8 +298,7 @@ def _run(
             return None not in followed
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            if n is None:
-                refuse_batch_statistics(func, args, kwargs, marked)
+            refuse(func, args, kwargs, marked, n is not None)
             if func is torch.autograd.grad and _differentiates(level, *args, **kwargs):
                 raise _SecondOrder
             if func in OPEN and depth() != level:
@@ -302,7 +333,9 @@ def _run(
                 biased = bias is not None and _fits(bias, *laid)
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
                 note(func, (args, kwargs))
+                rows.call = at
                 output = func(*args, **kwargs)
+                rows.call = None
                 call = with_ids(call, picks) if view.picked else call
                 leaves = pytree.tree_leaves(call.input)
                 uses.append(
@@ -320,7 +353,7 @@ def _run(
                     )
                 )
                 inputs.extend((view.name, x, x._version) for x in leaves)
-                return output
+                return output + zero
             note(func, (args, kwargs))
             return _unless_mutating(func, args, kwargs, mutations)
 
@@ -330,7 +363,6 @@ def _run(
                 if view is not None and not _reads_shape(func):
                     hidden_by.setdefault(view.name, {})[_called(func)] = None
 
-        given = filled(example, () if n is None else (n,))
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
             with traced(), unfused(), Tap(handle):
@@ -355,9 +387,16 @@ def _run(
                 )
         return loss if n is None else loss.sum()
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.func.grad(observed)(filled(dict(param_specs)))
-    return _Run(uses, reached, hidden_by, bool(nested))
+    with FakeTensorMode(allow_non_fake_inputs=True) if values is None else rows:
+        params, given = values or (filled(dict(param_specs)), filled(example, () if n is None else (n,)))
+        torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
+    if not reached and not of_outputs:
+        raise ValueError(
+            "loss_fn returned a loss that does not depend on params, as autograd sees it: its gradient would be zero. "
+            "Compute it from the tensors of params, as functional_call(net, params, ...) does, without detach() and "
+            "torch.no_grad() in between"
+        )
+    return _Run(uses, reached, hidden_by, bool(nested), frozenset(rows.on_picked))
 
 
 def _lay_out(call: Call, view: View) -> tuple[_Groups, tuple[Window, Window, Window]] | None:
@@ -505,14 +544,48 @@ def _layer(
 
 
 def _dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
-    """A vector or scalar is one block an element; of a matrix or more, o is the first axis and i the rest."""
+    """A vector or scalar is one block an element; of a matrix or more, o is the first axis and i the rest.
+
+    Axes of one entry in front do not count: `[1, t, d]` is a matrix.
+    """
     elements = math.prod(shape)
-    sizes = (elements, 1, 1, 1) if len(shape) < 2 else (1, shape[0], elements // max(shape[0], 1), 1)
+    axes = list(itertools.dropwhile(lambda size: size == 1, shape))
+    sizes = (elements, 1, 1, 1) if len(axes) < 2 else (1, axes[0], elements // max(axes[0], 1), 1)
     return Layer(name, None, sizes, sizes, (0, 1, 2, 3), shape, (), hidden_by=hidden_by)
 
 
 def _without_gradient(tree: Any, *held: Tensor | None) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held if p is not None) else leaf, tree)
+
+
+class _Picks(TorchDispatchMode):
+    """Notes the calls on rows that values picked out of a batch, as a mask does: they belong to no example in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: int | None = None  # under way
+        self.on_picked: set[int] = set()
+        self.picked: dict[int, Tensor] = {}  # by their id, and held so that none is reused
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        decide = args[:1] if func.overloadpacket in _INTO else (args, kwargs)  # which rows there are
+        picks = torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:
+            picks = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+        if picks or any(id(leaf) in self.picked for leaf in pytree.tree_leaves(decide)):
+            self.picked |= {id(leaf): leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)}
+            if self.call is not None:
+                self.on_picked.add(self.call)
+        return made
+
+
+_INTO = {  # their first argument says which rows there are
+    getattr(torch.ops.aten, name)
+    for kind in ("index_add", "index_put", "index_copy", "scatter", "scatter_add", "masked_scatter")
+    for name in (kind, f"{kind}_")
+}
 
 
 class _Mark(torch.autograd.Function):
@@ -557,7 +630,7 @@ def _differentiates(level: int, outputs: Any, *_: Any, **__: Any) -> bool:
 
 
 def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError]) -> Any:
-    """Call func; note what it raises for changing a tensor from outside the loss.
+    """Call func; note what is to be raised for changing a tensor from outside the loss.
 
     A BatchNorm counts its batches so, before it is seen that it uses their statistics.
     """
@@ -566,7 +639,13 @@ def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeE
     except RuntimeError as error:
         if "mutate a captured Tensor" not in str(error):
             raise
-        mutations.append(error)
+        new = RuntimeError(
+            f"loss_fn changes a tensor that it did not make, of shape {tuple(args[0].shape)}, in place by "
+            f"{_called(func)}: return what it is to become as aux (has_aux=True), or if it is a buffer of a model take "
+            "the batch as it is with batched=True and a copy of the buffer, as EKFACOptimizer does"
+        )
+        new.__cause__ = error
+        mutations.append(new)
         return args[0]
 
 

@@ -25,6 +25,7 @@ from .basis import (
     counts,
     factor_shapes,
     moment_shape,
+    warn_of_large,
 )
 from .capture import Folded, Reading, fold, joined, own
 from .certify import certify
@@ -250,14 +251,18 @@ def ekfac(
         layers = plan(curvature_loss, own(params), fisher.examples(params, batch), of_curvature).layers
         check_patterns("bases", layers, choices)
         check_patterns("orders", layers, contractions.orders)
-        return initial_state(layers, choose(layers, choices), params, averaged)
+        chosen = choose(layers, choices)
+        if not torch.compiler.is_compiling():
+            warn_of_large(layers, chosen)
+        return initial_state(layers, chosen, params, averaged)
 
-    def turn_of(layers: Mapping[str, Layer], state: State) -> _Turn:
+    def turn_of(layers: Mapping[str, Layer], params: Mapping[str, Tensor], state: State) -> _Turn:
         chosen = choose(list(layers.values()), choices)
         check_state(
             state,
             {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
             {name: factor_shapes(layer, chosen[name], averaged) for name, layer in layers.items()},
+            params,
         )
         refreshing = due(layers, refresh, state.step, basis_every)
         every = len(refreshing) == len(layers) or state.step % moment_every == 0  # a guard, and so a graph, the fewer
@@ -290,14 +295,14 @@ def ekfac(
         n, before = leaf.shape[0], None if in_one else draws([leaf, *params.values()])
 
         def first(layers: dict[str, Layer]) -> Reading:
-            return functools.partial(observe, turn_of(layers, state), state, n)
+            return functools.partial(observe, turn_of(layers, params, state), state, n)
 
         def add(layer: Layer, some: Seen, others: Seen) -> Seen:
             return add_seen(some, others, state.bases[layer.weight])
 
         folded = fold(curvature_loss, params, examples, of_curvature, first, add)
         layers, seen = folded.layers, folded.kept
-        turn = turn_of(layers, state)
+        turn = turn_of(layers, params, state)
         with no_autocast(leaf.device):
             started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
             carried, kept = started, None

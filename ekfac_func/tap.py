@@ -98,24 +98,67 @@ def depth() -> int:
     return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
 
 
-_BATCH_NORMS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm)
+_OPERANDS: dict[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
+    torch.native_batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
+    F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),
+    torch.instance_norm: ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats"),
+    F.embedding: ("input", "weight", "padding_idx", "max_norm"),
+    F.embedding_bag: ("input", "weight", "offsets", "max_norm"),
+    F.cross_entropy: ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
+    F.nll_loss: ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
+}
 
 
-def refuse_batch_statistics(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor]) -> None:
-    """Under vmap a batch norm would silently use the statistics of one example."""
-    if func not in _BATCH_NORMS:
+def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batched: bool) -> None:
+    """Refuse calls that mean something else on one example than on a batch, or that change parameters in place."""
+    if func not in _OPERANDS:
         return
-    if func is F.batch_norm:
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    else:
-        names = ("input", "weight", "bias", "running_mean", "running_var", "training")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if given.get("training", False) or given.get("running_mean") is None:
-        known = [(p, name) for name, p in params.items()]
-        owned = [name_of(given[key], known) for key in ("weight", "bias") if given.get(key) is not None]
+    given = {**dict(zip(_OPERANDS[func], args, strict=False)), **kwargs}
+    if func in (F.embedding, F.embedding_bag):
+        _refuse_lookup(func, given, params)
+    elif batched:
+        return
+    elif func in (F.cross_entropy, F.nll_loss):
+        _refuse_class_weights(func, given)
+    elif func in (F.instance_norm, torch.instance_norm):
+        if given.get("running_mean") is not None and given.get("use_input_stats", True):
+            raise ValueError(
+                f"instance_norm (on an input of shape {tuple(given['input'].shape)}) updates running statistics, which "
+                "a gradient per example cannot: call eval() on the module, make it with track_running_stats=False, or "
+                "take the batch as it is with batched=True"
+            )
+    elif given.get("training", False) or given.get("running_mean") is None:
+        owned = [_named(given.get(key), params) for key in ("weight", "bias")]
         which = " and ".join(repr(name) for name in owned if name) or "no parameters"
         raise ValueError(
             f"batch_norm (with {which}, on an input of shape {tuple(given['input'].shape)}) uses the statistics of "
             "its batch, which couple the examples: a gradient per example does not exist. Call eval() on a module "
             "that tracks running statistics, use GroupNorm, or take the batch as it is with batched=True"
         )
+
+
+def _refuse_lookup(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+    if given.get("max_norm") is not None:
+        raise ValueError(
+            f"{func.__name__} (of {_named(given['weight'], params)!r}, of shape {tuple(given['weight'].shape)}) with "
+            f"max_norm={given['max_norm']!r} changes its table in place: leave it out, and renormalise the table "
+            "between steps"
+        )
+
+
+def _refuse_class_weights(func: Any, given: Mapping[str, Any]) -> None:
+    """The mean over one label divides by the weight that it was multiplied with."""
+    weight, target = given.get("weight"), given["target"]
+    mean = given.get("reduction", "mean") == "mean"
+    if weight is not None and mean and target.numel() == 1 and not target.is_floating_point():
+        raise ValueError(
+            f"{func.__name__} with weight of shape {tuple(weight.shape)} and reduction='mean' divides by the weight of "
+            "the labels, which leaves the loss of one example unweighted: use reduction='sum', times n over the sum of "
+            "the weights of the batch's labels for the weighted mean of a batch"
+        )
+
+
+def _named(tensor: Any, params: Mapping[str, Tensor]) -> str | None:
+    return None if tensor is None else name_of(tensor, [(p, name) for name, p in params.items()])

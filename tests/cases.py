@@ -294,6 +294,11 @@ def _bilinear(params: Params, x: Tensor) -> Tensor:
     return F.bilinear(x.sin(), x[:, :2], params["w"], params["b"]).tanh().square().sum()
 
 
+def _positions(params: Params, x: Tensor) -> Tensor:
+    x = torch.cat([params["first"], (x * params["place"].exp()).tanh() + params["place"]], 1)
+    return F.linear(x, params["w"]).cos().sum()
+
+
 def _addmm(params: Params, x: Tensor) -> Tensor:
     w, b, c = params.values()
     y = torch.addmm(b, x, w).tanh() + torch.addmm(c, x, w, beta=0.5)
@@ -626,6 +631,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "metadata": lambda: function(_metadata, {"w": randn(3, 4)}, 4, ruled={"w"}),
     "unused": lambda: function(_unused, {"w": randn(3, 4), "v": randn(2, 2), "c": randn(2)}, 4, ruled={"w"}),
     "script": lambda: function(_scripted_loss(), {"w": randn(3, 4)}, 4, ruled=set()),
+    "axes of one": lambda: function(
+        _positions, {"place": randn(1, 3, 4), "first": randn(1, 1, 4), "w": randn(1, 4)}, 3, 4, ruled={"w"}
+    ),
     "vector weight": lambda: function(_vector_weight, {"v": randn(4), "s": randn()}, 3, 4, ruled=set()),
     "token losses": lambda: tokens(_tokens),
     "nested loss": lambda: tokens(_nested_loss),

@@ -1,5 +1,6 @@
 """A loss of the whole batch: the same as of its examples where they are independent, an explicit choice where not."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import ekfac, per_example_gradients
+from ekfac_func import describe, ekfac, per_example_gradients
 from ekfac_func.types import LossFn, Params
 
 from .cases import Attention, Bag, Case, N, Recurrent, Tied, classifier, head, of_ids
@@ -219,3 +220,79 @@ def test_parameters_with_and_without_a_rule_see_the_same_dropout() -> None:
     assert kept.any()
     assert not kept.all()
     assert torch.equal(found.dense("scale") != 0, kept)
+
+
+def _labelled(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens have a label, and whose they are."""
+    known = y >= 0
+    return known, torch.arange(len(y))[:, None].expand_as(y)[known]
+
+
+def _masked_outputs(net: nn.Module, params: Params, batch: Any) -> Tensor:
+    x, y = batch
+    known, of = _labelled(y)
+    losses = F.cross_entropy(functional_call(net, params, (x,))[known], y[known], reduction="none")
+    return losses.new_zeros(len(y)).index_add(0, of, losses)
+
+
+def _masked_inputs(net: nn.Module, params: Params, batch: Any) -> Tensor:
+    x, y = batch
+    known, of = _labelled(y)
+    losses = F.cross_entropy(functional_call(net, params, (x[known],)), y[known], reduction="none")
+    return losses.new_zeros(len(y)).index_add(0, of, losses)
+
+
+def _put_back(net: nn.Module, params: Params, batch: Any) -> Tensor:
+    """As a mixture of experts does: some rows through a layer, and back in their places before the next."""
+    x, y = batch
+    known, of = _labelled(y)
+    inner = x.new_zeros(*y.shape, 5)
+    inner[known] = F.linear(x[known], params["0.weight"], params["0.bias"]).tanh()
+    outputs = F.linear(inner, params["3.weight"], params["3.bias"])
+    losses = F.cross_entropy(outputs[known], y[known], reduction="none")
+    return losses.new_zeros(len(y)).index_add(0, of, losses)
+
+
+def _one_hot(net: nn.Module, params: Params, batch: Any) -> Tensor:
+    x, y = batch
+    chosen = F.one_hot(y.clamp(min=0), 3) * functional_call(net, params, (x,)).log_softmax(-1)
+    return -(chosen.sum(-1) * (y >= 0)).sum(1)
+
+
+def _logged(net: nn.Module, params: Params, batch: Any) -> Tensor:
+    losses = _one_hot(net, params, batch)
+    assert losses.mean().item() > 0
+    return losses
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("loss", [_masked_outputs, _masked_inputs, _put_back, _one_hot, _logged])
+def test_losses_that_look_at_values(loss: Any, noise: bool) -> None:
+    """Discovery runs them on a few examples; rows that a mask picked belong to no example, so no rule reads them."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5 if noise else 0.0), nn.Linear(5, 3))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    y = torch.full((6, 5), -1)
+    y[0, :2], y[1], y[3:, 0] = 1, 2, torch.tensor([0, 1, 2])  # ten tokens of six examples
+    for batch in ((torch.randn(6, 5, 4), y), (torch.randn(2, 5, 4), y[:2])):
+        state = torch.get_rng_state()
+        g = per_example_gradients(functools.partial(loss, net), params, batch, batched=True)
+        drawn = torch.get_rng_state()
+        torch.set_rng_state(state)
+        reference = {name: p.clone().requires_grad_() for name, p in params.items()}
+        losses = loss(net, reference, batch)
+        assert torch.equal(drawn, torch.get_rng_state())
+        for k, each in enumerate(losses):
+            expected = torch.autograd.grad(each, list(reference.values()), retain_graph=True)
+            for name, gradient in zip(params, expected, strict=True):
+                close(g.dense(name)[k], gradient)
+        layers = ekfac(functools.partial(loss, net), damping=1.0, batched=True).init(params, batch).layers
+        unread = {_masked_inputs: {"0.weight", "3.weight"}, _put_back: {"0.weight"}}.get(loss, set())
+        assert {layer.weight for layer in layers if layer.rule is None and layer.weight.endswith("weight")} == unread
+
+
+def test_describe_of_a_loss_that_looks_at_values() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    batch = torch.randn(6, 5, 4), torch.randint(0, 3, (6, 5))
+    rows = describe(functools.partial(_logged, net), params, batch, batched=True)
+    assert [row.rule for row in rows] == ["linear", "linear"]

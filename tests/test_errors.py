@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ekfac_func import (
     RULES,
     SUA,
+    Blocks,
     Contractions,
     Order,
     averaged_intra_batch,
@@ -165,6 +166,97 @@ def test_batch_statistics_switched_on_later() -> None:
     net.train()
     with pytest.raises(ValueError, match=r"'1.weight' and '1.bias'.*eval\(\)"):
         step.precondition(case.params, batch, state)
+
+
+TABLE = {"table": torch.randn(6, 3)}
+
+
+def _linear(params: Params, x: Tensor) -> Tensor:
+    return F.linear(x[None], params["w"])
+
+
+def _counting() -> Any:
+    count = torch.zeros(4)
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        count.add_(x)
+        return _linear(params, x).sum()
+
+    return loss
+
+
+LABEL = torch.tensor([1])
+ALONE: dict[str, tuple[Any, str]] = {
+    "detached": (lambda p, x: _linear(p, x).detach().sum(), r"does not depend on params"),
+    "other parameters": (lambda p, x: (x * W["w"]).sum(), r"does not depend on params"),
+    "class weights": (
+        lambda p, x: F.cross_entropy(_linear(p, x), LABEL, torch.ones(3)),
+        r"cross_entropy.*\(3,\).*reduction='sum'",
+    ),
+    "class weights of nll": (
+        lambda p, x: F.nll_loss(_linear(p, x), LABEL, weight=torch.ones(3)),
+        r"nll_loss.*\(3,\).*reduction='sum'",
+    ),
+    "running statistics": (
+        lambda p, x: F.instance_norm(_linear(p, x)[None], torch.zeros(1), torch.ones(1)).sum(),
+        r"instance_norm.*\(1, 1, 3\).*batched=True",
+    ),
+    "counter": (_counting(), r"changes a tensor.*\(4,\).*add_.*has_aux.*batched=True"),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ALONE)
+def test_what_one_example_cannot_mean(kind: str, compiled: bool) -> None:
+    loss, message = ALONE[kind]
+    step = ekfac(loss, damping=1e-2)
+    call = torch.compile(step.init, backend="eager") if compiled else step.init
+    with pytest.raises(Exception, match=message):
+        call(W, torch.randn(5, 4))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        per_example_gradients(loss, W, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("lookup", [F.embedding, F.embedding_bag])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_lookup_that_changes_its_table(lookup: Any, batched: bool) -> None:
+    before = TABLE["table"].clone()
+    with pytest.raises(ValueError, match=r"embedding.*'table'.*\(6, 3\).*max_norm=1.0.*between steps"):
+        per_example_gradients(
+            lambda p, ids: lookup(ids if ids.dim() == 2 else ids[None], p["table"], max_norm=1.0).flatten(1).sum(1),
+            TABLE,
+            torch.randint(0, 6, (5, 2)),
+            batched=batched,
+        )
+    assert torch.equal(TABLE["table"], before)
+
+
+def test_weights_of_several_labels_are_weights() -> None:
+    """The mean over an example's own labels is what it says."""
+    g = per_example_gradients(
+        lambda p, x: F.cross_entropy(F.linear(x, p["w"]), torch.tensor([0, 1]), torch.tensor([1.0, 3.0, 1.0])),
+        W,
+        torch.randn(5, 2, 4),
+    )
+    assert g.norms().min() > 0
+
+
+def test_a_whole_basis_of_many_dimensions_is_named() -> None:
+    params = {"head": torch.randn(9000, 2)}
+    step = ekfac(lambda p, x: F.linear(x, p["head"]).sum(), damping=1.0)
+    with pytest.warns(UserWarning, match=r"'head'.*9000.*outputs.*0.3 GiB.*rank\(256\).*Blocks\(outputs=1\)"):
+        step.init(params, torch.randn(2, 2))
+    ekfac(lambda p, x: F.linear(x, p["head"]).sum(), damping=1.0, bases={"head": Blocks(outputs=1)}).init(
+        params, torch.randn(2, 2)
+    )
+
+
+def test_a_state_of_another_dtype() -> None:
+    step = ekfac(loss_fn, damping=1e-2)
+    state = step.init(W, torch.randn(5, 4))
+    half = {"w": W["w"].float()}
+    with pytest.raises(TypeError, match=r"float64.*'w'.*float32.*init\(params, batch\)"):
+        step.precondition(half, torch.randn(5, 4, dtype=torch.float32), state)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

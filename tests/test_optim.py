@@ -390,7 +390,7 @@ def test_set_grads() -> None:
 
 @pytest.mark.parametrize("use_nesterov", [False, True])
 def test_the_optimizer_is_sgd_on_the_natural_gradient(use_nesterov: bool) -> None:
-    """With a learning-rate scheduler, two groups, a parameter left out, and an estimator with a memory."""
+    """With a learning-rate scheduler, two groups, a parameter left out, and an estimator with a memory; decay apart."""
     net, loss, batches = net_and_loss()
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     options: dict[str, Any] = {"second_moment": averaged_intra_batch(0.9), "basis_every": 3}
@@ -402,7 +402,8 @@ def test_the_optimizer_is_sgd_on_the_natural_gradient(use_nesterov: bool) -> Non
         ]
 
     twin = {name: p.clone().requires_grad_() for name, p in start.items()}
-    reference = torch.optim.SGD(prepared(twin), lr=0.2, momentum=0.9, nesterov=use_nesterov)
+    groups = [{**group, "weight_decay": 0.0} for group in prepared(twin)]
+    reference = torch.optim.SGD(groups, lr=0.2, momentum=0.9, nesterov=use_nesterov)
     rates = torch.optim.lr_scheduler.StepLR(reference, 2, 0.5)
     held = {name: twin[name] for name in ("0.weight", "0.bias", "2.weight")}
 
@@ -415,6 +416,9 @@ def test_the_optimizer_is_sgd_on_the_natural_gradient(use_nesterov: bool) -> Non
     for batch in batches:
         natural, state, info = step.precondition(held, batch, state)
         set_grads(held, natural)
+        with torch.no_grad():
+            for name in ("0.bias", "2.weight"):  # as AdamW decays
+                twin[name] *= 1 - reference.param_groups[1]["lr"] * 0.05
         reference.step()
         rates.step()
         expected.append(info.loss)
@@ -737,9 +741,17 @@ def test_a_scaled_loss() -> None:
 
 
 def test_errors_of_the_optimizer() -> None:
-    net, loss, _ = net_and_loss()
-    with pytest.raises(ValueError, match=r"lr=0.0.*positive"):
-        EKFACOptimizer(net, loss, lr=0.0, damping=1e-2)
+    net, loss, batches = net_and_loss()
+    with pytest.raises(ValueError, match=r"lr=-0.1.*at least 0"):
+        EKFACOptimizer(net, loss, lr=-0.1, damping=1e-2)
+    with pytest.raises(TypeError, match=r"model is a generator.*module"):
+        EKFACOptimizer(net.parameters(), loss)
+    with pytest.raises(TypeError, match=r"params is a float.*lr by name"):
+        EKFACOptimizer(net, loss, 0.01)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"loss is a CrossEntropyLoss.*\(model, batch\)"):
+        EKFACOptimizer(net, nn.CrossEntropyLoss())
+    with pytest.raises(TypeError, match=r"closure is a Tensor.*step\(\(x, y\)\)"):
+        EKFACOptimizer(net, loss).step(*batches[0])
     with pytest.raises(ValueError, match=r"momentum=-1.*0 <= momentum < 1"):
         EKFACOptimizer(net, loss, lr=0.1, momentum=-1.0, damping=1e-2)
     with pytest.raises(ValueError, match=r"shape \(2,\).*no parameter of model"):
@@ -750,7 +762,7 @@ def test_errors_of_the_optimizer() -> None:
         EKFACOptimizer(net, None, lr=0.1, damping=1.0)  # type: ignore[arg-type]
     optimizer = EKFACOptimizer(net, loss, net[0].parameters(), lr=0.1, damping=1.0)
     for wrong, message in (
-        ({"lr": -1.0}, r"lr=-1.0.*positive"),
+        ({"lr": -1.0}, r"lr=-1.0.*at least 0"),
         ({"momentum": 1.5}, r"momentum=1.5.*0 <= momentum < 1"),
         ({"weight_decay": -1.0}, r"weight_decay=-1.0.*at least 0"),
         ({"damping": 0.1}, r"group of params has 'damping'.*beside params"),
@@ -761,6 +773,23 @@ def test_errors_of_the_optimizer() -> None:
         assert len(optimizer.param_groups) == 1
     with pytest.raises(TypeError, match="unexpected keyword argument 'basis_evry'"):
         EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
+
+
+def test_the_optimizer_describes_and_certifies_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    net, loss, batches = net_and_loss()
+    optimizer = EKFACOptimizer(net, loss, net[0].parameters(), bases={"*": rank(2)})
+    rows = optimizer.describe(batches[0])
+    assert [(row.name, row.bias, row.rule) for row in rows] == [("0.weight", "0.bias", "linear")]
+    assert str(rows) in capsys.readouterr().out
+    optimizer.check(batches[0])
+
+    def coupled(model: Any, batch: Any) -> Tensor:
+        z = model(batch[0])
+        return F.cross_entropy(z - z.mean(0), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        EKFACOptimizer(net, coupled, batched=True).check(batches[0])
+    assert optimizer.ekfac_state is None
 
 
 def dense_curvature(state: Any, weight: str, power: Callable[[Tensor], Tensor]) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..checks import check_decay, check_positive
+from ..checks import check_decay, check_not_negative
+from ..describe import Description, describe
 from ..precondition import Damping, ekfac
 from ..types import Batch, Info, Number, Params, State
 from .damping import DEFAULTS
@@ -42,7 +43,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
 
     A gradient per example cannot be had from `loss.backward()`, so that the optimizer computes the loss itself:
 
-        def loss(model, batch):  # the mean over the batch, as before `loss.backward()`
+        def loss(model, batch):  # of a batch of one example
             x, y = batch
             return F.cross_entropy(model(x), y)
 
@@ -50,14 +51,22 @@ class EKFACOptimizer(torch.optim.Optimizer):
         for batch in batches:
             optimizer.step(batch)
 
-    The update is `velocity <- momentum velocity + natural + weight_decay p`, `p <- p - lr velocity`, as that of
-    `torch.optim.SGD` on the natural gradient. A step whose loss or gradient is not finite changes neither parameters
-    nor velocity. `p.grad` is neither read nor written; nothing is read back to the host.
+    The update is `velocity <- momentum velocity + natural`, `p <- p - lr (velocity + weight_decay p)`: momentum as that
+    of `torch.optim.SGD`, decay as that of AdamW. A step whose loss or gradient is not finite changes neither parameters
+    nor velocity. `p.grad` is neither read nor written, so that `clip_grad_norm_` has nothing to clip; nothing is read
+    back to the host.
+
+    The loss meets examples one by one, in batches of one. What is not a mean over examples of something that each has
+    by itself is another loss then: the weighted mean of `cross_entropy(weight=)`, that over the labels of a batch with
+    `ignore_index`, contrasts between examples, statistics of the batch. README, "A mean over the batch", has what to
+    write.
 
     model: the module; its parameters that require gradients, in place, are those of `params`.
     loss: `(model, batch) -> scalar`, called on batches of one example, each tensor with a leading axis of 1. With the
         option `batched=True` it meets the whole batch and returns the losses `[n]`; the buffers of a step that is not
-        skipped, such as the running statistics of BatchNorm, are then the model's.
+        skipped, such as the running statistics of BatchNorm, are then the model's. An axis that holds several inputs
+        of each example then has those of an example one after another, `(n s)`: `torch.stack([x, y], 1).flatten(0, 1)`,
+        not `torch.cat([x, y])`.
     params: parameters or groups of them with lr, momentum, weight_decay and nesterov of their own, as in
         `torch.optim`; by default those of the model. What the groups leave out is frozen, and what does not require
         gradients at a step. Where other parameters are trained than in the step before, the state of `ekfac` starts
@@ -85,8 +94,12 @@ class EKFACOptimizer(torch.optim.Optimizer):
         nesterov: bool = False,
         **options: Any,
     ) -> None:
-        if not callable(loss):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}: pass the module, and some of its parameters as params")
+        if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
             raise TypeError(f"loss is a {type(loss).__name__}: pass a function (model, batch) -> scalar loss")
+        if params is not None and not isinstance(params, Iterable):
+            raise TypeError(f"params is a {type(params).__name__}: pass parameters or groups of them, and lr by name")
         if damping is None:
             options = {**DEFAULTS, **options}
             damping = options.pop("damping")
@@ -124,6 +137,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         ) -> tuple[Params, State, Info]:
             return ekfac(loss_fn, damping=damping, **options).precondition(params, batch, state)
 
+        self._loss_fn, self._options = loss_fn, options
         self._init = ekfac(loss_fn, damping=self.damping, **options).init
         self.precondition = precondition
 
@@ -137,10 +151,9 @@ class EKFACOptimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_positive("lr", group["lr"])
+        check_not_negative("lr", group["lr"])
         check_decay("momentum", group["momentum"])
-        if not group["weight_decay"] >= 0:
-            raise ValueError(f"weight_decay={group['weight_decay']!r}: give a number, at least 0")
+        check_not_negative("weight_decay", group["weight_decay"])
         for p in group["params"]:
             if p not in self.names:
                 raise ValueError(
@@ -159,12 +172,12 @@ class EKFACOptimizer(torch.optim.Optimizer):
             returned, and the gradients that it leaves are not used.
         """
         result = None
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure is a {type(closure).__name__}: pass the batch as one tree, step((x, y))")
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if isinstance(batch, UserDict):  # of a collator of `transformers`
-            batch = batch.data
-        params = {self.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        params, batch = self._trainable(), _plain(batch)
         if self.ekfac_state is None or _trained(self.ekfac_state) != params.keys():
             self.ekfac_state = self._init(params, batch)
         self.natural, self.ekfac_state, self.info = self.precondition(params, batch, self.ekfac_state, self.damping)
@@ -177,6 +190,22 @@ class EKFACOptimizer(torch.optim.Optimizer):
             self._update(group, self.natural, self.info)
         return self.info.loss if closure is None else result
 
+    def _trainable(self) -> Params:
+        return {self.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
+
+    def check(self, batch: Batch) -> None:
+        """Certify the capture on a batch of a few, at a backward pass an example, as `init(..., check=True)` does.
+
+        ValueError names the first parameter whose gradients are not those of each example alone. The loss may draw no
+        random numbers: call `model.eval()` before, where there is dropout.
+        """
+        self._init(self._trainable(), _plain(batch), check=True)
+
+    def describe(self, batch: Batch) -> Description:
+        """Print, and return, what a step on the batch does with each parameter, as `ekfac_func.describe`."""
+        wanted = {name: self._options[name] for name in inspect.signature(describe).parameters if name in self._options}
+        return describe(self._loss_fn, self._trainable(), _plain(batch), **wanted)
+
     def _update(self, group: dict[str, Any], natural: Params, info: Info) -> None:
         params: Params = {self.names[p]: p for p in group["params"] if p.requires_grad}
         rule = (nesterov if group["nesterov"] else momentum)(group["momentum"])
@@ -184,11 +213,10 @@ class EKFACOptimizer(torch.optim.Optimizer):
             if "velocity" not in self.state[p]:
                 self.state[p]["velocity"] = torch.zeros_like(p)
         old = Velocity({name: self.state[p]["velocity"] for name, p in params.items()})
-        decayed = {name: natural[name] + group["weight_decay"] * p for name, p in params.items()}
-        direction, new = rule.update(decayed, old, params, info)
+        direction, new = rule.update({name: natural[name] for name in params}, old, params, info)
         for name, p in params.items():
             self.state[p]["velocity"] = torch.where(info.skipped, old.velocity[name], new.velocity[name])
-            p.copy_(torch.where(info.skipped, p, p - group["lr"] * direction[name]))
+            p.copy_(torch.where(info.skipped, p, p - group["lr"] * (direction[name] + group["weight_decay"] * p)))
 
     def state_dict(self) -> dict[str, Any]:
         """That of `torch.optim.Optimizer`, with `"ekfac"` and `"damping"`; `weights_only` loads it."""
@@ -216,6 +244,10 @@ class EKFACOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "model" in state:  # a copy, where `load_state_dict` gives groups and velocities alone
             self._bind()
+
+
+def _plain(batch: Batch) -> Batch:
+    return batch.data if isinstance(batch, UserDict) else batch  # of a collator of `transformers`
 
 
 def _trained(state: State) -> set[str]:
