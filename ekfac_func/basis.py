@@ -258,6 +258,16 @@ def _counts(Q: Side, like: Tensor) -> Tensor:
     return torch.cat([one[:-1], one[:1] * outside(Q)]) if outside(Q) else one
 
 
+def fills_up(basis: Basis) -> bool:
+    """Whether a side is in blocks, the last of which may have more coordinates than are left for it."""
+    return any(not isinstance(Q, Reflections) and Q.dim() > 3 and Q.shape[-1] > 1 for Q in basis)
+
+
+def of_layer(m2: Tensor, basis: Basis, layer: Layer) -> Tensor:
+    """A moment with zeros for what fills up a block."""
+    return torch.where(real(basis, layer), m2, 0) if fills_up(basis) else m2
+
+
 def real(basis: Basis, layer: Layer) -> Tensor:
     """`[b O I 1]`: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
 

@@ -201,12 +201,13 @@ def _tapped(
             if func in views.VIEWS:
                 output = func(*args, **kwargs)
                 name = name_of(args[0], known) if len(args) > 0 else None
+                parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
-                    parts = [output] if isinstance(output, Tensor) else output
                     known.extend((part, name) for part in parts)
-                    ids = views.ids_of(func, args, picks)
-                    if ids is not None:
-                        picks.extend((part, ids) for part in parts)
+                # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
+                ids = views.ids_of(func, args, picks) if name is not None or compiling else None
+                if ids is not None:
+                    picks.extend((part, ids) for part in parts)
                 return output
             if func not in options.rules:
                 return instead.get(func, func)(*args, **kwargs)
@@ -220,8 +221,7 @@ def _tapped(
             # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
             layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
             output = layers_of.get(func, func)(*args, **kwargs)
-            # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
-            named = name == planned.weight or (compiling and name is None)
+            named = name == planned.weight or (compiling and name is None)  # a view by `w.T`
             if not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
                 raise StalePlan(
                     f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "

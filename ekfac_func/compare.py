@@ -555,11 +555,11 @@ def _record(
 
 def _signal_to_noise(noise: tuple[Tensor, Tensor] | None) -> Tensor:
     """`mean^2 / variance` of one example's gradient in each eigen-direction with noise, flat."""
-    if noise is None:
+    if noise is None or noise[1].numel() == 0:
         return torch.empty(0, dtype=torch.float64)
     mean, square = (x.to(torch.float64).flatten() for x in noise)
-    variance = square - mean.square()
-    live = variance > torch.finfo(noise[1].dtype).eps * square
+    variance, eps = square - mean.square(), torch.finfo(noise[1].dtype).eps
+    live = (variance > eps * square) & (square > (100 * eps) ** 2 * square.max())  # the rest is rounding
     return (mean.square() / variance)[live].cpu()
 
 

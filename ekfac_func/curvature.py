@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import real
+from .basis import fills_up, real
 from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
 from .types import Basis, Layer, Number, Params, State
@@ -80,7 +80,11 @@ class Curvature:
 
     def eigenvalues(self) -> dict[str, Tensor]:
         """Of each layer, by the name of its weight, in rising order: as many as it has parameters."""
-        return {name: v[self.real[name].expand_as(v)].sort().values for name, v in self.values.items()}
+        found = {}
+        for name, v in self.values.items():
+            whole = not fills_up(self.bases[name])  # then no mask, which `vmap` could not take
+            found[name] = (v.flatten() if whole else v[self.real[name].expand_as(v)]).sort().values
+        return found
 
     def trace(self) -> Tensor:
         """`[]`, the sum of the eigenvalues."""
@@ -130,8 +134,8 @@ class Curvature:
         def multiply(x: Any) -> Any:  # [p] or [p r]
             rows = torch.as_tensor(x).to(joined).reshape(len(joined), -1).T
             parts = zip(like, rows.split(sizes, 1), strict=True)
-            product = self @ {name: part.reshape(-1, *like[name].shape) for name, part in parts}
-            columns = torch.cat([product[name].flatten(1) for name in like], 1).T
+            product = self @ {name: part.reshape(len(rows), *like[name].shape) for name, part in parts}
+            columns = torch.cat([product[name].reshape(len(rows), like[name].numel()) for name in like], 1).T
             return columns.reshape(x.shape).cpu().numpy()
 
         dtype = torch.empty(0, dtype=joined.dtype).numpy().dtype

@@ -353,7 +353,7 @@ def _run(
                     )
                 )
                 inputs.extend((view.name, x, x._version) for x in leaves)
-                return output + zero
+                return output + zero.to(output.dtype)  # of 0-d ones the larger dtype would win
             note(func, (args, kwargs))
             return _unless_mutating(func, args, kwargs, mutations)
 

@@ -509,7 +509,7 @@ def pack(layer: Layer, tree: Mapping[str, Tensor]) -> Tensor:
     weight = tree[layer.weight]
     lead = weight.dim() - len(layer.shape)
     ahead = weight.shape[:lead]
-    M = weight.reshape(*ahead, *layer.split).permute(*range(lead), *(lead + axis for axis in layer.order))
+    M = weight.reshape((*ahead, *layer.split)).permute((*range(lead), *(lead + axis for axis in layer.order)))
     M = M.reshape(*ahead, b, o, i - (layer.bias is not None), k)
     return M if layer.bias is None else torch.cat([M, tree[layer.bias].reshape(*ahead, b, o, 1, k)], dim=-2)
 

@@ -25,6 +25,7 @@ from .basis import (
     counts,
     factor_shapes,
     moment_shape,
+    of_layer,
     warn_of_large,
 )
 from .capture import Folded, Reading, fold, joined, own
@@ -470,7 +471,8 @@ def _out_of_spans(new: State, old: State, chosen: Mapping[str, Choice]) -> State
 
 
 def _spectrum(moment: Moment, basis: Basis, layer: Layer) -> Spectrum:
-    return Spectrum(moment.value, moment.weight, counts(basis, moment.value), math.prod(layer.sizes))
+    value = of_layer(moment.value, basis, layer)
+    return Spectrum(value, moment.weight, counts(basis, value), math.prod(layer.sizes))
 
 
 def initial_state(

@@ -277,6 +277,12 @@ def _experts(params: Params, x: Tensor) -> Tensor:
     return y + torch.baddbmm(d, x[None].expand(3, 3, 4), c).sin().square().sum()
 
 
+def _by_ids(params: Params, x: Tensor) -> Tensor:
+    """Some counted from the end."""
+    ids = torch.tensor([2, -1, 0, -3])
+    return torch.bmm(x[:, None].cos(), params["w"][ids]).sin().sum() + (x[:, None] @ params["v"].mT[ids]).cos().sum()
+
+
 def _both_ways(params: Params, x: Tensor) -> Tensor:
     """A tied autoencoder: one matrix there and back."""
     return ((torch.tanh(F.linear(x, params["w"], params["b"])) @ params["w"]) - x).square().sum()
@@ -575,6 +581,13 @@ CASES: dict[str, Callable[[], Case]] = {
         3,
         4,
         ruled={"a", "b", "c"},
+    ),
+    "experts by ids": lambda: function(_by_ids, {"w": randn(3, 4, 2), "v": randn(3, 2, 4)}, 4, 4, ruled={"w", "v"}),
+    "one element": lambda: function(
+        lambda p, x: F.linear(F.linear(x, p["w"]).sin(), p["v"], p["b"]).cos().sum(),
+        {"w": randn(1, 4), "v": randn(1, 1), "b": randn(1)},
+        4,
+        ruled={"w", "v", "b"},
     ),
     "both ways": lambda: function(_both_ways, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
     "einsum": lambda: function(

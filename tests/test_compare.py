@@ -452,3 +452,19 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="give a reference whose loss uses them alike"):
         run(x=Estimator(fisher=gradient(penalised)))
     assert empirical.draws
+
+
+def test_signal_to_noise_does_not_count_rounding() -> None:
+    """Directions in which a softmax has no gradient have moments of 1e-32 and no ratio of their own."""
+    params = {"w": torch.randn(3, 5)}
+    batches = [(torch.randn(40, 5), torch.randint(0, 3, (40,)))]
+
+    def loss(p: Params, example: Any) -> Tensor:
+        return F.cross_entropy(F.linear(example[0], p["w"]), example[1])
+
+    found = []
+    for eps in (0.0, 1e-15, 2e-15, 3e-15):
+        (record, _) = compare(loss, {"w": params["w"] * (1 + eps)}, batches, damping=0.1, estimators={"e": intra_batch})
+        found.append(torch.tensor([record.signal_to_noise, record.signal_share]))
+    for other in found[1:]:
+        close(other, found[0], 1e-8)

@@ -337,3 +337,25 @@ def test_a_compact_basis_is_the_one_that_it_stands_for(name: str) -> None:
     close_trees(one.dense().matrices, other.dense().matrices)
     seed = torch.Generator()
     close_trees(one.sample(seed.manual_seed(0), 2), other.sample(seed.manual_seed(0), 2))
+
+
+def test_scipy_of_a_scalar_and_of_nothing() -> None:
+    pytest.importorskip("scipy")
+    params = {"w": torch.randn(2, 3), "scale": torch.randn(()), "none": torch.randn(0, 2)}
+    batch = torch.randn(5, 3)
+    step = ekfac(
+        lambda p, x: F.linear(F.linear(x, p["w"]).sin() * p["scale"], p["none"]).sum() + (p["w"] @ x).sum(), damping=1.0
+    )
+    estimate = curvature(step.precondition(params, batch, step.init(params, batch))[1]).damped(DAMPING)
+    whole = torch.from_numpy(estimate.scipy() @ np.eye(7))
+    close(whole.diagonal(), torch.cat([d.flatten() for d in estimate.diagonal().values()]))
+
+
+@pytest.mark.parametrize("how", ["full", "diagonal"])
+def test_eigenvalues_of_stacked_states(how: str) -> None:
+    case = make("mlp")
+    states = [stepped(case, case.batch(9), **CHOICES[how]) for _ in range(2)]
+    stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *states)
+    found = torch.vmap(lambda state: curvature(state).eigenvalues())(stacked)
+    for k, state in enumerate(states):
+        close_trees({name: v[k] for name, v in found.items()}, curvature(state).eigenvalues())

@@ -1,6 +1,7 @@
 """Blocks, damping rules, bridges and metrics, each against a formula of its own or `torch.optim`."""
 
 import copy
+import dataclasses
 import functools
 import io
 import math
@@ -1166,3 +1167,24 @@ def test_the_compiled_training_step() -> None:
     after = fast(*carried, (x * math.nan, y))
     assert after[4]["skipped"] == 1
     same_bits(after[:2], carried[:2])
+
+
+def test_metrics_and_damping_leave_out_what_fills_up_a_block() -> None:
+    params = {"w": torch.randn(6, 5)}
+    batch = torch.randn(8, 5)
+    dampings: list[Any] = []
+
+    def seen(moments: Any) -> Any:
+        dampings.append(relative(1.0)(moments)["w"])
+        return {"w": 1.0}
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"]).sin().sum()
+
+    step = ekfac(loss, damping=seen, second_moment=kfac, basis_every=10, bases={"w": Blocks(inputs=3)})
+    state = step.precondition(params, batch, step.init(params, batch))[1]
+    ones = state.second_moments["w"]._replace(value=torch.ones(1, 6, 6, 1))
+    state = dataclasses.replace(state, second_moments={"w": ones})
+    natural, state, info = step.precondition(params, batch, state)
+    close(dampings[-1], torch.tensor(1.0))
+    close(metrics(natural, info, state)["effective_rank/w"], torch.tensor(30.0))
