@@ -450,11 +450,15 @@ def _compressed(
         whole = joined(seen[name].terms)
         given, spans[name] = compress(whole)
         totals[name] = gradient(whole)
-        inner, whole_sides = layer._replace(sizes=in_span(layer.sizes, spans[name])), eigenbasis.FULL
+        b, o, i, k = in_span(layer.sizes, spans[name])
+        zero = state.second_moments[name].weight.new_zeros(())
+        Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
         if layer.table:
-            whole_sides = whole_sides._replace(outputs=1)
-        start = initial_state((inner,), {name: whole_sides}, {name: state.second_moments[name].weight})
-        factors[name], bases[name], moments[name] = start.factors[name], start.bases[name], start.second_moments[name]
+            Q_B = zero.new_ones(b, o, 1, 1)
+        else:
+            Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
+        factors[name] = Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)
+        bases[name], moments[name] = Basis(Q_A, Q_B), Moment(zero.new_zeros(b, o, i, k), zero)
         seen[name] = Seen(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
     return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
 
