@@ -15,7 +15,7 @@ from torch import Tensor
 from .checks import check_count
 from .types import Basis, Layer, Reflections, Side, outside
 
-LARGE = 8192  # dimensions of a whole side, above which a warning says what it takes
+LARGE = 8192  # dimensions of a basis, above which a warning says what it takes
 
 
 class Blocks(NamedTuple):
@@ -162,7 +162,7 @@ def warn_of_large(layers: Sequence[Layer], chosen: Mapping[str, Choice]) -> None
         for which, (*_, rows, columns) in zip(("inputs", "outputs"), shapes(layer, choice), strict=True):
             if rows == columns > LARGE and not _reflects((rows, columns), choice):
                 warnings.warn(
-                    f"{layer.weight!r} has a whole basis of {rows} dimensions for its {which}: it and its factor take "
+                    f"{layer.weight!r} has a basis of {rows} dimensions for its {which}: it and its factor take "
                     f"{rows**2 * 4 / 2**30:.1f} GiB each in float32, and a refresh {(rows / 4096) ** 3:.0f} times as "
                     f"long as of 4096. Give bases={{{layer.weight!r}: rank(256)}}, or Blocks({which}=1), which leaves "
                     "that side in its own coordinates",
@@ -258,14 +258,15 @@ def _counts(Q: Side, like: Tensor) -> Tensor:
     return torch.cat([one[:-1], one[:1] * outside(Q)]) if outside(Q) else one
 
 
-def fills_up(basis: Basis) -> bool:
-    """Whether a side is in blocks, the last of which may have more coordinates than are left for it."""
-    return any(not isinstance(Q, Reflections) and Q.dim() > 3 and Q.shape[-1] > 1 for Q in basis)
+def fills_up(basis: Basis, layer: Layer) -> bool:
+    """Whether a side is in blocks, of which the last has more coordinates than are left for it."""
+    sides = (basis.Q_A, layer.sizes[2]), (basis.Q_B, layer.sizes[1])
+    return any(not isinstance(Q, Reflections) and Q.dim() > 3 and Q.shape[1] * Q.shape[-1] > d for Q, d in sides)
 
 
 def of_layer(m2: Tensor, basis: Basis, layer: Layer) -> Tensor:
     """A moment with zeros for what fills up a block."""
-    return torch.where(real(basis, layer), m2, 0) if fills_up(basis) else m2
+    return torch.where(real(basis, layer), m2, 0) if fills_up(basis, layer) else m2
 
 
 def real(basis: Basis, layer: Layer) -> Tensor:

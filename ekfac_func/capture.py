@@ -205,7 +205,7 @@ def _tapped(
                 if name is not None:
                     known.extend((part, name) for part in parts)
                 # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
-                ids = views.ids_of(func, args, picks) if name is not None or compiling else None
+                ids = views.ids_of(func, args, picks) if args and (name is not None or compiling) else None
                 if ids is not None:
                     picks.extend((part, ids) for part in parts)
                 return output

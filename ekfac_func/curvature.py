@@ -81,9 +81,10 @@ class Curvature:
     def eigenvalues(self) -> dict[str, Tensor]:
         """Of each layer, by the name of its weight, in rising order: as many as it has parameters."""
         found = {}
-        for name, v in self.values.items():
-            whole = not fills_up(self.bases[name])  # then no mask, which `vmap` could not take
-            found[name] = (v.flatten() if whole else v[self.real[name].expand_as(v)]).sort().values
+        for layer in self.layers:
+            name, v = layer.weight, self.values[layer.weight]
+            filled = fills_up(self.bases[name], layer)  # else no mask, which `vmap` could not take
+            found[name] = (v[self.real[name].expand_as(v)] if filled else v.flatten()).sort().values
         return found
 
     def trace(self) -> Tensor:

@@ -1,12 +1,12 @@
 """Which parameters are layers, and which calls are to be tapped: found by one run on tensors without values.
 
-A pure function of the loss, the parameters and the shapes of an example.
+A pure function of the loss, the parameters and the shapes of an example, and of values where a batched loss looks at
+them.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import expansions, views
 from .batching import OPEN
 from .checks import check_count, check_loss, check_randomness
 from .modes import draws
+from .picked import READS, Picked
 from .rules import Call, Rules
 from .tap import Tap, depth, readings, refuse, traced, unfused, with_ids
 from .types import Batch, Layer, LossFn, Params, constants
@@ -166,7 +166,8 @@ class _Run(NamedTuple):
     reached: set[str]  # parameters with a path to the loss beside their uses
     hidden_by: dict[str, dict[str, None]]  # the functions without a rule that took a parameter
     nested: bool
-    on_picked: frozenset[int] = frozenset()  # calls on rows that values picked
+    picked: set[int]  # calls on rows that values picked
+    asked: dict[int, int]  # by call, how many truths the loss read before
 
 
 @torch.compiler.assume_constant_result
@@ -181,70 +182,72 @@ def _discover(
 ) -> Plan:
     rules, has_aux, batched = how
 
-    def run(n: Any, skip: frozenset[int] = frozenset(), of: tuple[Params, Batch] | None = None) -> _Run:
+    def run(n: Any, skip: Mapping[int, str] = {}, of: tuple[Params, Batch] | None = None) -> _Run:
         loss = functools.partial(loss_fn, *args, **kwargs)
-        given = None if of is None else (of[0], pytree.tree_map(lambda leaf: _rows(leaf, n), of[1]))
-        return _run(loss, param_specs, example[0], rules, has_aux, n, skip, given)
+        return _run(loss, param_specs, example[0], rules, has_aux, n, skip, of)
 
     try:
         if batched:
-            return _of_batches(param_specs, run)
+            return _of_batches(param_specs, run, 3, 5)
         found = run(None)
         return Plan(*_arrange(param_specs, found, [None] * len(found.uses)), nested=False, open=not found.nested)
-    except DATA_DEPENDENT:  # the loss branches on values: nothing is known of it before it runs
-        if batched:
-            if values is None:
-                raise
-            before = draws(pytree.tree_leaves(values))
-            found_with_values = _of_batches(param_specs, functools.partial(run, of=values))
+    except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
+        if not batched:
+            what = {name: {"a branch on the values of tensors": None} for name in param_specs}
+            free = _Run([], set(param_specs), what, True, set(), {})
+            return Plan(*_arrange(param_specs, free, []), nested=False, open=False, looped=True)
+        if values is None:
+            raise ValueError(
+                "loss_fn with batched=True looks at values, which a compiled step does not have: compute with tensors, "
+                "as by torch.where or a product with a mask, or call the step in eager mode"
+            ) from error
+        before, n = draws(pytree.tree_leaves(values)), pytree.tree_leaves(values[1])[0].shape[0]
+        try:
+            return _of_batches(param_specs, functools.partial(run, of=values), n, 2 * n)
+        finally:
             before.repeat()
-            return found_with_values
-        free = _Run(
-            [], set(param_specs), {name: {"a branch on the values of tensors": None} for name in param_specs}, True
-        )
-        return Plan(*_arrange(param_specs, free, []), nested=False, open=False, looped=True)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
                 "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
-        none = _Run([], set(param_specs), {name: {"torch.autograd.grad": None} for name in param_specs}, True)
+        what = {name: {"torch.autograd.grad": None} for name in param_specs}
+        none = _Run([], set(param_specs), what, True, set(), {})
         return Plan(*_arrange(param_specs, none, []), nested=True, open=False)
 
 
-def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., _Run]) -> Plan:
-    """The plan of a batched loss: the axes of the examples are those that grow with their number."""
-    few, more = run(_FEW), run(_MORE)
-    if [use.at for use in few.uses] != [use.at for use in more.uses]:
-        raise ValueError("loss_fn calls other layers for another batch size: with batched=True it may not")
-    placed = [_places(use, other) for use, other in zip(few.uses, more.uses, strict=True)]
-    placed = [
-        None if use.at in few.on_picked | more.on_picked else place for use, place in zip(few.uses, placed, strict=True)
-    ]
-    shared = frozenset(use.at for use, place in zip(few.uses, placed, strict=True) if place is None)
-    if shared:  # calls on what all examples share are differentiated as they are
-        few = run(_FEW, shared)
-    layers, calls = _arrange(param_specs, few, [place for place in placed if place is not None])
-    return Plan(layers, calls, nested=False, open=False)
+def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., _Run], few: int, more: int) -> Plan:
+    """The plan of a batched loss, by runs on two batch sizes: the axes of the examples grow with their number."""
+    one, two = run(few), run(more)
+    if [use.at for use in one.uses] != [use.at for use in two.uses]:
+        raise ValueError(
+            "loss_fn calls other layers for another batch size or other examples: with batched=True it may not"
+        )
+    skip = {at: "on rows that values picked" for at in one.asked if at in one.picked | two.picked}
+    skip |= {at: "after values were read" for at, asked in one.asked.items() if asked != two.asked[at]}
+    places = {}
+    for use, other in zip(one.uses, two.uses, strict=True):
+        place = _places(use, other, few, more)
+        if place is None:  # on what all examples share
+            skip.setdefault(use.at, "")
+        else:
+            places[use.at] = place
+    if skip:  # those calls are differentiated as they are
+        one = run(few, skip)
+    return Plan(*_arrange(param_specs, one, [places[use.at] for use in one.uses]), nested=False, open=False)
 
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
-_FEW, _MORE = 3, 5  # batch sizes that show where the examples lie
 
 
-def _rows(leaf: Tensor, n: int) -> Tensor:
-    """n examples of a batch of any size."""
-    return leaf[torch.arange(n, device=leaf.device) % len(leaf)]
-
-
-def _places(use: _Use, other: _Use) -> tuple[Along, ...] | None:
+def _places(use: _Use, other: _Use, few: int, more: int) -> tuple[Along, ...] | None:
     """Where the tensors of a call have their examples; None where one of them has none."""
     places: list[Along] = []
     for one, two in zip((use.output, *use.inputs), (other.output, *other.inputs), strict=True):
         axes = [axis for axis, (x, y) in enumerate(zip(one.shape, two.shape, strict=True)) if x != y]
-        if len(axes) != 1 or one.shape[axes[0]] * _MORE != two.shape[axes[0]] * _FEW or one.shape[axes[0]] % _FEW:
+        if len(axes) != 1 or one.shape[axes[0]] * more != two.shape[axes[0]] * few or one.shape[axes[0]] % few:
             return None
-        places.append(Along(axes[0], one.shape[axes[0]] // _FEW))
+        places.append(Along(axes[0], one.shape[axes[0]] // few))
     return tuple(places)
 
 
@@ -255,12 +258,13 @@ def _run(
     rules: Rules,
     has_aux: bool,
     n: int | None,
-    skip: frozenset[int],
+    skip: Mapping[int, str],
     values: tuple[Params, Any] | None,
 ) -> _Run:
     """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
 
-    values: parameters and n examples, for a loss that looks at values.
+    skip: calls that are none of a layer, and why.
+    values: parameters and a batch, for a loss that looks at values, of which it gets n examples.
     """
     uses: list[_Use] = []
     inputs: list[tuple[str, Tensor, int]] = []
@@ -269,8 +273,13 @@ def _run(
     reached: set[str] = set()
     of_outputs: set[str] = set()  # not empty where the loss depends on a use
     counted: list[Any] = []
-    rows = _Picks()
+    picked = Picked()
     hidden_by: dict[str, dict[str, None]] = {}
+
+    def make_examples() -> Any:
+        if values is None:
+            return filled(example, () if n is None else (n,))
+        return pytree.tree_map(lambda leaf: leaf.repeat(n // leaf.shape[0], *[1] * (leaf.dim() - 1)), values[1])
 
     def observed(params: Params, zero: Tensor) -> Tensor:
         marked = {name: _Mark.apply(p, name, reached) for name, p in params.items()}
@@ -299,6 +308,9 @@ def _run(
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             refuse(func, args, kwargs, marked, n is not None)
+            if values is None and func in READS:  # where a fake tensor has nothing, and says so in other words
+                raise DataDependentOutputException(func)
+            picked.enter(func)
             if func is torch.autograd.grad and _differentiates(level, *args, **kwargs):
                 raise _SecondOrder
             if func in OPEN and depth() != level:
@@ -315,13 +327,13 @@ def _run(
                 return output
             if func not in rules:
                 note(func, (args, kwargs))
-                return _unless_mutating(func, args, kwargs, mutations)
+                return _unless_mutating(func, args, kwargs, mutations, n)
             at = len(counted)
             counted.append(func)
             # inside a transform of the user's own the output of a call is not all that the loss sees of it
             if at in skip or depth() != level:
-                note(func, (args, kwargs))
-                return _unless_mutating(func, args, kwargs, mutations)
+                note(func, (args, kwargs), skip.get(at, ""))
+                return _unless_mutating(func, args, kwargs, mutations, n)
             for reading, call in enumerate(readings(rules, func, args, kwargs)):
                 view = view_of(call.weight)
                 laid = None if view is None else _lay_out(call, view)
@@ -333,9 +345,9 @@ def _run(
                 biased = bias is not None and _fits(bias, *laid)
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
                 note(func, (args, kwargs))
-                rows.call = at
-                output = func(*args, **kwargs)
-                rows.call = None
+                picked.enter_layer(at)
+                output = _unless_mutating(func, args, kwargs, mutations, n)
+                picked.leave_layer()
                 call = with_ids(call, picks) if view.picked else call
                 leaves = pytree.tree_leaves(call.input)
                 uses.append(
@@ -353,16 +365,17 @@ def _run(
                     )
                 )
                 inputs.extend((view.name, x, x._version) for x in leaves)
-                return output + zero.to(output.dtype)  # of 0-d ones the larger dtype would win
+                return output + zero.to(output)
             note(func, (args, kwargs))
-            return _unless_mutating(func, args, kwargs, mutations)
+            return _unless_mutating(func, args, kwargs, mutations, n)
 
-        def note(func: Any, tree: Any) -> None:
+        def note(func: Any, tree: Any, why: str = "") -> None:
             for leaf in pytree.tree_leaves(tree):
                 view = view_of(leaf) if isinstance(leaf, Tensor) else None
                 if view is not None and not _reads_shape(func):
-                    hidden_by.setdefault(view.name, {})[_called(func)] = None
+                    hidden_by.setdefault(view.name, {})[f"{_called(func)} {why}".strip()] = None
 
+        given = make_examples()  # here, or a change in place would be one of a captured tensor
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
             with traced(), unfused(), Tap(handle):
@@ -387,16 +400,16 @@ def _run(
                 )
         return loss if n is None else loss.sum()
 
-    with FakeTensorMode(allow_non_fake_inputs=True) if values is None else rows:
-        params, given = values or (filled(dict(param_specs)), filled(example, () if n is None else (n,)))
+    with FakeTensorMode(allow_non_fake_inputs=True) if values is None else picked:
+        params = filled(dict(param_specs)) if values is None else values[0]
         torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
-    if not reached and not of_outputs:
+    if not reached and not of_outputs and values is None:
         raise ValueError(
             "loss_fn returned a loss that does not depend on params, as autograd sees it: its gradient would be zero. "
             "Compute it from the tensors of params, as functional_call(net, params, ...) does, without detach() and "
             "torch.no_grad() in between"
         )
-    return _Run(uses, reached, hidden_by, bool(nested), frozenset(rows.on_picked))
+    return _Run(uses, reached, hidden_by, bool(nested), picked.calls, picked.asked)
 
 
 def _lay_out(call: Call, view: View) -> tuple[_Groups, tuple[Window, Window, Window]] | None:
@@ -546,46 +559,17 @@ def _layer(
 def _dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
     """A vector or scalar is one block an element; of a matrix or more, o is the first axis and i the rest.
 
-    Axes of one entry in front do not count: `[1, t, d]` is a matrix.
+    Axes of one entry in front of a matrix do not count: `[1, t, d]` is one.
     """
-    elements = math.prod(shape)
-    axes = list(itertools.dropwhile(lambda size: size == 1, shape))
+    elements, axes = math.prod(shape), list(shape)
+    while len(axes) > 2 and axes[0] == 1:
+        axes.pop(0)
     sizes = (elements, 1, 1, 1) if len(axes) < 2 else (1, axes[0], elements // max(axes[0], 1), 1)
     return Layer(name, None, sizes, sizes, (0, 1, 2, 3), shape, (), hidden_by=hidden_by)
 
 
 def _without_gradient(tree: Any, *held: Tensor | None) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held if p is not None) else leaf, tree)
-
-
-class _Picks(TorchDispatchMode):
-    """Notes the calls on rows that values picked out of a batch, as a mask does: they belong to no example in turn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.call: int | None = None  # under way
-        self.on_picked: set[int] = set()
-        self.picked: dict[int, Tensor] = {}  # by their id, and held so that none is reused
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        decide = args[:1] if func.overloadpacket in _INTO else (args, kwargs)  # which rows there are
-        picks = torch.Tag.dynamic_output_shape in func.tags
-        if func is torch.ops.aten.index.Tensor:
-            picks = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-        if picks or any(id(leaf) in self.picked for leaf in pytree.tree_leaves(decide)):
-            self.picked |= {id(leaf): leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)}
-            if self.call is not None:
-                self.on_picked.add(self.call)
-        return made
-
-
-_INTO = {  # their first argument says which rows there are
-    getattr(torch.ops.aten, name)
-    for kind in ("index_add", "index_put", "index_copy", "scatter", "scatter_add", "masked_scatter")
-    for name in (kind, f"{kind}_")
-}
 
 
 class _Mark(torch.autograd.Function):
@@ -629,7 +613,7 @@ def _differentiates(level: int, outputs: Any, *_: Any, **__: Any) -> bool:
     return any(torch._C._functorch.maybe_get_level(leaf) <= level for leaf in pytree.tree_leaves(outputs))
 
 
-def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError]) -> Any:
+def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError], n: int | None) -> Any:
     """Call func; note what is to be raised for changing a tensor from outside the loss.
 
     A BatchNorm counts its batches so, before it is seen that it uses their statistics.
@@ -639,10 +623,10 @@ def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeE
     except RuntimeError as error:
         if "mutate a captured Tensor" not in str(error):
             raise
+        remedy = ", or if it is a buffer of a model take the batch as it is with batched=True" if n is None else ""
         new = RuntimeError(
-            f"loss_fn changes a tensor that it did not make, of shape {tuple(args[0].shape)}, in place by "
-            f"{_called(func)}: return what it is to become as aux (has_aux=True), or if it is a buffer of a model take "
-            "the batch as it is with batched=True and a copy of the buffer, as EKFACOptimizer does"
+            f"loss_fn changes a tensor that it did not make in place by {_called(func)}, on one of shape "
+            f"{tuple(args[0].shape)}: change a copy of it, and return that as aux (has_aux=True){remedy}"
         )
         new.__cause__ = error
         mutations.append(new)

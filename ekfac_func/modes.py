@@ -45,6 +45,9 @@ def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return new if bool(good if good.dim() == 0 else good.all()) else torch.where(good, new, old)
 
 
+_WITH_STATES = ("cuda", "mps", "xpu")
+
+
 class Draws(NamedTuple):
     """The states of the random number generators before a pass, from which another one draws the same."""
 
@@ -67,7 +70,7 @@ class Draws(NamedTuple):
 
 def draws(tensors: Iterable[Tensor]) -> Draws:
     """Of the CPU, and of the accelerators that these tensors are on."""
-    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    devices = {t.device for t in tensors if t.device.type in _WITH_STATES}
     recorded = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
     of_devices = [] if recorded else [(d, torch.get_device_module(d).get_rng_state(*_which(d))) for d in devices]
     return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_devices], recorded)

@@ -105,7 +105,8 @@ class Init(Protocol):
 class EKFAC(NamedTuple):
     """A pair of pure functions.
 
-    `init(params, batch, check=False) -> state` reads the batch for its shapes alone and computes nothing. With
+    `init(params, batch, check=False) -> state` reads the batch for its shapes alone and computes nothing; of a batched
+    loss that looks at values it runs the loss on them. With
     `check=True` it first certifies the capture on this batch, at one backward pass an example: ValueError names the
     first parameter whose captured gradients differ from those of each example alone (a rule that reads its calls
     wrongly, examples that are coupled). The loss may then draw no random numbers.
@@ -171,10 +172,10 @@ def ekfac(
     has_aux: `loss_fn` returns a pair (loss, aux); the tree of tensors aux, with an axis n in front, is in `info.aux`.
     batched: `loss_fn` takes the batch as it is and returns the losses `[n]`; aux is returned as it is. It is for models
         that couple their examples, BatchNorm in training mode: the gradient of an example is then that of the batch's
-        loss through the example's own activations, as in hook-based K-FAC; w.r.t. a parameter without a rule, of the
-        example's own loss through all activations. For independent examples it is the same as without, and does
-        without `vmap`. An axis of a layer's input that holds several positions of each example must have those of an
-        example one after another, `(n s)`.
+        loss through the example's own activations, as in hook-based K-FAC; w.r.t. a parameter without a rule, and of
+        layers on rows that values picked, as by a mask, of the example's own loss through all activations. For
+        independent examples it is the same as without, and does without `vmap`. An axis of a layer's input that holds
+        several positions of each example must have those of an example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
     chunk_size: examples differentiated at a time, whose sums add; None takes the batch at once. A step with a refresh
         needs the bases before the moment: what a layer is made of stays until then where that of all layers fits into
@@ -242,7 +243,6 @@ def ekfac(
             f"factor_decay={factor_decay!r} with compact bases: they are those of the samples of one batch, give "
             "factor_decay=0, rank(r) or FULL"
         )
-    damp: Damping = damping if callable(damping) else functools.partial(_constant, damping)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
         check_params(params)
@@ -366,8 +366,11 @@ def ekfac(
             updated[name] = estimator.update(carried.second_moments[name], mean, n)
         if data is not None:
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
-        ruled = damp({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
-        check_dampings(ruled, layers)
+        if callable(damping):
+            ruled = damping({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
+            check_dampings(ruled, layers)
+        else:
+            ruled = dict.fromkeys(layers, damping)
         dampings = {name: _as_scalar(ruled[name], updated[name].weight) for name in layers}
         natural_in = {}
         for name, layer in layers.items():
@@ -538,11 +541,6 @@ def _of_data(
     packed = {name: pack(layer, tree) for name, layer in layers.items()}
     slopes = {name: Mean(M, into_basis(into_span(M, spans[name]), bases[name]), None, n) for name, M in packed.items()}
     return data.losses.mean(), slopes
-
-
-def _constant(damping: Number, moments: Mapping[str, Spectrum]) -> dict[str, Number]:
-    """The same damping for every layer."""
-    return dict.fromkeys(moments, damping)
 
 
 def _as_scalar(number: Number, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every run of a loss under the tap does alike: functions replaced, batch statistics refused."""
+"""What every run of a loss under the tap does alike: functions replaced, and what is not of one example refused."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batc
             )
     elif given.get("training", False) or given.get("running_mean") is None:
         owned = [_named(given.get(key), params) for key in ("weight", "bias")]
-        which = " and ".join(repr(name) for name in owned if name) or "no parameters"
+        which = " and ".join(name.strip() for name in owned if name) or "no parameters"
         raise ValueError(
             f"batch_norm (with {which}, on an input of shape {tuple(given['input'].shape)}) uses the statistics of "
             "its batch, which couple the examples: a gradient per example does not exist. Call eval() on a module "
@@ -141,17 +141,17 @@ def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batc
 
 def _refuse_lookup(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
     if given.get("max_norm") is not None:
+        table = given["weight"]
         raise ValueError(
-            f"{func.__name__} (of {_named(given['weight'], params)!r}, of shape {tuple(given['weight'].shape)}) with "
-            f"max_norm={given['max_norm']!r} changes its table in place: leave it out, and renormalise the table "
-            "between steps"
+            f"{func.__name__} with max_norm={given['max_norm']!r} changes its table{_named(table, params)}, of shape "
+            f"{tuple(table.shape)}, in place: leave it out, and renormalise the table between steps"
         )
 
 
 def _refuse_class_weights(func: Any, given: Mapping[str, Any]) -> None:
     """The mean over one label divides by the weight that it was multiplied with."""
     weight, target = given.get("weight"), given["target"]
-    mean = given.get("reduction", "mean") == "mean"
+    mean = given.get("reduction", "mean") == "mean" and given.get("size_average") is given.get("reduce") is None
     if weight is not None and mean and target.numel() == 1 and not target.is_floating_point():
         raise ValueError(
             f"{func.__name__} with weight of shape {tuple(weight.shape)} and reduction='mean' divides by the weight of "
@@ -160,5 +160,7 @@ def _refuse_class_weights(func: Any, given: Mapping[str, Any]) -> None:
         )
 
 
-def _named(tensor: Any, params: Mapping[str, Tensor]) -> str | None:
-    return None if tensor is None else name_of(tensor, [(p, name) for name, p in params.items()])
+def _named(tensor: Any, params: Mapping[str, Tensor]) -> str:
+    """For a message, with a space before it; nothing of what is no parameter as it is."""
+    name = name_of(tensor, [(p, name) for name, p in params.items()])
+    return "" if name is None else f" {name!r}"

@@ -1,6 +1,6 @@
 """A loss of the whole batch: the same as of its examples where they are independent, an explicit choice where not."""
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -222,77 +222,146 @@ def test_parameters_with_and_without_a_rule_see_the_same_dropout() -> None:
     assert torch.equal(found.dense("scale") != 0, kept)
 
 
-def _labelled(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens have a label, and whose they are."""
+def layer_by_layer(net: nn.Module, params: Params) -> tuple[Any, Any]:
+    """Its first and its second layer."""
+    of_net = [{"weight": params[f"{k}.weight"], "bias": params[f"{k}.bias"]} for k in (0, 3)]
+    return tuple(lambda x, p=p: F.linear(x, p["weight"], p["bias"]) for p in of_net)  # type: ignore[return-value]
+
+
+def by_example(losses: Tensor, known: Tensor) -> Tensor:
+    """Their sums, of losses of the known tokens."""
+    of = torch.arange(len(known))[:, None].expand_as(known)[known]
+    return losses.new_zeros(len(known)).index_add(0, of, losses)
+
+
+def _masked_outputs(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
     known = y >= 0
-    return known, torch.arange(len(y))[:, None].expand_as(y)[known]
+    outputs = functional_call(net, params, (x,))
+    return by_example(F.cross_entropy(outputs[known], y[known], reduction="none"), known)
 
 
-def _masked_outputs(net: nn.Module, params: Params, batch: Any) -> Tensor:
-    x, y = batch
-    known, of = _labelled(y)
-    losses = F.cross_entropy(functional_call(net, params, (x,))[known], y[known], reduction="none")
-    return losses.new_zeros(len(y)).index_add(0, of, losses)
+def _masked_inputs(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
+    known = y >= 0
+    outputs = functional_call(net, params, (x[known],))
+    return by_example(F.cross_entropy(outputs, y[known], reduction="none"), known)
 
 
-def _masked_inputs(net: nn.Module, params: Params, batch: Any) -> Tensor:
-    x, y = batch
-    known, of = _labelled(y)
-    losses = F.cross_entropy(functional_call(net, params, (x[known],)), y[known], reduction="none")
-    return losses.new_zeros(len(y)).index_add(0, of, losses)
-
-
-def _put_back(net: nn.Module, params: Params, batch: Any) -> Tensor:
+def _put_back(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
     """As a mixture of experts does: some rows through a layer, and back in their places before the next."""
-    x, y = batch
-    known, of = _labelled(y)
+    (first, second), known = layer_by_layer(net, params), y >= 0
     inner = x.new_zeros(*y.shape, 5)
-    inner[known] = F.linear(x[known], params["0.weight"], params["0.bias"]).tanh()
-    outputs = F.linear(inner, params["3.weight"], params["3.bias"])
-    losses = F.cross_entropy(outputs[known], y[known], reduction="none")
-    return losses.new_zeros(len(y)).index_add(0, of, losses)
+    inner[known] = first(x[known]).tanh()
+    return by_example(F.cross_entropy(second(inner)[known], y[known], reduction="none"), known)
 
 
-def _one_hot(net: nn.Module, params: Params, batch: Any) -> Tensor:
-    x, y = batch
+def _packed(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Rows that a mask picked, in a buffer of the batch's own shape."""
+    known = y >= 0
+    rows = x[known]
+    buffer = x.new_zeros(y.numel(), 4)
+    buffer[: len(rows)] = rows
+    outputs = functional_call(net, params, (buffer,))[: len(rows)]
+    return by_example(F.cross_entropy(outputs, y[known], reduction="none"), known)
+
+
+def _lengths(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Rows by numbers that Python reads."""
+    known = y >= 0
+    rows = torch.cat([x[k][known[k]] if length < 5 else x[k] for k, length in enumerate(known.sum(1).tolist())])
+    return by_example(F.cross_entropy(functional_call(net, params, (rows,)), y[known], reduction="none"), known)
+
+
+def _truths(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Rows by truths that Python reads, one a token."""
+    known = y >= 0
+    places = [k for k, wanted in enumerate(known.flatten()) if wanted]
+    outputs = functional_call(net, params, (x.flatten(0, 1)[places],))
+    return by_example(F.cross_entropy(outputs, y[known], reduction="none"), known)
+
+
+def _numbers(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """As many rows as a 0-d tensor says, sorted so that they come first."""
+    known = y >= 0
+    order = (~known).flatten().int().argsort(stable=True)
+    rows = x.flatten(0, 1)[order][: known.sum()]
+    return by_example(F.cross_entropy(functional_call(net, params, (rows,)), y[known], reduction="none"), known)
+
+
+def _one_hot(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
     chosen = F.one_hot(y.clamp(min=0), 3) * functional_call(net, params, (x,)).log_softmax(-1)
     return -(chosen.sum(-1) * (y >= 0)).sum(1)
 
 
-def _logged(net: nn.Module, params: Params, batch: Any) -> Tensor:
-    losses = _one_hot(net, params, batch)
-    assert losses.mean().item() > 0
+def _checked(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Distributions look at what they are made of; then a number is logged."""
+    distribution = torch.distributions.Categorical(logits=functional_call(net, params, (x,)), validate_args=True)
+    losses = -(distribution.log_prob(y.clamp(min=0)) * (y >= 0)).sum(1)
+    assert math.isfinite(losses.mean().item())
     return losses
 
 
+LOOKING: dict[Any, set[str]] = {  # the weights that no rule reads
+    _masked_outputs: set(),
+    _masked_inputs: {"0.weight", "3.weight"},
+    _put_back: {"0.weight", "3.weight"},
+    _packed: {"0.weight", "3.weight"},
+    _lengths: {"0.weight", "3.weight"},
+    _truths: {"0.weight", "3.weight"},
+    _numbers: {"0.weight", "3.weight"},
+    _one_hot: set(),
+    _checked: set(),
+}
+
+
+def tokens_of(counts: list[int]) -> tuple[Tensor, Tensor]:
+    """So many labelled tokens of five in each example."""
+    known = torch.arange(5) < torch.tensor(counts)[:, None]
+    return torch.randn(len(counts), 5, 4), torch.where(known, torch.randint(0, 3, known.shape), -1)
+
+
 @pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("loss", [_masked_outputs, _masked_inputs, _put_back, _one_hot, _logged])
+@pytest.mark.parametrize("loss", LOOKING)
 def test_losses_that_look_at_values(loss: Any, noise: bool) -> None:
-    """Discovery runs them on a few examples; rows that a mask picked belong to no example, so no rule reads them."""
+    """Rows that values picked belong to no example in turn, be there as many as examples or not: no rule reads them."""
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5 if noise else 0.0), nn.Linear(5, 3))
     params = {name: p.detach() for name, p in net.named_parameters()}
-    y = torch.full((6, 5), -1)
-    y[0, :2], y[1], y[3:, 0] = 1, 2, torch.tensor([0, 1, 2])  # ten tokens of six examples
-    for batch in ((torch.randn(6, 5, 4), y), (torch.randn(2, 5, 4), y[:2])):
-        state = torch.get_rng_state()
-        g = per_example_gradients(functools.partial(loss, net), params, batch, batched=True)
-        drawn = torch.get_rng_state()
-        torch.set_rng_state(state)
+
+    def losses_fn(params: Params, batch: Any) -> Tensor:
+        return loss(net, params, *batch)
+
+    step = ekfac(losses_fn, damping=0.1, batched=True)
+    state = None
+    for counts in ([2, 2, 2], [1, 3, 2], [5, 1, 0], [0, 0, 0, 0, 0, 5], [2]):
+        batch = tokens_of(counts)
+        before = torch.get_rng_state()
+        g = per_example_gradients(losses_fn, params, batch, batched=True)
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
         reference = {name: p.clone().requires_grad_() for name, p in params.items()}
-        losses = loss(net, reference, batch)
-        assert torch.equal(drawn, torch.get_rng_state())
+        losses = losses_fn(reference, batch)
+        assert torch.equal(after, torch.get_rng_state())
         for k, each in enumerate(losses):
             expected = torch.autograd.grad(each, list(reference.values()), retain_graph=True)
             for name, gradient in zip(params, expected, strict=True):
                 close(g.dense(name)[k], gradient)
-        layers = ekfac(functools.partial(loss, net), damping=1.0, batched=True).init(params, batch).layers
-        unread = {_masked_inputs: {"0.weight", "3.weight"}, _put_back: {"0.weight"}}.get(loss, set())
-        assert {layer.weight for layer in layers if layer.rule is None and layer.weight.endswith("weight")} == unread
+        state = step.init(params, batch) if state is None else state
+        _, state, info = step.precondition(params, batch, state)
+        assert not info.skipped
+        assert {layer.weight for layer in state.layers if layer.rule is None and "weight" in layer.weight} == LOOKING[
+            loss
+        ]
+
+
+def test_a_batched_loss_that_looks_at_values_is_not_for_graphs() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Identity(), nn.Linear(5, 3))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    step = ekfac(lambda p, batch: _masked_inputs(net, p, *batch), damping=0.1, batched=True)
+    with pytest.raises(Exception, match=r"looks at values.*torch\.where.*eager"):
+        torch.compile(step.init, backend="eager")(params, tokens_of([2, 2, 2]))
 
 
 def test_describe_of_a_loss_that_looks_at_values() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     params = {name: p.detach() for name, p in net.named_parameters()}
-    batch = torch.randn(6, 5, 4), torch.randint(0, 3, (6, 5))
-    rows = describe(functools.partial(_logged, net), params, batch, batched=True)
+    rows = describe(lambda p, batch: _checked(net, p, *batch), params, tokens_of([2, 1]), batched=True)
     assert [row.rule for row in rows] == ["linear", "linear"]

@@ -27,7 +27,7 @@ from ekfac_func import (
 from ekfac_func.types import Params
 
 from .cases import N, classifier, make
-from .oracles import close_trees
+from .oracles import close, close_trees, loop
 
 W = {"w": torch.randn(3, 4, dtype=torch.float64)}
 
@@ -205,6 +205,15 @@ ALONE: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_example_changed_in_place(batched: bool) -> None:
+    batch = torch.randn(5, 4) if batched else torch.randn(5, 1, 4)
+    with pytest.raises(RuntimeError, match=r"changes a tensor of its example.*x = x \+ y"):
+        per_example_gradients(
+            lambda p, x: F.linear(x.mul_(2), p["w"]).sum(-1 if batched else ()), W, batch, batched=batched
+        )
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", ALONE)
 def test_what_one_example_cannot_mean(kind: str, compiled: bool) -> None:
@@ -232,13 +241,14 @@ def test_a_lookup_that_changes_its_table(lookup: Any, batched: bool) -> None:
 
 
 def test_weights_of_several_labels_are_weights() -> None:
-    """The mean over an example's own labels is what it says."""
-    g = per_example_gradients(
-        lambda p, x: F.cross_entropy(F.linear(x, p["w"]), torch.tensor([0, 1]), torch.tensor([1.0, 3.0, 1.0])),
-        W,
-        torch.randn(5, 2, 4),
-    )
-    assert g.norms().min() > 0
+    """The mean over an example's own labels is what it says, and a sum by torch's old options is a sum."""
+    weights, x = torch.tensor([1.0, 3.0, 1.0]), torch.randn(5, 2, 4)
+    for labels, options in ((torch.tensor([0, 1]), {}), (LABEL, {"size_average": False})):
+
+        def loss(p: Params, x: Tensor, labels: Tensor = labels, options: Any = options) -> Tensor:
+            return F.cross_entropy(F.linear(x[: len(labels)], p["w"]), labels, weights, **options)
+
+        close(per_example_gradients(loss, W, x).dense("w"), loop(loss, W, x)[1]["w"])
 
 
 def test_a_whole_basis_of_many_dimensions_is_named() -> None:
