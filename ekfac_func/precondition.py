@@ -544,7 +544,9 @@ def _of_data(
 
 
 def _as_scalar(number: Number, like: Tensor) -> Tensor:
-    return number + like.new_zeros(()) if isinstance(number, Tensor) else like.new_full((), number)
+    if isinstance(number, Tensor) or torch.compiler.is_compiling():  # where what is filled in would cost a graph
+        return number + like.new_zeros(())
+    return like.new_full((), number)
 
 
 def rescaled(
