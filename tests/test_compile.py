@@ -269,10 +269,9 @@ def test_number_of_graphs_at_refresh(at_refresh: Any, backend: str) -> None:
     assert graphs() <= 3
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"), in_part(["number", "tensor"])
-)  # AOT autograd alone makes numbers constants
+@pytest.mark.parametrize(("kind", "backend"), in_part(["number", "tensor"]))
 def test_a_schedule_costs_no_graph(kind: str, backend: str) -> None:
+    """Nor does a number, of which AOT autograd makes a constant wherever a tensor is filled with it."""
     case = make("conv")
     batch = case.batch(N)
     state = ekfac(case.loss_fn, damping=1.0, basis_every=10).init(case.params, batch)
