@@ -25,7 +25,7 @@ from .backward import Probe, Run, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode, check_loss
 from .discovery import DATA_DEPENDENT, Options, Plan, plan, spec
-from .modes import Draws, draws, no_autocast, transformed
+from .modes import Draws, draws, no_autocast, transformed, undrawn
 from .rules import RULES
 from .tap import Tap, name_of, readings, refuse, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossFn, Params, Terms, statistics_dtype
@@ -138,9 +138,8 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
             like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
             folded = _retried(found, loss_fn, like, examples, options, _as_they_are, _together, draws([]))[0]
     except DATA_DEPENDENT:
-        before = draws(pytree.tree_leaves((owned, batch)))
-        folded = _tapped(found, loss_fn, owned, batch, options, _as_they_are, _together)[0]
-        before.repeat()
+        with undrawn(pytree.tree_leaves((owned, batch))):
+            folded = _tapped(found, loss_fn, owned, batch, options, _as_they_are, _together)[0]
     return _captured(folded)
 
 

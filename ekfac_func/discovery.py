@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .batching import OPEN
 from .checks import check_count, check_loss, check_randomness
-from .modes import draws
+from .modes import undrawn
 from .picked import READS, Picked
 from .rules import Call, Rules
 from .tap import Tap, depth, readings, refuse, traced, unfused, with_ids
@@ -182,7 +182,7 @@ def _discover(
 ) -> Plan:
     rules, has_aux, batched = how
 
-    def run(n: Any, skip: Mapping[int, str] = {}, of: tuple[Params, Batch] | None = None) -> _Run:
+    def run(n: int | None, skip: Mapping[int, str] = {}, of: tuple[Params, Batch] | None = None) -> _Run:
         loss = functools.partial(loss_fn, *args, **kwargs)
         return _run(loss, param_specs, example[0], rules, has_aux, n, skip, of)
 
@@ -193,27 +193,27 @@ def _discover(
         return Plan(*_arrange(param_specs, found, [None] * len(found.uses)), nested=False, open=not found.nested)
     except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
         if not batched:
-            what = {name: {"a branch on the values of tensors": None} for name in param_specs}
-            free = _Run([], set(param_specs), what, True, set(), {})
-            return Plan(*_arrange(param_specs, free, []), nested=False, open=False, looped=True)
+            layers = _unread(param_specs, "a branch on the values of tensors")
+            return Plan(layers, (), nested=False, open=False, looped=True)
         if values is None:
             raise ValueError(
                 "loss_fn with batched=True looks at values, which a compiled step does not have: compute with tensors, "
                 "as by torch.where or a product with a mask, or call the step in eager mode"
             ) from error
-        before, n = draws(pytree.tree_leaves(values)), pytree.tree_leaves(values[1])[0].shape[0]
-        try:
+        n = pytree.tree_leaves(values[1])[0].shape[0]
+        with undrawn(pytree.tree_leaves(values)):
             return _of_batches(param_specs, functools.partial(run, of=values), n, 2 * n)
-        finally:
-            before.repeat()
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
                 "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
-        what = {name: {"torch.autograd.grad": None} for name in param_specs}
-        none = _Run([], set(param_specs), what, True, set(), {})
-        return Plan(*_arrange(param_specs, none, []), nested=True, open=False)
+        return Plan(_unread(param_specs, "torch.autograd.grad"), (), nested=True, open=False)
+
+
+def _unread(param_specs: Mapping[str, Spec], why: str) -> tuple[Layer, ...]:
+    """All parameters as what no rule reads."""
+    return tuple(_dense_layer(name, param.shape, why) for name, param in param_specs.items())
 
 
 def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., _Run], few: int, more: int) -> Plan:

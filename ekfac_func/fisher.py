@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .checks import check_count
 from .discovery import DATA_DEPENDENT, filled, spec
-from .modes import draws
+from .modes import undrawn
 from .types import Batch, LossFn, Params
 
 Model = Callable[[Params, Any], Any]
@@ -125,9 +125,8 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
         try:
             rows = rows_of_shapes(specs, (one,))
         except DATA_DEPENDENT:  # of a model that branches on values
-            before = draws(pytree.tree_leaves((params, batch)))
-            rows = rows_of(dict(params), pytree.tree_map(lambda leaf: leaf[0], batch))
-            before.repeat()
+            with undrawn(pytree.tree_leaves((params, batch))):
+                rows = rows_of(dict(params), pytree.tree_map(lambda leaf: leaf[0], batch))
         like = next(iter(params.values()))
         n = pytree.tree_leaves(batch)[0].shape[0]
         row = torch.tensor(rows, device=like.device).expand(n, len(rows)).flatten()

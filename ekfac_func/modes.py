@@ -1,6 +1,7 @@
 """What may be done where a line runs: values are looked at in eager mode on a CPU alone; and the draws of a pass."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,16 @@ def draws(tensors: Iterable[Tensor]) -> Draws:
     recorded = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
     of_devices = [] if recorded else [(d, torch.get_device_module(d).get_rng_state(*_which(d))) for d in devices]
     return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_devices], recorded)
+
+
+@contextlib.contextmanager
+def undrawn(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """What is drawn inside is drawn again after it."""
+    before = draws(tensors)
+    try:
+        yield
+    finally:
+        before.repeat()
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:

@@ -106,10 +106,10 @@ class EKFAC(NamedTuple):
     """A pair of pure functions.
 
     `init(params, batch, check=False) -> state` reads the batch for its shapes alone and computes nothing; of a batched
-    loss that looks at values it runs the loss on them. With
-    `check=True` it first certifies the capture on this batch, at one backward pass an example: ValueError names the
-    first parameter whose captured gradients differ from those of each example alone (a rule that reads its calls
-    wrongly, examples that are coupled). The loss may then draw no random numbers.
+    loss that looks at values it runs the loss on them. With `check=True` it first certifies the capture on this batch,
+    at one backward pass an example: ValueError names the first parameter whose captured gradients differ from those of
+    each example alone (a rule that reads its calls wrongly, examples that are coupled). The loss may then draw no
+    random numbers.
     `precondition(params, batch, state) -> (natural, state, info)` changes nothing of its arguments.
     """
 

@@ -98,38 +98,17 @@ def depth() -> int:
     return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
 
 
-_OPERANDS: dict[Any, tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
-    torch.native_batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
-    F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),
-    torch.instance_norm: ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats"),
-    F.embedding: ("input", "weight", "padding_idx", "max_norm"),
-    F.embedding_bag: ("input", "weight", "offsets", "max_norm"),
-    F.cross_entropy: ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
-    F.nll_loss: ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
-}
-
-
 def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batched: bool) -> None:
     """Refuse calls that mean something else on one example than on a batch, or that change parameters in place."""
-    if func not in _OPERANDS:
+    if func not in _REFUSALS:
         return
-    given = {**dict(zip(_OPERANDS[func], args, strict=False)), **kwargs}
-    if func in (F.embedding, F.embedding_bag):
-        _refuse_lookup(func, given, params)
-    elif batched:
-        return
-    elif func in (F.cross_entropy, F.nll_loss):
-        _refuse_class_weights(func, given)
-    elif func in (F.instance_norm, torch.instance_norm):
-        if given.get("running_mean") is not None and given.get("use_input_stats", True):
-            raise ValueError(
-                f"instance_norm (on an input of shape {tuple(given['input'].shape)}) updates running statistics, which "
-                "a gradient per example cannot: call eval() on the module, make it with track_running_stats=False, or "
-                "take the batch as it is with batched=True"
-            )
-    elif given.get("training", False) or given.get("running_mean") is None:
+    operands, check = _REFUSALS[func]
+    if not batched or check is _refuse_changed_table:
+        check(func, {**dict(zip(operands, args, strict=False)), **kwargs}, params)
+
+
+def _refuse_batch_statistics(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+    if given.get("training", False) or given.get("running_mean") is None:
         owned = [_named(given.get(key), params) for key in ("weight", "bias")]
         which = " and ".join(name.strip() for name in owned if name) or "no parameters"
         raise ValueError(
@@ -139,7 +118,16 @@ def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batc
         )
 
 
-def _refuse_lookup(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+def _refuse_running_statistics(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+    if given.get("running_mean") is not None and given.get("use_input_stats", True):
+        raise ValueError(
+            f"instance_norm (on an input of shape {tuple(given['input'].shape)}) updates running statistics, which "
+            "a gradient per example cannot: call eval() on the module, make it with track_running_stats=False, or "
+            "take the batch as it is with batched=True"
+        )
+
+
+def _refuse_changed_table(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
     if given.get("max_norm") is not None:
         table = given["weight"]
         raise ValueError(
@@ -148,7 +136,7 @@ def _refuse_lookup(func: Any, given: Mapping[str, Any], params: Mapping[str, Ten
         )
 
 
-def _refuse_class_weights(func: Any, given: Mapping[str, Any]) -> None:
+def _refuse_class_weights(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
     """The mean over one label divides by the weight that it was multiplied with."""
     weight, target = given.get("weight"), given["target"]
     mean = given.get("reduction", "mean") == "mean" and given.get("size_average") is given.get("reduce") is None
@@ -158,6 +146,29 @@ def _refuse_class_weights(func: Any, given: Mapping[str, Any]) -> None:
             "the labels, which leaves the loss of one example unweighted: use reduction='sum', times n over the sum of "
             "the weights of the batch's labels for the weighted mean of a batch"
         )
+
+
+_LABELLED = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+_REFUSALS: dict[Any, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any], Mapping[str, Tensor]], None]]] = {
+    F.batch_norm: (("input", "running_mean", "running_var", "weight", "bias", "training"), _refuse_batch_statistics),
+    **dict.fromkeys(
+        (torch.batch_norm, torch.native_batch_norm),
+        (("input", "weight", "bias", "running_mean", "running_var", "training"), _refuse_batch_statistics),
+    ),
+    F.instance_norm: (
+        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),
+        _refuse_running_statistics,
+    ),
+    torch.instance_norm: (
+        ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats"),
+        _refuse_running_statistics,
+    ),
+    F.embedding: (("input", "weight", "padding_idx", "max_norm"), _refuse_changed_table),
+    F.embedding_bag: (("input", "weight", "offsets", "max_norm"), _refuse_changed_table),
+    F.cross_entropy: (_LABELLED, _refuse_class_weights),
+    F.nll_loss: (_LABELLED, _refuse_class_weights),
+}
+"""The names of the operands, and what is refused of them; under `batched=True` a changed table alone."""
 
 
 def _named(tensor: Any, params: Mapping[str, Tensor]) -> str:

@@ -172,9 +172,9 @@ class EKFACOptimizer(torch.optim.Optimizer):
             returned, and the gradients that it leaves are not used.
         """
         result = None
-        if closure is not None and not callable(closure):
-            raise TypeError(f"closure is a {type(closure).__name__}: pass the batch as one tree, step((x, y))")
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"closure is a {type(closure).__name__}: pass the batch as one tree, step((x, y))")
             with torch.enable_grad():
                 result = closure()
         params, batch = self._trainable(), _plain(batch)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..basis import counts, of_layer, real
+from ..basis import counts, real
 from ..refreshes import Refresh, due, eigh
 from ..types import Info, Number, State
 from .norms import dots, squares, total
@@ -69,9 +69,9 @@ def metrics(
         name, basis, m2 = layer.weight, state.bases[layer.weight], state.second_moments[layer.weight].value
         if m2.numel() == 0:
             continue
-        m2 = of_layer(m2, basis, layer)
+        inside = real(basis, layer)
+        m2, least = torch.where(inside, m2, 0), torch.where(inside, m2, torch.inf).amin()
         found[f"effective_rank/{name}"] = _effective_rank(m2, counts(basis, m2))
-        least = torch.where(real(basis, layer), m2, torch.inf).amin()
         found[f"condition/{name}"] = (m2.amax() + damping) / (least + damping)
     return found
 
