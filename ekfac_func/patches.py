@@ -92,7 +92,7 @@ class Patches:
         if self.last is None:
             return windows.reshape(shape)
         a = windows.new_empty(shape)
-        a[..., -1, :] = self.last
+        a[..., -1, :].fill_(self.last)  # assigned, a number is a tensor on the CPU to a compiler
         split = windows.shape[2 : 3 + len(self.kernel)], windows.shape[3 + len(self.kernel) :]
         a[..., :-1, 0].unflatten(3, split[1]).unflatten(2, split[0]).copy_(windows)
         return a

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from ekfac_func.types import LossFn, Params
 
@@ -53,6 +54,19 @@ def classifier(net: nn.Module, *shape: int, ruled: set[str] | None = None, class
         return torch.randn(n, *shape), torch.randint(0, classes, (n,))
 
     return Case(loss_fn, params, batch, frozenset(ruled))
+
+
+class Here(TorchFunctionMode):
+    """What a loss makes of no other tensor is made on the device, as its author would have written it."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func in (torch.tensor, torch.ones, torch.zeros, torch.arange, torch.eye)
+        found = func(*args, **(kwargs or {}))
+        return found.to(self.device) if made and "device" not in (kwargs or {}) else found
 
 
 def head(channels: int, pixels: int, *features: nn.Module) -> nn.Module:

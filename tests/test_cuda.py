@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from benchmarks.workloads import TINY, TINY_ON_GPU, Work, work
@@ -42,7 +41,7 @@ from ekfac_func.__main__ import main
 from ekfac_func.optim import apply_updates, chain, clip_kl, learning_rate, metrics, momentum, relative, weight_decay
 from ekfac_func.orders import Order
 
-from .cases import Case, N, classifier, every_case, make
+from .cases import Case, Here, N, classifier, every_case, make
 from .oracles import close, close_trees, same_bits
 from .test_kernels import SIZES
 
@@ -360,17 +359,6 @@ def test_memory_does_not_grow_with_the_batch(estimator: Any) -> None:
     assert peaks[1] < 1.2 * peaks[0]
 
 
-class Here(TorchFunctionMode):
-    """What a loss makes of no other tensor is made on the device, as its author would have written it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func in (torch.tensor, torch.ones, torch.zeros, torch.arange, torch.eye) and "device" not in (
-            kwargs or {}
-        )
-        found = func(*args, **(kwargs or {}))
-        return found.to(DEVICE) if made else found
-
-
 def moved(tree: Any) -> Any:
     made: dict[Tensor, Tensor] = {}  # what is one tensor stays one
     return pytree.tree_map_only(Tensor, lambda t: made.setdefault(t, t.to(DEVICE)), tree)
@@ -384,7 +372,7 @@ def pair(name: str) -> tuple[Case, Case]:
             cell.cell_contents.to(DEVICE)
 
     def loss_fn(params: Any, example: Any) -> Tensor:
-        with Here():
+        with Here(DEVICE):
             return twin.loss_fn(params, example)
 
     return case, Case(loss_fn, moved(twin.params), lambda n: moved(case.batch(n)), twin.ruled)
