@@ -143,6 +143,10 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
     return _captured(folded)
 
 
+UNMAPPED = ("Batching rule not implemented", "does not have vmap support")
+"""What torch says of an operator and of an `autograd.Function` that `vmap` does not know."""
+
+
 def _retried(
     found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add, before: Draws
 ) -> tuple[Folded, Any, Plan]:
@@ -152,10 +156,11 @@ def _retried(
     except RuntimeError as error:
         if options.batched or found.looped:
             raise
-        if "Batching rule not implemented" in str(error):
-            found = found._replace(looped=True, open=False)
-        elif str(error).startswith("vmap: ") and not found.nested:
+        of_vmap = str(error).startswith("vmap: ")
+        if of_vmap and not found.nested:
             found = found._replace(nested=True, open=False)
+        elif any(said in str(error) for said in UNMAPPED) or (of_vmap and options.randomness != "error"):
+            found = found._replace(looped=True, open=False)
         else:
             raise
     before.repeat()

@@ -25,7 +25,7 @@ from .kronecker import (
     turn_inputs,
     turn_outputs,
 )
-from .modes import one_by_one
+from .modes import one_by_one, transformed
 from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves
 from .patches import Patches, patches_of
 from .products import matmul
@@ -336,7 +336,7 @@ def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Bas
 
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
     """The sum over examples of G or of its square, with that of a block `[n b o i k]`."""
-    if torch.compiler.is_compiling() or G.device.type != "cpu":
+    if transformed() or G.device.type != "cpu":
         of_block = _sum_of_squares(G) if squared else G.sum(0)
         return of_block if sum is None else sum + of_block
     if sum is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .basis import fills_up, real
+from .checks import check_not_negative
 from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
 from .types import Basis, Layer, Number, Params, State
@@ -34,9 +35,24 @@ class Curvature:
     values: Mapping[str, Tensor]  # [b O I k] of each layer; 1 where a block of a basis is filled up
     real: Mapping[str, Tensor]  # [b O I 1] bool: which coordinates are none that fill up a block
 
-    def damped(self, damping: Number | Mapping[str, Tensor]) -> Curvature:
-        """`F + damping I`. damping: in loss^2 / parameter^2, or one `[]` for each layer, as a damping rule returns."""
-        by = damping if isinstance(damping, Mapping) else dict.fromkeys(self.values, damping)
+    def damped(self, damping: Number | Mapping[str, Number]) -> Curvature:
+        """`F + damping I`.
+
+        damping: in loss^2 / parameter^2. A number, `info.damping` (`[]`, or `[layers]` of a rule), or by the names of
+            the layers, as a damping rule returns it.
+        """
+        if isinstance(damping, Mapping):
+            by = damping
+        elif isinstance(damping, Tensor) and damping.shape == (len(self.values),):
+            by = dict(zip(self.values, damping, strict=True))
+        else:
+            by = dict.fromkeys(self.values, damping)
+        for name in self.values:
+            if name not in by:
+                raise ValueError(
+                    f"damping has no number for the layer {name!r}, only for {list(by)}: give one for each"
+                )
+            check_not_negative(f"damping of {name!r}", by[name])
         return self._of(lambda name, v: v + by[name])
 
     def power(self, exponent: Number) -> Curvature:

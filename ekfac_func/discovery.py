@@ -209,6 +209,16 @@ def _discover(
                 "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
         return Plan(_unread(param_specs, "torch.autograd.grad"), (), nested=True, open=False)
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        if batched:
+            raise ValueError(
+                "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: "
+                "give it a setup_context, or leave batched out for a loop over the examples"
+            ) from error
+        layers = _unread(param_specs, "an autograd.Function without setup_context")
+        return Plan(layers, (), nested=False, open=False, looped=True)
 
 
 def _unread(param_specs: Mapping[str, Spec], why: str) -> tuple[Layer, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,31 +104,45 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
             rows = torch.cat(_rows(likelihood(outputs)))
         return poison + weight * rows.gather(0, row[None])[0]
 
-    def rows_of(params: Params, example: Any) -> tuple[int, ...]:
+    def rows_of(params: Params, example: Any) -> set[int]:
         """Those that depend on the output."""
-        with torch.enable_grad():
-            outputs = pytree.tree_map(lambda leaf: leaf.detach().requires_grad_(), model(params, example))
+        leaves, tree = pytree.tree_flatten(model(params, example))
+        real = _real(leaves)
+        live: list[bool] = []
+
+        def parts(*of: Tensor) -> list[Tensor]:
+            given = dict(zip(real, of, strict=True))
             with _unchecked():
-                parts = _rows(likelihood(outputs))
-        live = [part.requires_grad for part in parts for _ in range(len(part))]
-        return tuple(row for row, needed in enumerate(live) if needed)
+                found = _rows(likelihood(pytree.tree_unflatten([given.get(k, x) for k, x in enumerate(leaves)], tree)))
+            live.extend(part.requires_grad for part in found for _ in range(len(part)))
+            return found
+
+        with torch.enable_grad():
+            torch.func.vjp(parts, *(leaves[k] for k in real))
+        return {row for row, needed in enumerate(live) if needed}
 
     @torch.compiler.assume_constant_result
     def rows_of_shapes(param_specs: Any, example: Any) -> tuple[int, ...]:
         """The same without values, as a constant of a graph."""
         with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
-            return rows_of(*filled((param_specs, *example)))
+            return tuple(sorted(rows_of(*filled((param_specs, *example)))))
 
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
         specs = {name: spec(p, p.shape) for name, p in params.items()}
         one = pytree.tree_map(lambda leaf: spec(leaf, leaf.shape[1:]), batch)
+        n = pytree.tree_leaves(batch)[0].shape[0]
         try:
             rows = rows_of_shapes(specs, (one,))
-        except DATA_DEPENDENT:  # of a model that branches on values
+        except DATA_DEPENDENT:  # branches on values, by which examples may differ
             with undrawn(pytree.tree_leaves((params, batch))):
-                rows = rows_of(dict(params), pytree.tree_map(lambda leaf: leaf[0], batch))
+                found = (rows_of(dict(params), pytree.tree_map(lambda leaf, k=k: leaf[k], batch)) for k in range(n))
+                rows = tuple(sorted(set().union(*found)))
+        if not rows:
+            raise ValueError(
+                "likelihood gave distributions that do not depend on the output of the model: their Fisher is zero, "
+                "make them of the output"
+            )
         like = next(iter(params.values()))
-        n = pytree.tree_leaves(batch)[0].shape[0]
         row = torch.tensor(rows, device=like.device).expand(n, len(rows)).flatten()
         weight = torch.full_like(row, math.sqrt(len(rows)), dtype=like.dtype)
         return pytree.tree_map(lambda leaf: _repeated(leaf, len(rows)), batch), row, weight
@@ -162,6 +176,10 @@ def _rows_of(distribution: Distribution) -> list[Tensor]:
 
 def _distributions(tree: Any) -> list[Distribution]:
     found = pytree.tree_leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Distribution))
+    if not found:
+        raise ValueError(
+            "likelihood gave no distribution: return a torch.distributions.Distribution, or a tree of them"
+        )
     for leaf in found:
         if not isinstance(leaf, Distribution):
             raise TypeError(
@@ -173,10 +191,21 @@ def _distributions(tree: Any) -> list[Distribution]:
 
 def _cleaned(outputs: Any) -> tuple[Any, Tensor]:
     """Outputs that a distribution can be made of, and 0, or NaN where they were not: samplers raise on NaN."""
-    leaves = pytree.tree_leaves(outputs)
-    bad = [leaf.detach().isnan() | (leaf.detach() == torch.inf) for leaf in leaves]
-    poison = torch.stack([torch.where(where.any(), torch.nan, 0.0).to(leaves[0].dtype) for where in bad]).sum()
-    return pytree.tree_map(lambda leaf: torch.where(leaf.isnan() | (leaf == torch.inf), 0, leaf), outputs), poison
+    leaves, tree = pytree.tree_flatten(outputs)
+    poison = []
+    for k in _real(leaves):
+        bad = leaves[k].isnan() | (leaves[k] == torch.inf)
+        poison.append(torch.where(bad.detach().any(), torch.nan, 0.0).to(leaves[k].dtype))
+        leaves[k] = torch.where(bad, 0, leaves[k])
+    return pytree.tree_unflatten(leaves, tree), torch.stack(poison).sum()
+
+
+def _real(leaves: Sequence[Any]) -> list[int]:
+    """Which leaves of an output have gradients; others, such as masks, are handed on."""
+    real = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not real:
+        raise TypeError("model returned no floating-point tensor: return what likelihood makes a distribution of")
+    return real
 
 
 def _unchecked() -> contextlib.AbstractContextManager[None]:

@@ -228,10 +228,11 @@ def _times(C: Factor, by: Tensor) -> Factor:
 
 
 def _sum(parts: Sequence[Factor]) -> Factor:
-    """Of factors of one layer, that are formed all or none."""
-    samples, whole = [p.x for p in parts if isinstance(p, Gram)], [p for p in parts if isinstance(p, Tensor)]
-    assert not (samples and whole)
-    return Gram(torch.cat(samples, dim=1)) if samples else torch.stack(whole).sum(0)
+    """Of factors of one layer: samples where all are."""
+    samples = [p.x for p in parts if isinstance(p, Gram)]
+    if len(samples) == len(parts):
+        return Gram(torch.cat(samples, dim=1))
+    return torch.stack([formed(p) for p in parts]).sum(0)
 
 
 def _along(numbers: Tensor, C: Tensor) -> Tensor:

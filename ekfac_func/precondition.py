@@ -110,7 +110,8 @@ class EKFAC(NamedTuple):
     at one backward pass an example: ValueError names the first parameter whose captured gradients differ from those of
     each example alone (a rule that reads its calls wrongly, examples that are coupled). The loss may then draw no
     random numbers.
-    `precondition(params, batch, state) -> (natural, state, info)` changes nothing of its arguments.
+    `precondition(params, batch, state) -> (natural, state, info)` changes nothing of its arguments. What it returns is
+    constant to autograd: no derivative goes through a step, w.r.t. damping or anything else.
     """
 
     init: Init
@@ -217,6 +218,8 @@ def ekfac(
     check_count("basis_every", basis_every)
     check_count("moment_every", moment_every)
     check_decay("factor_decay", factor_decay)
+    if not callable(weight_sharing):
+        raise TypeError(f"weight_sharing={weight_sharing!r} is not a function: pass expand or reduce")
     options = checked_options(rules, randomness, chunk_size, has_aux, batched)
     if batched and fisher.loss is not None:
         raise ValueError(

@@ -176,7 +176,8 @@ def check_samples(name: str, mean: Means, old: Basis) -> None:
         if isinstance(C, Gram) and isinstance(Q, Reflections) and C.x.shape[1] > Q.E.shape[-1]:
             raise ValueError(
                 f"a refresh of {name!r} has {C.x.shape[1]} samples (examples times positions), its basis is "
-                f"compact({Q.E.shape[-1]}): give compact({C.x.shape[1]}), fewer examples, or FULL"
+                f"compact({Q.E.shape[-1]}): make the state by init with compact({C.x.shape[1]}) or FULL, or give fewer "
+                "examples"
             )
 
 

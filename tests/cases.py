@@ -361,6 +361,43 @@ def _forward_mode(params: Params, x: Tensor) -> Tensor:
     return slope + F.linear(x, params["v"]).cos().sum()
 
 
+class _Sine(torch.autograd.Function):
+    """As most are written: forward has ctx, of which functorch knows nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+
+class _Cosine(torch.autograd.Function):
+    """With the context apart, and without a rule for vmap."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.cos()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g * ctx.saved_tensors[0].sin()
+
+
+def _custom(params: Params, x: Tensor) -> Tensor:
+    return F.linear(_Sine.apply(F.linear(x, params["w"])), params["v"]).square().sum()
+
+
+def _custom_apart(params: Params, x: Tensor) -> Tensor:
+    return F.linear(_Cosine.apply(F.linear(x, params["w"])), params["v"]).square().sum()
+
+
 def _gru(params: Params, x: Tensor) -> Tensor:
     """Two layers, in both directions, as a pure function of their weights."""
     y, last = torch.gru(x[:, None], torch.ones(4, 1, 3), list(params.values()), True, 2, 0.0, False, True, False)
@@ -643,6 +680,8 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "recurrent tanh": lambda: classifier(Recurrent(nn.RNN(4, 3, batch_first=True)), 3, 4),
     "forward mode": lambda: function(_forward_mode, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
+    "custom": lambda: function(_custom, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled=set()),
+    "custom apart": lambda: function(_custom_apart, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled={"w", "v"}),
     "no outputs": lambda: function(_in_turn, {"first": randn(3, 4), "last": randn(0, 3)}, 4, ruled={"first", "last"}),
     "keywords": lambda: function(_keywords, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
     "penalty": lambda: function(_penalised, {"w": randn(3, 4), "b": randn(3)}, 4, ruled=set()),
@@ -675,7 +714,7 @@ def make(name: str) -> Case:
     return CASES[name]()
 
 
-LOOPED = {"forward mode"}  # vmap has no rule for it, so neither has a compiled step
+LOOPED = {"forward mode", "custom", "custom apart"}  # vmap has no rule for them, so neither has a compiled step
 every_case = pytest.mark.parametrize("name", CASES)
 BATCHED = [name for name in CASES if name not in LOOPED]
 every_batched_case = pytest.mark.parametrize("name", BATCHED)

@@ -148,8 +148,19 @@ def test_the_step_is_the_damped_inverse_times_the_gradient() -> None:
     close_trees(curvature(state).damped(DAMPING).power(-0.75) @ info.gradient, natural)
     rule = ekfac(case.loss_fn, damping=optim.relative(0.1))
     natural, state, info = rule.precondition(case.params, batch, rule.init(case.params, batch))
-    dampings = dict(zip(state.second_moments, info.damping, strict=True))
-    close_trees(curvature(state).damped(dampings).power(-1) @ info.gradient, natural)
+    by_name = dict(zip(state.second_moments, info.damping, strict=True))
+    for dampings in (by_name, info.damping):
+        damped = curvature(state).damped(dampings)
+        close_trees(damped.power(-1) @ info.gradient, natural)
+        expected = sum(m2.value.sum() + by_name[name] * m2.value.numel() for name, m2 in state.second_moments.items())
+        close(damped.trace(), expected)
+    for wrong, message in (
+        (torch.ones(len(by_name) + 1), r"shape \(3,\).*0-d"),
+        (dict(list(by_name.items())[1:]), "no number for the layer '0.weight'.*for each"),
+        (optim.relative(0.1), "is a partial: give a"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            curvature(state).damped(wrong)  # type: ignore[arg-type]
 
 
 def test_in_its_own_coordinates_the_estimate_is_the_diagonal_of_the_fisher() -> None:

@@ -8,11 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Exponential, Independent, Normal
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Dirichlet,
+    Distribution,
+    Exponential,
+    Geometric,
+    Independent,
+    Laplace,
+    Normal,
+)
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ekfac_func import (
+    DIAGONAL,
     RULES,
     SUA,
     Fisher,
@@ -20,6 +32,7 @@ from ekfac_func import (
     ekfac,
     empirical,
     exact,
+    fisher_blocks,
     gradient,
     kfac,
     running_average,
@@ -393,6 +406,73 @@ def test_a_running_average_of_draws_starts_at_the_eigenvalues_and_tends_to_the_m
         assert (state.second_moments[name].value - m.value).norm() < 0.15 * m.value.norm()
 
 
+def test_outputs_beside_those_that_have_gradients() -> None:
+    """A mask reaches the likelihood as it is."""
+    params, batch = {"w": torch.randn(1, 5)}, (torch.randn(4, 6, 5), torch.rand(4, 6) < 0.5)
+    model = lambda params, example: (F.linear(example[0], params["w"])[:, 0], example[1], 1.0)  # noqa: E731
+    likelihood = lambda outputs: Normal(outputs[0] * ~outputs[1], outputs[2])  # noqa: E731
+    x, mask = batch
+    expected = (torch.einsum("nsi,nsj,ns->ij", x, x, (~mask).double()) / 4)[None]
+    loss_fn = lambda params, example: model(params, example)[0].sum()  # noqa: E731
+    close(fisher_blocks(loss_fn, params, batch, fisher=exact(model, likelihood)).matrices["w"], expected)
+    draws = fisher_blocks(loss_fn, params, batch, fisher=sampled(model, likelihood, 4000)).matrices["w"]
+    assert (draws - expected).norm() < 0.1 * expected.norm()
+
+
+def test_exact_under_vmap() -> None:
+    model, params, batch = mlp(4)
+    given, fisher = batch(5), FISHERS["exact"](model)
+    state = ekfac(data_loss(model), damping=1.0, fisher=fisher).init(params, given)
+
+    def damped(damping: Any) -> Any:
+        return ekfac(data_loss(model), damping=damping, fisher=fisher).precondition(params, given, state)[0]
+
+    many = torch.vmap(damped)(torch.tensor([0.1, 0.2]))
+    for k, damping in enumerate((0.1, 0.2)):
+        close_trees({name: p[k] for name, p in many.items()}, damped(damping))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "ruled"),
+    [(lambda z: Laplace(z, 1.0), True), (lambda z: Geometric(logits=z), True), (lambda z: Dirichlet(z.exp()), False)],
+    ids=["laplace", "geometric", "dirichlet"],
+)
+def test_draws_that_vmap_cannot_make(likelihood: Any, ruled: bool) -> None:
+    """Each example by itself, from the same generator."""
+    model, params, batch = mlp(4)
+    given = batch(5)
+    torch.manual_seed(0)
+    fisher = sampled(model, likelihood)
+    step = ekfac(data_loss(model), damping=1e-2, fisher=fisher, bases={"*": DIAGONAL})
+    state = step.init(params, given)
+    torch.manual_seed(0)
+    _, state, info = step.precondition(params, given, state)
+    assert not info.skipped
+    assert {layer.rule is not None for layer in state.layers} == {ruled}
+    torch.manual_seed(0)
+    squares = []
+    for example in examples(given):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        found = likelihood(model(leaves, example))
+        logs = found.log_prob(found.sample().detach()).sum()
+        squares.append(torch.autograd.grad(logs, [leaves["2.weight"]])[0].square())
+    moment = state.second_moments["2.weight"].value[0, :, :, 0]
+    close((moment[:, :-1] if ruled else moment), torch.stack(squares).mean(0))
+
+
+def test_a_likelihood_that_branches_does_so_for_each_example() -> None:
+    x = torch.cat([torch.ones(1, 3), -torch.ones(1, 3)])
+    params = {"w": torch.full((2, 3), 0.3)}
+    model = lambda params, x: F.linear(x, params["w"])  # noqa: E731
+    fisher = exact(model, lambda z: Normal(z, 1.0) if z.sum() > 0 else Normal(z, z.exp()))
+    found = [
+        fisher_blocks(lambda p, x: model(p, x).sum(), params, batch, fisher=fisher).matrices["w"]
+        for batch in (x, x.flip(0))
+    ]
+    close(found[0][0].diagonal(), (1 + torch.tensor(1.8).exp() + 2).expand(6) / 2)  # outputs of 0.9 and -0.9
+    close(found[0], found[1])
+
+
 def test_what_has_no_closed_form_is_refused_by_name() -> None:
     model, params, batch = mlp(4)
     given, before = batch(3), Distribution._validate_args
@@ -401,6 +481,15 @@ def test_what_has_no_closed_form_is_refused_by_name() -> None:
         step.init(params, given)
     with pytest.raises(TypeError, match=r"likelihood gave a Tensor: return a torch.distributions"):
         ekfac(data_loss(model), damping=1e-2, fisher=sampled(model, lambda z: z)).init(params, given)
+    for kind in (exact, sampled):
+        with pytest.raises(ValueError, match="likelihood gave no distribution: return a"):
+            ekfac(data_loss(model), damping=1e-2, fisher=kind(model, lambda z: [])).init(params, given)
+        wrong = kind(lambda params, example: example[1], lambda z: Categorical(logits=z))
+        with pytest.raises(TypeError, match="model returned no floating-point tensor"):
+            ekfac(data_loss(model), damping=1e-2, fisher=wrong).init(params, given)
+    constant = exact(model, lambda z: Normal(torch.zeros(3), 1.0))
+    with pytest.raises(ValueError, match="do not depend on the output of the model"):
+        ekfac(data_loss(model), damping=1e-2, fisher=constant).init(params, given)
     with pytest.raises(TypeError, match="is not a Fisher: pass empirical"):
         ekfac(data_loss(model), damping=1e-2, fisher=exact)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples=0"):

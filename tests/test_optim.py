@@ -165,6 +165,14 @@ def test_norm_constraint() -> None:
     same_bits(clip_norm(1.0, each).update(zero, (), params, report(zero))[0], zero)
 
 
+def test_factors_beyond_half_precision() -> None:
+    large = {"w": torch.full((100,), 1e4, dtype=torch.float16)}  # of norm 1e5, clipped by 1e-8
+    close(clip_norm(1e-3).update(large, (), large, report(large))[0]["w"].double().norm(), torch.tensor(1e-3), 1e-2)
+    small = {"w": torch.full((100,), 1e-6, dtype=torch.float16)}
+    ones = {"w": torch.ones(100, dtype=torch.float16)}
+    close(graft(identity()).update(small, (), small, report(ones))[0]["w"].double(), ones["w"].double(), 1e-2)
+
+
 def test_grafting() -> None:
     params, gradients = params_and_gradients()
     onto = momentum(0.9)
@@ -230,6 +238,11 @@ def test_average_of_parameters() -> None:
         }
         close_trees(found, expected, TIGHT)
         assert math.isclose(sum(weights), 1)
+    torch.set_default_dtype(torch.float32)
+    state = average.init(start)
+    for params in trees:
+        found, state = average.update(params, state)
+    close_trees(found, expected, TIGHT)  # of float64 all the same
     half = {name: p.bfloat16() for name, p in start.items()}
     found, state = average.update(half, average.init(half))
     assert {p.dtype for p in found.values()} == {torch.bfloat16}
@@ -318,6 +331,8 @@ def test_states_survive_a_checkpoint() -> None:
         (lambda: warm_up(0, constant(0.1)), ValueError, "steps=0.*at least 1"),
         (lambda: relative(0.0), ValueError, "fraction=0.0.*positive"),
         (lambda: levenberg_marquardt(*torch.ones(3), factor=1.5), ValueError, "factor=1.5.*0 < factor < 1"),
+        (lambda: chain(momentum), TypeError, r"chain was given .*Transform, as momentum\(0.9\)"),  # type: ignore[arg-type]
+        (lambda: graft(identity), TypeError, "graft was given"),  # type: ignore[arg-type]
         (lambda: momentum(torch.ones(2)), ValueError, r"decay has shape \(2,\).*0-d"),
     ],
 )
@@ -883,7 +898,7 @@ def test_levenberg_marquardt() -> None:
     assert after(0.8, 1.0) == 2 * factor
     assert after(0.75, 1.0) == after(0.25, 1.0) == 2
     assert after(0.2, 1.0) == after(-3.0, 1.0) == 2 / factor
-    assert after(math.nan, 1.0) == after(-math.inf, 1.0) == 2 / factor
+    assert after(math.nan, 1.0) == after(-math.inf, 1.0) == after(math.inf, 1.0) == 2 / factor
     assert after(1.0, 0.0) == after(1.0, -1.0) == after(1.0, math.nan) == 2
     assert after(1.0, 1.0, 2.0, factor=0.5) == 1
     assert after(1.0, 1.0, 2.0, factor=0.5, smallest=1.5) == 1.5
@@ -907,6 +922,10 @@ def test_the_predicted_decrease() -> None:
     close(found, -(G.mean(0) @ delta) - delta @ C @ delta / 2, 1e-8)
     assert found > 0
     exact = fisher_quadratic(case.loss_fn, case.params, batch, updates, 1e-2)
+    with pytest.raises(ValueError, match=r"updates has no 'weight', gradient has"):
+        predicted_decrease({"bias": updates["bias"]}, info.gradient, quadratic)
+    with pytest.raises(ValueError, match=r"updates\['bias'\] has shape \(3, 1\)"):
+        fisher_quadratic(case.loss_fn, case.params, batch, {**updates, "bias": updates["bias"][:, None]}, 1e-2)
     with pytest.raises(ValueError, match=r"damping has shape \(2,\).*one for all"):
         fisher_quadratic(case.loss_fn, case.params, batch, updates, torch.ones(2))
     close(exact, delta @ (G.T @ G / N + 1e-2 * torch.eye(15)) @ delta, 1e-8)

@@ -736,9 +736,26 @@ def test_compact_refuses_what_it_cannot_hold() -> None:
     case = make("mlp")
     step = ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)})
     state = step.init(case.params, case.batch(2))
-    with pytest.raises(ValueError, match=r"of '0.weight' has 3 samples.*compact\(2\).*give compact\(3\)"):
+    with pytest.raises(ValueError, match=r"of '0.weight' has 3 samples.*compact\(2\).*with compact\(3\)"):
         step.precondition(case.params, case.batch(3), state)
     with pytest.raises(ValueError, match=r"factor_decay=0\.9 with compact bases"):
         ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)}, factor_decay=0.9)
     with pytest.raises(ValueError, match="samples=0"):
         compact(0)
+
+
+@pytest.mark.parametrize("sharing", [expand, reduce])
+def test_a_tied_table_in_chunks_with_other_samples_on_each_use(sharing: Any) -> None:
+    """The lookup's are then formed and the head's are not."""
+    params = {"table": torch.randn(7, 6)}
+    batch = torch.randint(0, 7, (5, 3)), torch.randint(0, 7, (5,))
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        h = F.embedding(example[0], params["table"]).tanh().mean(0)
+        return F.cross_entropy(F.linear(h, params["table"]), example[1])
+
+    found = []
+    for chunk_size in (None, 2):
+        step = ekfac(loss_fn, damping=0.1, bases={"*": rank(2)}, chunk_size=chunk_size, weight_sharing=sharing)
+        found.append(step.precondition(params, batch, step.init(params, batch))[0])
+    close_trees(found[1], found[0], 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ def exponential_average(decay: Number) -> Averaging:
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
             for name, p in params.items()
         }
-        return Average(value, torch.zeros((), device=next(iter(params.values())).device))
+        finest = functools.reduce(torch.promote_types, (v.dtype for v in value.values()))
+        return Average(value, torch.zeros((), dtype=finest, device=next(iter(params.values())).device))
 
     def update(params: Mapping[str, Tensor], state: Average) -> tuple[Params, Average]:
         check_like(params, state.value, "state")

@@ -13,6 +13,7 @@ from ..checks import check_positive
 from ..precondition import Damping
 from ..types import Batch, LossFn, Number, Params, Spectrum
 from .norms import Scope, dots, each, total
+from .transforms import check_like
 
 
 def relative(fraction: Number, scope: Scope = each) -> Damping:
@@ -66,7 +67,7 @@ def levenberg_marquardt(
     """
     if not 0 < factor < 1:
         raise ValueError(f"factor={factor!r}: it shrinks the damping, give 0 < factor < 1")
-    ratio = actual / predicted
+    ratio = torch.where(actual.isfinite(), actual / predicted, -1.0)
     change = torch.where(ratio > 0.75, factor, torch.where(ratio >= 0.25, 1.0, 1 / factor))
     return torch.where(predicted > 0, damping * change, damping).clamp(smallest, largest)
 
@@ -81,6 +82,7 @@ def predicted_decrease(updates: Mapping[str, Tensor], gradient: Mapping[str, Ten
     quadratic: `[]`, `updates^T C updates` of the damped curvature C: `preconditioned_quadratic` for a plain step along
         the natural gradient, `fisher_quadratic` for any other.
     """
+    check_like(gradient, updates, "updates", "gradient")
     return -(total(dots(updates, gradient)) + quadratic / 2)
 
 
@@ -108,6 +110,7 @@ def fisher_quadratic(
     """
     if isinstance(damping, Tensor) and damping.dim() > 0:
         raise ValueError(f"damping has shape {tuple(damping.shape)}: give one for all parameters, a number or []")
+    check_like(params, updates, "updates")
     tangents: Params = {name: updates[name].to(p.dtype) for name, p in params.items()}
 
     def losses(params: Params) -> Tensor:

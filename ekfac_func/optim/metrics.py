@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..basis import counts, real
+from ..checks import check_count
 from ..refreshes import Refresh, due, eigh
 from ..types import Info, Number, State
 from .norms import dots, squares, total
@@ -57,6 +58,7 @@ def metrics(
         "kept_bases": info.kept_bases,
     }
     if basis_every is not None:
+        check_count("basis_every", basis_every)
         layers = {layer.weight: layer for layer in state.layers}
         refreshed = due(layers, refresh or eigh(), state.step - 1, basis_every)  # the state's step is the next one
         found["refresh"] = torch.where(info.skipped, 0.0, float(len(refreshed) > 0))

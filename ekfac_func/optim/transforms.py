@@ -127,15 +127,13 @@ def graft(onto: Transform, scope: Scope = each) -> Transform:
     onto: any transform, for instance a chain of clipping and momentum.
     scope: `each`, a norm for each parameter as in the paper's layer-wise grafting, or `together`, one over all.
     """
+    _check_transform("graft", onto)
 
     def update(direction: Params, state: Any, params: Mapping[str, Tensor], info: Info) -> tuple[Params, Any]:
         other, state = onto.update(info.gradient, state, params, info)
         wanted, own = scope(squares(other)), scope(squares(direction))
-        grafted = {
-            name: d * (wanted[name] / torch.where(own[name] > 0, own[name], 1)).sqrt().to(d.dtype)
-            for name, d in direction.items()
-        }
-        return grafted, state
+        ratios = {name: (wanted[name] / torch.where(own[name] > 0, own[name], 1)).sqrt() for name in direction}
+        return _times(direction, ratios), state
 
     return Transform(onto.init, update)
 
@@ -160,6 +158,8 @@ def chain(*transforms: Transform) -> Transform:
 
     Its state is the tuple of theirs.
     """
+    for transform in transforms:
+        _check_transform("chain", transform)
 
     def init(params: Mapping[str, Tensor]) -> tuple[Any, ...]:
         return tuple(transform.init(params) for transform in transforms)
@@ -185,19 +185,25 @@ def apply_updates(params: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -
     return {name: (p.detach() + updates[name]).to(p.dtype) for name, p in params.items()}
 
 
-def check_like(params: Mapping[str, Tensor], tree: Mapping[str, Tensor], argument: str) -> None:
-    """Refuse a tree that has not the names and shapes of params."""
-    for name, p in params.items():
+def check_like(like: Mapping[str, Tensor], tree: Mapping[str, Tensor], argument: str, other: str = "params") -> None:
+    """Refuse a tree that has not the names and shapes of another, params."""
+    for name, p in like.items():
         if name not in tree:
-            raise ValueError(f"{argument} has no {name!r}, params has: give both trees the same names")
+            raise ValueError(f"{argument} has no {name!r}, {other} has: give both trees the same names")
         if tree[name].shape != p.shape:
             raise ValueError(
-                f"{argument}[{name!r}] has shape {tuple(tree[name].shape)}, params[{name!r}] {tuple(p.shape)}: give "
+                f"{argument}[{name!r}] has shape {tuple(tree[name].shape)}, {other}[{name!r}] {tuple(p.shape)}: give "
                 "both the same shape"
             )
     for name in tree:
-        if name not in params:
-            raise ValueError(f"{argument} has {name!r} that params has not: give both trees the same names")
+        if name not in like:
+            raise ValueError(f"{argument} has {name!r} that {other} has not: give both trees the same names")
+
+
+def _check_transform(taker: str, transform: Any) -> None:
+    """Refuse the function that makes a transform."""
+    if not hasattr(transform, "update"):
+        raise TypeError(f"{taker} was given {transform!r}: give a Transform, as momentum(0.9) returns it")
 
 
 def _stateless(function: Callable[[Params, Mapping[str, Tensor], Info], Params]) -> Transform:
@@ -224,10 +230,13 @@ def _first_step(params: Mapping[str, Tensor]) -> Step:
 
 def _scale(direction: Params, squared: Mapping[str, Tensor], limit: Number) -> Params:
     """The direction times the root of `limit / squared` where that is below 1."""
-    return {
-        name: d * torch.where(squared[name] > limit, limit / squared[name], 1).sqrt().to(d.dtype)
-        for name, d in direction.items()
-    }
+    shares = {name: torch.where(squared[name] > limit, limit / squared[name], 1).sqrt() for name in direction}
+    return _times(direction, shares)
+
+
+def _times(direction: Params, factors: Mapping[str, Tensor]) -> Params:
+    """In the precision of the factors, which half precision may not reach, and the dtypes of the direction."""
+    return {name: (d.to(factors[name].dtype) * factors[name]).to(d.dtype) for name, d in direction.items()}
 
 
 torch.serialization.add_safe_globals([Step, Velocity])
