@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +171,14 @@ class StalePlan(RuntimeError):
     """The loss called other layers than discovery saw."""
 
 
+def _params_of(tree: Any, by_id: Mapping[int, str]) -> Iterator[Any]:
+    """Which parameters a call was given, and which of their entries: a plan is stale where that changes."""
+    for leaf in pytree.tree_leaves(tree):
+        name = by_id.get(id(leaf))
+        if name is not None:
+            yield name, leaf.shape, leaf.stride(), leaf.storage_offset()
+
+
 def _tapped(
     found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
 ) -> tuple[Folded, list[Any]]:
@@ -191,11 +199,12 @@ def _tapped(
         calls.clear()
         seen.clear()
         known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
+        by_id = {} if compiling else {id(p): name for p, name in known}
         counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            seen.append(func)
+            seen.append(func if compiling else (func, *_params_of((args, kwargs), by_id)))
             refuse(func, args, kwargs, params, options.batched)
             output = (
                 NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, options.batched)
@@ -203,11 +212,15 @@ def _tapped(
             if output is not NotImplemented:
                 return output
             if func in views.VIEWS:
-                output = func(*args, **kwargs)
                 name = name_of(args[0], known) if len(args) > 0 else None
+                if compiling and name is not None:
+                    views.fix((args[1:], kwargs))
+                output = func(*args, **kwargs)
                 parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
                     known.extend((part, name) for part in parts)
+                    if not compiling:
+                        by_id.update({id(part): name for part in parts})
                 # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
                 ids = views.ids_of(func, args, picks) if args and (name is not None or compiling) else None
                 if ids is not None:
@@ -221,17 +234,17 @@ def _tapped(
                 return instead.get(func, func)(*args, **kwargs)
             planned = found.calls[k]
             reads = readings(options.rules, func, args, kwargs)
-            name = name_of(reads[planned.reading].weight, known) if planned.reading < len(reads) else None
+            read = reads[planned.reading] if planned.reading < len(reads) else None
+            name = None if read is None else name_of(read.weight, known)
             # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
             layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
             output = layers_of.get(func, func)(*args, **kwargs)
             named = name == planned.weight or (compiling and name is None)  # a view by `w.T`
-            if not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
+            if read is None or not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
                 raise StalePlan(
                     f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "
                     "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
                 )
-            read = reads[planned.reading]
             calls.append(with_ids(read, picks) if planned.picked else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())

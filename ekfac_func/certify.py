@@ -27,13 +27,21 @@ def certify(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options
     def loss(params: Params, example: Batch) -> Tensor:
         return check_loss(loss_fn(params, example), options.has_aux, 2 if options.batched else None)[0].mean()
 
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     gradients = []
     for k in range(len(captured.losses)):
         # a batch of one has no statistics, two of the same have
         example = pytree.tree_map(lambda t, k=k: t[[k, k]] if options.batched else t[k], batch)
-        gradients.append(torch.func.grad(loss)(params, example))
-    expected = {name: torch.stack([gradient[name] for gradient in gradients]) for name in params}
+        with torch.enable_grad():
+            value = loss(leaves, example)
+        gradients.append(torch.autograd.grad(value, list(leaves.values()), materialize_grads=True))
+    expected = dict(zip(params, map(torch.stack, zip(*gradients, strict=True)), strict=True))
     size = torch.stack([g.double().square().sum() for g in expected.values()]).sum().sqrt()
+    if not size.isfinite():
+        raise ValueError(
+            "the gradients of the examples of this batch are not finite, so that they cannot be compared: check the "
+            "capture on a batch of finite losses"
+        )
     remedy = _BATCHED if options.batched else _SINGLE
     for name, g in expected.items():
         distances = (found[name] - g).double().reshape(len(g), -1).norm(dim=1)

@@ -203,7 +203,7 @@ def curvature(state: State) -> Curvature:
 
 def _refuse_few_columns(layer: Layer, basis: Basis) -> None:
     for Q, dim in ((basis.Q_A, layer.sizes[2]), (basis.Q_B, layer.sizes[1])):
-        if Q.dim() == 3 and Q.shape[-1] < dim and not (layer.table and Q is basis.Q_B):
+        if Q.dim() == 3 and Q.shape[-1] < dim:
             raise ValueError(
                 f"the basis of {layer.weight!r} has {Q.shape[-1]} columns on a side of {dim}, as rank(r) and thin "
                 "leave it: an operator needs a full basis, or one of blocks(max_dim)"

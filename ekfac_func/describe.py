@@ -33,7 +33,7 @@ class Row(NamedTuple):
     i: int
     o: int
     k: int
-    factor_A: tuple[int, ...]  # as the state has it; none of a thin layer, nor of one of some rank without an average
+    factor_A: tuple[int, ...]  # as the state has it; none if thin or compact, or of some rank without an average
     factor_B: tuple[int, ...]
     basis_A: tuple[int, ...]
     basis_B: tuple[int, ...]

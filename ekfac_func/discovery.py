@@ -54,6 +54,9 @@ def checked_options(rules: Rules, randomness: str, chunk_size: int | None, has_a
     """Options that can be right. ValueError or TypeError for others."""
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is a {type(rules).__name__}: pass a dict from torch functions to rules, as RULES")
+    for func, rule in rules.items():
+        if not callable(rule):
+            raise TypeError(f"rules[{func!r}] is {rule!r}: give a function of the arguments of the call, as RULES has")
     check_randomness(randomness)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
@@ -341,9 +344,14 @@ def _run(
             at = len(counted)
             counted.append(func)
             # inside a transform of the user's own the output of a call is not all that the loss sees of it
-            if at in skip or depth() != level:
-                note(func, (args, kwargs), skip.get(at, ""))
-                return _unless_mutating(func, args, kwargs, mutations, n)
+            output = NotImplemented if at in skip or depth() != level else use(at, func, args, kwargs)
+            if output is not NotImplemented:
+                return output
+            note(func, (args, kwargs), skip.get(at, ""))
+            return _unless_mutating(func, args, kwargs, mutations, n)
+
+        def use(at: int, func: Any, args: Any, kwargs: Any) -> Any:
+            """The output of a call of a layer, which is noted; NotImplemented of any other."""
             for reading, call in enumerate(readings(rules, func, args, kwargs)):
                 view = view_of(call.weight)
                 laid = None if view is None else _lay_out(call, view)
@@ -352,7 +360,7 @@ def _run(
                 if any(x is call.weight or x is call.bias for x in pytree.tree_leaves(call.input)):
                     continue  # its own input, a path of its own
                 bias = None if call.bias is None else view_of(call.bias)
-                biased = bias is not None and _fits(bias, *laid)
+                biased = bias is not None and _fits(bias, laid[1])
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
                 note(func, (args, kwargs))
                 picked.enter_layer(at)
@@ -376,8 +384,7 @@ def _run(
                 )
                 inputs.extend((view.name, x, x._version) for x in leaves)
                 return output + zero.to(output)
-            note(func, (args, kwargs))
-            return _unless_mutating(func, args, kwargs, mutations, n)
+            return NotImplemented
 
         def note(func: Any, tree: Any, why: str = "") -> None:
             for leaf in pytree.tree_leaves(tree):
@@ -475,7 +482,7 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _fits(bias: View, groups: _Groups, windows: tuple[Window, Window, Window]) -> bool:
+def _fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
     """Whether a bias holds an entry for each of `(b o)`, and the call uses those of it that it uses of the weight."""
     shown = views.axes(bias)
     if shown is None:

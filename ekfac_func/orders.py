@@ -30,7 +30,7 @@ from .blocking import MAX_BYTES, NOMINAL_N, fitting, nominal
 from .checks import check_count
 from .modes import opaque
 from .patches import Patches
-from .types import Basis, Dense, Factored, OneHot, Reflections, Side, Terms, constants, outside
+from .types import Basis, Dense, Factored, OneHot, Side, Terms, constants, outside, turns
 
 
 class Order(enum.Enum):
@@ -121,6 +121,8 @@ def check_contractions(chosen: Contractions) -> None:
         check_count("max_bytes", chosen.max_bytes)
     if not isinstance(chosen.orders, Mapping):
         raise TypeError(f"orders is {chosen.orders!r}: give a dict from patterns of names to orders")
+    if not isinstance(chosen.costs, Mapping) or not all(isinstance(cost, Cost) for cost in chosen.costs.values()):
+        raise TypeError(f"costs is {chosen.costs!r}: give a dict from (type of device, dtype) to Cost")
     for pattern, order in chosen.orders.items():
         if not isinstance(order, Order):
             raise TypeError(f"orders[{pattern!r}] is {order!r}: give one of {', '.join(map(str, Order))}")
@@ -167,19 +169,19 @@ def contraction(
         case (OneHot(g=g),):
             _check(order, [Order.IDS], name)
             s, i = g.shape[1:]
-            of_ids = Step("add up ids, project, add rows", 2 * NOMINAL_N * s * i * (_turned(basis.Q_A) + 2), 0)
+            of_ids = Step("add up ids, project, add rows", 2 * NOMINAL_N * s * i * (turns(basis.Q_A) + 2), 0)
             return Contraction(Order.IDS, (of_ids,))
         case (Dense(G=G),):
             _check(order, [Order.AS_GIVEN], name)
             entries = math.prod(G.shape[1:])  # of one example
-            operations = 2 * NOMINAL_N * entries * (sum(map(_turned, basis)) + 1)
+            operations = 2 * NOMINAL_N * entries * (sum(map(turns, basis)) + 1)
             step = Step("project G[n]", operations, 4 * NOMINAL_N * entries * G.element_size())
             few = _limit(max_bytes, _cost(G, costs).cache, not torch.compiler.is_compiling())
             return Contraction(Order.AS_GIVEN, (step,), fitting(entries * G.element_size(), few))
         case (Factored() as factored, OneHot(g=h)):
             of_factored = contraction((factored,), basis, order, max_bytes, costs, name)
             s, i = h.shape[1:]
-            operations = 2 * NOMINAL_N * s * i * (factored.g.shape[2] + _turned(basis.Q_A) + 3)
+            operations = 2 * NOMINAL_N * s * i * (factored.g.shape[2] + turns(basis.Q_A) + 3)
             cross = Step("ids and their product with it", operations, 0)
             return of_factored._replace(steps=(*of_factored.steps, cross))
         case (Factored() as factored,):
@@ -219,17 +221,13 @@ class Sizes(NamedTuple):
 
 def _sizes(term: Factored, basis: Basis) -> Sizes:
     b, s, i, k = term.a.shape[1:]
-    (A, matrix_A, rest_A), (B, matrix_B, rest_B) = ((_turned(Q), _is_matrix(Q), outside(Q) > 0) for Q in basis)
+    (A, matrix_A, rest_A), (B, matrix_B, rest_B) = ((turns(Q), _is_whole(Q), outside(Q) > 0) for Q in basis)
     unwritten, itemsize = isinstance(term.a, Patches), term.g.element_size()
     return Sizes(b, s, i, k, term.g.shape[3], A, B, matrix_A, matrix_B, rest_A, rest_B, unwritten, itemsize)
 
 
-def _is_matrix(Q: Side) -> bool:
+def _is_whole(Q: Side) -> bool:
     return isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] > 1
-
-
-def _turned(Q: Side) -> int:
-    return 2 * Q.E.shape[-1] if isinstance(Q, Reflections) else Q.shape[-1] if Q.shape[-1] > 1 else 0
 
 
 @torch.compiler.assume_constant_result

@@ -94,8 +94,8 @@ def second_moments(
     """The exact second moments of a batch in known bases: `mean_n (Q_B^T G[n] Q_A)^2`, `[b O I k]`, of each layer.
 
     George et al. 2018, https://arxiv.org/abs/1806.03884. bases: by the name of each layer's weight, as `State.bases`
-    has them; ValueError for those of other layers. The rest as in `ekfac`. In eager mode each layer is summed within
-    the backward pass and freed.
+    has them; ValueError where a layer has none or one of other axes. The rest as in `ekfac`. In eager mode each layer
+    is summed within the backward pass and freed.
     """
     options = checked_options(rules, randomness, chunk_size, has_aux, batched)
     check_contractions(contractions)

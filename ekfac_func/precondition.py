@@ -336,15 +336,12 @@ def ekfac(
             means, slopes = {}, {}
             for name, layer in layers.items():
                 found, basis = seen.pop(name), carried.bases[name]
-                terms = joined(found.terms) if found.terms else None
-                if found.sums is not None:
-                    sums[name] = found.sums
-                elif terms is not None:
-                    sums[name] = sums_in(basis, turn, layer, terms, folded.held)
-                means[name] = mean_sums(sums.pop(name), n)
+                terms: Terms = joined(found.terms) if found.terms else ()
+                total = sums.pop(name, None) if found.sums is None else found.sums
+                means[name] = mean_sums(sums_in(basis, turn, layer, terms, folded.held) if total is None else total, n)
                 slope = totals[name] / n if name in totals else means[name].gradient
-                few = terms is not None and rescales_samples(terms, basis, n)
-                slopes[name] = Mean(slope, means[name].projected, terms if few else None, n)
+                few = terms if rescales_samples(terms, basis, n) else None
+                slopes[name] = Mean(slope, means[name].projected, few, n)
             return finish(params, state, turn, carried, kept, spans, folded, means, slopes, data)
 
     def finish(
@@ -388,9 +385,10 @@ def ekfac(
         new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
         new = _out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
-        finite = _all_finite([loss, losses, *natural_in.values(), *found, *_learned(new, state)])
+        natural = unpack_all(layers.values(), natural_in, params)  # half precision may not reach what is finite before
+        finite = _all_finite([loss, losses, *natural.values(), *found, *_learned(new, state)])
         nothing = loss.new_zeros(())
-        natural = {name: where(finite, M, nothing) for name, M in natural_in.items()}
+        natural = {name: where(finite, p, nothing) for name, p in natural.items()}
         mean_gradient = {name: slope.gradient for name, slope in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
@@ -401,7 +399,7 @@ def ekfac(
             used if callable(damping) else used[0],
             aux,
         )
-        return unpack_all(layers.values(), natural, params), _choose(finite, new, state), info
+        return natural, _choose(finite, new, state), info
 
     return EKFAC(init, precondition)
 

@@ -82,7 +82,10 @@ def with_ids(call: Call, picks: Sequence[tuple[Tensor, Tensor]]) -> Call:
     for picked, ids in picks:
         if call.weight is picked:
             return call._replace(input=(call.input, ids))
-    raise AssertionError("the weight of the call was not picked by ids")
+    raise RuntimeError(
+        "ids did not pick the weight of a call, as they did when the layers of the loss were found: in a compiled step "
+        "write w[ids].transpose(-2, -1) for w[ids].mT, which Dynamo does not show"
+    )
 
 
 def name_of(tensor: Any, known: Sequence[tuple[Tensor, str]]) -> str | None:

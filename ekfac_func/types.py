@@ -161,6 +161,11 @@ def outside(Q: Side) -> int:
     return Q.shape[-2] - Q.shape[-1] + 1 if Q.shape[-1] < Q.shape[-2] else 0
 
 
+def turns(Q: Side) -> int:
+    """Products for each entry that a side turns; 0 of one that leaves it where it is."""
+    return 2 * Q.E.shape[-1] if isinstance(Q, Reflections) else Q.shape[-1] if Q.shape[-1] > 1 else 0
+
+
 class Sums(NamedTuple):
     """What the batch says of one layer: sums over examples, or after one division their means."""
 

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .types import constants
 
 
 class View(NamedTuple):
@@ -109,6 +112,13 @@ def _basic(index: Any) -> bool:
     """Whether an index takes a view: of whole numbers and slices, not of tensors or lists."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
+
+
+def fix(index: Any) -> None:
+    """Have Dynamo guard the numbers of an index: the entries that they take are constants of a plan."""
+    for part in pytree.tree_leaves(index):
+        ends = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
+        constants([end for end in ends if isinstance(end, int)])
 
 
 def is_ids(index: Any) -> bool:

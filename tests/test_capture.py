@@ -1,6 +1,7 @@
 """Captured per-example gradients equal a loop over the examples."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import RULES, SUA, Call, Factored, per_example_gradients
+from ekfac_func import RULES, SUA, Call, Factored, ekfac, per_example_gradients
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options
 from ekfac_func.types import Dense, Params
@@ -340,3 +341,37 @@ def test_a_loop_over_the_examples_with_class_labels() -> None:
     found = per_example_gradients(loss_fn, params, batch)
     for name, expected in loop(loss_fn, params, batch)[1].items():
         close(found.dense(name), expected)
+
+
+WAYS: dict[str, Any] = {
+    "index": lambda p, h, at: F.linear(h, p["heads"][at]),
+    "index from the end": lambda p, h, at: F.linear(h, p["heads"][at - 3]),
+    "slice": lambda p, h, at: F.linear(h, p["v"][at : at + 2]),
+    "narrow": lambda p, h, at: F.linear(h, p["v"].narrow(0, at, 2)),
+    "transposed": lambda p, h, at: F.linear(h, (p["v"], p["v"].T, -p["v"])[at]),
+    "experts": lambda p, h, at: (
+        h @ (p["heads"][torch.tensor([0, 2])], p["heads"][:2], p["heads"][1:])[at].transpose(1, 2)
+    ),
+    "penalty": lambda p, h, at: F.linear(h, p["v"]) + (p["w"], p["v"], p["heads"])[at].square().sum(),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "compiled"),
+    [*((way, False) for way in WAYS), ("index from the end", True), ("slice", True), ("penalty", True)],
+)
+def test_a_loss_that_takes_its_parameters_another_way(way: str, compiled: bool) -> None:
+    """By a number that it closes over, with the same functions on the same shapes."""
+    params = {"w": torch.randn(4, 3), "heads": torch.randn(3, 2, 4), "v": torch.randn(4, 4)}
+    batch, chosen = torch.randn(N, 3), SimpleNamespace(at=0)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return WAYS[way](params, F.linear(x, params["w"]).tanh(), chosen.at).square().sum()
+
+    step = ekfac(loss_fn, damping=1.0, basis_every=100)
+    state = step.precondition(params, batch, step.init(params, batch))[1]
+    call = torch.compile(step.precondition, fullgraph=True, backend="aot_eager") if compiled else step.precondition
+    for chosen.at in (0, 1, 2, 0, 2, 1):
+        info = call(params, batch, state)[2]
+        for name, expected in loop(loss_fn, params, batch)[1].items():
+            close(info.gradient[name], expected.mean(0))

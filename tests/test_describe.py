@@ -83,6 +83,8 @@ def test_a_rule_that_reads_wrongly_is_named() -> None:
     step.init(params, batch)
     with pytest.raises(ValueError, match=r"'w', of shape \(6, 3, 4\).*its rule reads"):
         step.init(params, batch, check=True)
+    with pytest.raises(ValueError, match="are not finite, so that they cannot be compared"):
+        ekfac(loss_fn, damping=1.0).init(params, batch / 0, check=True)
 
 
 @pytest.mark.parametrize("letters", ["o", "oii", "ox"])

@@ -92,6 +92,9 @@ def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, messa
         ({"rules": [F.linear]}, TypeError, "rules is a list.*dict"),
         ({"bases": rank(8)}, TypeError, r"bases is Rank\(r=8\).*dict"),
         ({"contractions": Contractions(orders=Order.PAIRS)}, TypeError, "orders is .*dict"),  # type: ignore[arg-type]
+        ({"contractions": Contractions(costs=None)}, TypeError, "costs is None.*dict"),  # type: ignore[arg-type]
+        ({"weight_sharing": "reduce"}, TypeError, "weight_sharing='reduce' is not a function: pass expand or reduce"),
+        ({"rules": {F.linear: 3}}, TypeError, "rules.*is 3: give a function"),
         ({"chunk_size": 0}, ValueError, "chunk_size=0.*at least 1"),
         ({"randomness": "often"}, ValueError, "randomness='often'.*different"),
     ],

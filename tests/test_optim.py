@@ -787,6 +787,13 @@ def test_errors_of_the_optimizer() -> None:
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": net[2].parameters(), **wrong})
         assert len(optimizer.param_groups) == 1
+    optimizer.step(batches[0])
+    before = optimizer.ekfac_state
+    wrapped = EKFACOptimizer(nn.Sequential(net), loss, net[0].parameters(), lr=0.1, damping=1.0)
+    wrapped.step(batches[0])
+    with pytest.raises(ValueError, match=r"of a model with \['0.0.bias', '0.0.weight'\], this one has \['0.bias'"):
+        optimizer.load_state_dict(wrapped.state_dict())
+    assert optimizer.ekfac_state is before
     with pytest.raises(TypeError, match="unexpected keyword argument 'basis_evry'"):
         EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
 

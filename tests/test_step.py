@@ -313,3 +313,11 @@ def test_two_hundred_layers() -> None:
     _, state, info = step.precondition(params, batch, step.init(params, batch))
     assert len(state.bases) == 200
     assert not info.skipped
+
+
+def test_what_half_precision_does_not_reach_is_skipped() -> None:
+    params, batch = {"w": torch.randn(3, 4).half()}, torch.randn(N, 4).half()
+    step = ekfac(lambda p, x: 1e-6 * F.linear(x, p["w"]).sum(), damping=1e-14)
+    natural, _, info = step.precondition(params, batch, step.init(params, batch))
+    assert info.skipped
+    assert not natural["w"].any()

@@ -1,5 +1,6 @@
 """The command `python -m ekfac_func train`, run as a user runs it."""
 
+import io
 import os
 import re
 import signal
@@ -123,7 +124,9 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "digits-mlp.checkpoint.pt"
-    for content in (b"", b"half", b"PK\x03\x04"):
+    other = io.BytesIO()
+    torch.save(torch.ones(2), other)
+    for content in (b"", b"half", b"PK\x03\x04", other.getvalue()):
         path.write_bytes(content)
         with pytest.raises(SystemExit) as stopped:
             main(["train", "--model", "mlp", "--out", str(tmp_path)])

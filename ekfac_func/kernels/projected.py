@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..products import ALIGNED_BYTES
-from ..types import Basis
+from ..types import Basis, turns
 
 
 class Tile(NamedTuple):
@@ -106,7 +106,7 @@ def takes(g: Tensor, a: Tensor, basis: Basis) -> bool:
     if not FOUND or g.device.type != "cuda" or g.dtype not in DTYPES:
         return False
     s, o, i = g.shape[2], g.shape[3], a.shape[3] * a.shape[4]
-    turn_i, turn_o = (Q.shape[-1] if Q.shape[-1] > 1 else 0 for Q in basis)
+    turn_i, turn_o = map(turns, basis)
     form, early, late = s * o * i, s * (o * turn_o + i * turn_i), o * i * (turn_o + turn_i)
     return s >= LEAST_POSITIONS and form + early <= EXTRA * (form + min(early, late))
 

@@ -228,10 +228,16 @@ class EKFACOptimizer(torch.optim.Optimizer):
         for key in ("ekfac", "damping"):
             if key not in state_dict:
                 raise ValueError(f"state_dict has no {key!r}: pass what EKFACOptimizer.state_dict() returned")
+        saved = state_dict["ekfac"], state_dict["damping"]
+        others = set() if saved[0] is None else _trained(saved[0]) - set(self.names.values())
+        if others:
+            raise ValueError(
+                f"state_dict is of a model with {sorted(others)}, this one has {sorted(self.names.values())}: load it "
+                "into an optimizer of a model with those names"
+            )
         rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
         super().load_state_dict(rest)
         device = self.param_groups[0]["params"][0].device
-        saved = state_dict["ekfac"], state_dict["damping"]
         self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), saved)
         if not callable(self.damping) and damping is not None:  # which is that of a rule
             self.damping = damping

@@ -122,6 +122,8 @@ def _saved(files: Files) -> dict[str, Any]:
     saved = None if files.restart else checkpoint.read(files.checkpoint)
     if saved is None:
         return {"reached": {}, "training": None, "trainer": None, "metrics_bytes": 0}
+    if not isinstance(saved, dict) or "about" not in saved:
+        raise OtherRun(f"{files.checkpoint} is no checkpoint of this command: give --restart, or another directory")
     for key, value in files.about.items():
         if saved["about"].get(key) != value:
             raise OtherRun(
