@@ -298,15 +298,17 @@ def ekfac(
         in_one = chunk_size is None or torch.compiler.is_compiling()
         n, before = leaf.shape[0], None if in_one else draws([leaf, *params.values()])
 
+        turns: list[_Turn] = []
+
         def first(layers: dict[str, Layer]) -> Reading:
-            return functools.partial(observe, turn_of(layers, params, state), state, n)
+            turns.append(turn_of(layers, params, state))
+            return functools.partial(observe, turns[-1], state, n)
 
         def add(layer: Layer, some: Seen, others: Seen) -> Seen:
             return add_seen(some, others, state.bases[layer.weight])
 
         folded = fold(curvature_loss, params, examples, of_curvature, first, add)
-        layers, seen = folded.layers, folded.kept
-        turn = turn_of(layers, params, state)
+        layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
         with no_autocast(leaf.device):
             started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
             carried, kept = started, None
