@@ -54,13 +54,14 @@ def rank(r: int) -> Rank:
     coordinates where one side is. A refresh is a subspace iteration from the old eigenvectors, `U <- qr(C U)` once (or
     as often as `qr(iterations)` says; at the first step once more), then the eigenvectors of `U^T C U` (Rayleigh-Ritz):
     Halko, Martinsson & Tropp 2011, https://arxiv.org/abs/0909.4061. The start is a Gaussian matrix of a fixed seed,
-    orthonormalised.
+    orthonormalised; every iteration has `max(8, r / 8)` columns more, orthogonal to the old ones, for what these have
+    no part in.
 
     With `factor_decay=0` the state keeps no factor, and none is formed but that of a convolution's patches: `C U` is
     `X^T (X U)` of the samples X. An average needs it in full, `[i i]`. Of fewer samples than r, the basis holds them
-    all, and the rest of its columns is arbitrary, as the null space of a full basis is. The rows of a lookup table stay
-    diagonal. A side of no more than r + 1 dimensions is full: a complement of one dimension is a direction like any
-    other.
+    all (after a few refreshes where they are others than before), and the rest of its columns is arbitrary, as the null
+    space of a full basis is. The rows of a lookup table stay diagonal. A side of no more than r + 1 dimensions is full:
+    a complement of one dimension is a direction like any other.
     """
     check_count("r", r)
     return Rank(r)

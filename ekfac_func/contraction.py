@@ -185,7 +185,7 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
         of_block = add_up(pairs_h, pairs_x)
         square = of_block if square is None else square + of_block
     assert square is not None
-    return square
+    return square.clamp(min=0)  # where positions cancel it is a rounding of their size, of either sign
 
 
 def _formed_sums(term: Factored, basis: Basis, how: Contraction, around: bool = False) -> Sums:

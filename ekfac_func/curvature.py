@@ -113,7 +113,9 @@ class Curvature:
 
     def frobenius_norm(self) -> Tensor:
         """`[]`, the root of the sum of the squared eigenvalues."""
-        return self._sum(torch.square).sqrt()
+        largest = torch.stack([v.abs().amax() for v in self.values.values() if v.numel()]).amax()
+        unit = torch.where(largest > 0, largest, 1)  # for squares have half the range
+        return self._sum(lambda v: (v / unit).square()).sqrt() * unit
 
     def dense(self) -> DenseBlocks:
         """The matrix of each layer, in float64, in the coordinates of `fisher_blocks`.

@@ -163,7 +163,10 @@ def _rows_of(distribution: Distribution) -> list[Tensor]:
             loc, scale = distribution.loc, distribution.scale
             return [(loc / scale.detach()).flatten(), (math.sqrt(2) * scale.log()).flatten()]
         case Bernoulli() | Binomial():  # every value's gradient is a multiple of that of the logits
-            return [(distribution.variance.detach().sqrt() * distribution.logits).flatten()]
+            logits = distribution.logits
+            count = distribution.total_count if isinstance(distribution, Binomial) else 1
+            variance = count * logits.sigmoid() * (-logits).sigmoid()  # torch's is 0 where p rounds to 1
+            return [(variance.detach().sqrt() * logits).flatten()]
         case Distribution(has_enumerate_support=True):
             logs = distribution.log_prob(distribution.enumerate_support())
             p = logs.detach().exp()

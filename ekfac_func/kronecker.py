@@ -349,8 +349,8 @@ def square_norms(terms: Terms) -> Tensor:
     total = functools.reduce(torch.add, map(_square_norms, terms))
     match terms:
         case (Factored() as factored, OneHot(ids=ids, g=g)):
-            return total + 2 * (look_up(factored, ids) * g).sum((1, 2))
-    return total
+            total = total + 2 * (look_up(factored, ids) * g).sum((1, 2))
+    return total.clamp(min=0)
 
 
 def _square_norms(term: Term) -> Tensor:

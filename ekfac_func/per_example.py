@@ -49,7 +49,11 @@ class PerExampleGradients:
         return unpack_all(self.captured.layers.values(), means, self.params)
 
     def norms(self) -> Tensor:
-        """Euclidean norm over all parameters of each example's gradient, `[n]`."""
+        """Euclidean norm over all parameters of each example's gradient, `[n]`.
+
+        To the root of the dtype's precision where positions of an example cancel: summed from pairs of them where that
+        is less work. `dense` is as exact as the gradients are.
+        """
         squares = [square_norms(term) for term in self.captured.terms.values()]
         return torch.stack([square.to(self.losses.dtype) for square in squares]).sum(0).sqrt()
 

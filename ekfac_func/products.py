@@ -26,6 +26,7 @@ AVAILABLE = (
 )
 ENTRIES = 2**15  # of the matrix, or of the product, from which on it pays
 MULTIPLICATIONS = 2**23  # of a smaller matrix with many rows, from which on it pays
+NARROW, ROWS = 16, 4096  # columns up to which a product adds up its rows in turn, and how many of them at a time
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
 
 
@@ -39,9 +40,19 @@ def rotate(x: Tensor, Q: Tensor) -> Tensor:
 
 def outer(x: Tensor, y: Tensor) -> Tensor:
     """`x^T y` of `[... m d]` and `[... m e]`."""
+    if _sums_in_turn(x, y):
+        cut = x.shape[-2] - x.shape[-2] % ROWS
+        parts = (t[..., :cut, :].unflatten(-2, (-1, ROWS)) for t in (x, y))
+        return outer(*parts).sum(-3) + outer(x[..., cut:, :], y[..., cut:, :])
     if x.shape[:-2] == y.shape[:-2] and x.shape[-1] * y.shape[-1] >= ENTRIES and _takes(x, y):
         return _product(x.mT, y)
     return matmul(x.mT, y)
+
+
+def _sums_in_turn(x: Tensor, y: Tensor) -> bool:
+    """Whether a CPU would add many rows up one after another, to fewer digits the more they are."""
+    narrow = max(x.shape[-1], y.shape[-1]) <= NARROW and x.shape[:-2] == y.shape[:-2]
+    return narrow and x.device.type == "cpu" and not transformed() and x.shape[-2] >= 2 * ROWS
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ ORTHONORMAL = {torch.float64: 1e-6, torch.float32: 1e-4}  # largest entry of |Q^
 PROBES = 8  # vectors on which orthonormality is tried, in place of a product of a fifth of the solver's time
 MAX_GROUPS = 4  # each is a graph of its own, beside those of the first step and of no refresh; Dynamo's limit is eight
 RANK_ITERATIONS = 1  # multiplications by the factor at a refresh of a rank(r) side, one more at the first step
+LEAST_FRESH = 8  # columns beside those of a rank(r) side that an iteration starts from; r / 8 where that is more
+PRIME = 2_097_143  # whose cube is an int64
 LARGE = 96  # dimensions from which on a thread of its own pays for a matrix
 
 
@@ -289,20 +291,31 @@ def _reflected(x: Tensor, old: Reflections, how: Refresh) -> Problem:
 
 
 def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
-    """The leading eigenvectors by subspace iteration from the old ones, in descending order."""
+    """The leading eigenvectors by subspace iteration from the old ones and a few beside them, in descending order.
+
+    Those beside them find what the old ones have no part in: of other inputs than before all `C U` may be zero.
+    """
     x, largest = _scaled(C.x if isinstance(C, Gram) else (C + C.mT) / 2)
-    U = old[..., :-1]
+    U, (d, r) = old[..., :-1], (old.shape[-2], old.shape[-1] - 1)
+    fresh = _noise(d, min(max(LEAST_FRESH, r // 8), d - r), U)
+    U = torch.cat([U, fresh - U @ (U.mT @ fresh)], -1)
     for _ in range(iterations):
         U = torch.linalg.qr(_times(C, x, U)).Q
     T = (U.mT @ _times(C, x, U)).to(old.dtype if x.device.type == "mps" else torch.float64)
     nothing = largest == 0  # then the old basis is as good as any, and nothing failed
 
     def read(W: Tensor) -> tuple[Tensor, Tensor]:
-        turned = U @ W.flip(-1).to(U.dtype)
+        turned = U @ W.flip(-1)[..., :r].to(U.dtype)
         good = _good(turned)
         return torch.where(good & ~nothing, F.pad(turned, (0, 1)), old), (~good & ~nothing).sum()
 
     return Problem((T + T.mT) / 2, None, read)
+
+
+def _noise(d: int, columns: int, like: Tensor) -> Tensor:
+    """`[d columns]` in [-1, 1], the same every time: cubes modulo a prime, for a graph takes no generator."""
+    k = torch.arange(1, d * columns + 1, device=like.device) % PRIME
+    return (2 * (k**3 % PRIME) / PRIME - 1).to(like.dtype).reshape(d, columns)
 
 
 def _times(C: Factor, x: Tensor, U: Tensor) -> Tensor:

@@ -312,7 +312,7 @@ def _turned(old: Side, new: Side) -> Tensor:
         return R
     R = R[:, :-1, :-1]
     into, out = (1 - R.sum(1, keepdim=True)).clamp(min=0), (1 - R.sum(2, keepdim=True)).clamp(min=0)
-    rest = 1 - into.sum(2, keepdim=True) / c
+    rest = (1 - into.sum(2, keepdim=True) / c).clamp(min=0)
     return torch.cat([torch.cat([R, out / c], 2), torch.cat([into, rest], 2)], 1)
 
 

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_func import (
+    DIAGONAL,
     RULES,
     SUA,
     Basis,
@@ -421,3 +423,20 @@ def test_blocks_of_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(blocking, "CACHE_BYTES", 1)
     close_trees(natural_of(case, case.params, batch, contractions=Contractions(max_bytes=1)), expected)
     assert N in sizes
+
+
+def test_no_moment_is_negative_where_positions_cancel() -> None:
+    """The square of a sum that is zero, from pairs: a rounding of what cancels."""
+    params = {"w": torch.randn(64, 64).float(), "b": torch.zeros(64).float()}
+    batch = torch.randn(32, 1, 64).float().expand(32, 4, 64).contiguous(), torch.randn(32, 4, 64).float()
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        z = F.linear(example[0], params["w"], params["b"])
+        return ((z - z.mean(0)) * example[1]).sum()
+
+    how = Contractions(orders={"*": Order.PAIRS})
+    step = ekfac(loss_fn, damping=1e-6, exponent=-0.5, bases={"*": DIAGONAL}, contractions=how)
+    _, state, info = step.precondition(params, batch, step.init(params, batch))
+    assert not info.skipped
+    assert (state.second_moments["w"].value >= 0).all()
+    assert torch.isfinite(per_example_gradients(loss_fn, params, batch).norms()).all()

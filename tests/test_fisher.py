@@ -155,6 +155,15 @@ def test_exact_bernoulli_and_binomial_by_enumeration() -> None:
     check(whole, data_loss(model), params, given, exact(model, lambda z: Binomial(3, logits=z)))
 
 
+def test_exact_bernoulli_where_the_model_is_sure() -> None:
+    x = torch.ones(3, 1, dtype=torch.float32)
+    for logit in (17.0, -17.0):
+        params = {"w": torch.full((1, 1), logit, dtype=torch.float32)}
+        fisher = exact(lambda p, x: F.linear(x, p["w"]), lambda z: Bernoulli(logits=z))
+        found = fisher_blocks(lambda p, x: F.linear(x, p["w"]).sum(), params, x, fisher=fisher).matrices["w"]
+        close(found.double().flatten(), torch.tensor([17.0]).sigmoid() * torch.tensor([-17.0]).sigmoid(), 1e-5)
+
+
 def test_exact_normal_is_the_gauss_newton_matrix_of_squared_error() -> None:
     model, params, batch = mlp(2, 4)
     given = batch(5)

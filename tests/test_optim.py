@@ -861,6 +861,30 @@ def test_relative_damping(estimator: Any, scope: Any) -> None:
     close_trees(scaled(louder.precondition(case.params, batch, initial)[0], 7), natural, 1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relative_damping_of_a_dead_layer_of_some_rank(dtype: torch.dtype) -> None:
+    """Whose samples are times the inverse of the least damping."""
+    params = {name: torch.randn(30, 30, dtype=dtype) for name in ("w", "dead", "v")}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"]).relu()
+        return F.linear(h + (F.linear(h, params["dead"]) - 1e6).relu(), params["v"]).square().mean()
+
+    batch = 10 * torch.randn(6, 30, dtype=dtype)
+    step = ekfac(loss_fn, damping=relative(0.1), bases={"*": rank(8)})
+    natural, _, info = step.precondition(params, batch, step.init(params, batch))
+    assert not info.skipped
+    assert natural["w"].any()
+    assert not natural["dead"].any()
+
+
+def test_the_cosine_of_small_gradients() -> None:
+    small = {"w": torch.full((4,), 1e-12, dtype=torch.float32)}
+    step = ekfac(lambda p, x: 1e-12 * (p["w"] * x).sum(), damping=1.0)
+    natural, state, info = step.precondition(small, torch.ones(3, 4), step.init(small, torch.ones(3, 4)))
+    close(metrics(natural, info, state)["cosine"].double(), torch.ones(()), 1e-5)
+
+
 def test_relative_damping_of_a_layer_without_gradients() -> None:
     case = make("unused")
     batch = case.batch(N)

@@ -759,3 +759,24 @@ def test_a_tied_table_in_chunks_with_other_samples_on_each_use(sharing: Any) -> 
         step = ekfac(loss_fn, damping=0.1, bases={"*": rank(2)}, chunk_size=chunk_size, weight_sharing=sharing)
         found.append(step.precondition(params, batch, step.init(params, batch))[0])
     close_trees(found[1], found[0], 1e-9)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_basis_of_some_rank_finds_inputs_that_the_old_one_has_no_part_in(decay: float) -> None:
+    d, r, params = 200, 16, {"w": torch.randn(5, 200)}
+
+    def batch(first: int) -> Any:
+        return F.one_hot(torch.randint(first, first + 10, (64,)), d).double(), torch.randint(0, 5, (64,))
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(F.linear(example[0], params["w"]), example[1])
+
+    step = ekfac(loss_fn, damping=1e-3, bases={"*": rank(r)}, factor_decay=decay)
+    state = step.init(params, batch(0))
+    for first in (0, 100, 100, 100, 100):
+        given = batch(first)
+        _, state, _ = step.precondition(params, given, state)
+    U = state.bases["w"].Q_A[0, :, :-1]
+    close(U.T @ U, torch.eye(r))
+    seen = given[0].unique(dim=0)
+    close(seen @ U @ U.T, seen, 1e-6 if decay == 0 else 1e-2)

@@ -33,7 +33,8 @@ def relative(fraction: Number, scope: Scope = each) -> Damping:
 def _relative(fraction: Number, scope: Scope, moments: Mapping[str, Spectrum]) -> dict[str, Number]:
     sums = scope({name: (m.value * m.counts[..., None]).sum() for name, m in moments.items()})
     counts = scope({name: m.value.new_full((), m.size) for name, m in moments.items()})
-    tiny = {name: torch.finfo(m.value.dtype).tiny for name, m in moments.items()}  # for a layer without gradients
+    # for a layer without gradients; its inverse may be multiplied
+    tiny = {name: 1e6 * torch.finfo(m.value.dtype).tiny for name, m in moments.items()}
     return {name: (fraction * sums[name] / counts[name].clamp(min=1)).clamp(min=tiny[name]) for name in moments}
 
 

@@ -47,7 +47,7 @@ def metrics(
     """
     gradient_square, natural_square = total(squares(info.gradient)), total(squares(natural))
     product = total(dots(natural, info.gradient))
-    lengths = (gradient_square * natural_square).sqrt()
+    lengths = gradient_square.sqrt() * natural_square.sqrt()
     found = {
         "loss": info.loss,
         "gradient_norm": gradient_square.sqrt(),

@@ -132,7 +132,7 @@ def graft(onto: Transform, scope: Scope = each) -> Transform:
     def update(direction: Params, state: Any, params: Mapping[str, Tensor], info: Info) -> tuple[Params, Any]:
         other, state = onto.update(info.gradient, state, params, info)
         wanted, own = scope(squares(other)), scope(squares(direction))
-        ratios = {name: (wanted[name] / torch.where(own[name] > 0, own[name], 1)).sqrt() for name in direction}
+        ratios = {name: wanted[name].sqrt() / torch.where(own[name] > 0, own[name], 1).sqrt() for name in direction}
         return _times(direction, ratios), state
 
     return Transform(onto.init, update)
