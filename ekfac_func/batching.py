@@ -106,7 +106,16 @@ def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *ar
     return torch.where((input == padding_idx % len(weight))[..., None], rows.detach(), rows)
 
 
-EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.embedding: embedding}
+def as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Of a copy, for a tensor that shares its memory with those of other examples shares its gradient too."""
+    return torch.as_strided(input.clone(), *args, **kwargs)
+
+
+EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.embedding: embedding,
+    torch.as_strided: as_strided,
+    Tensor.as_strided: as_strided,
+}
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,

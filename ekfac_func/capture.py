@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
@@ -98,7 +98,8 @@ def fold(
         return _tapped(plan(loss_fn, params, batch, options), loss_fn, params, batch, options, begin, add)[0]
     check_inference_mode()
     plans, key = _memo(loss_fn), _key(loss_fn, params, batch, options)
-    before = draws(pytree.tree_leaves((params, batch)))  # every attempt starts from them
+    leaves = pytree.tree_leaves((params, batch))
+    before = draws(leaves)  # every attempt starts from them
     if key in plans:
         found, expected = plans[key]
         try:
@@ -110,11 +111,25 @@ def fold(
         before.repeat()
     # the first call with these shapes, or the loss took another way through the program than last time
     found = plan(loss_fn, params, batch, options)
-    folded, seen, found = _retried(found, loss_fn, params, batch, options, begin, add, before)
+    without_values = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+    try:
+        folded, seen, found = _retried(found, loss_fn, params, batch, options, begin, add, before)
+    except DATA_DEPENDENT as error:
+        if without_values:
+            raise
+        raise RuntimeError(KEPT) from error
+    if isinstance(folded.losses, FakeTensor) and not without_values:
+        raise RuntimeError(KEPT)
     if key not in plans and len(plans) == REMEMBERED:
         del plans[next(iter(plans))]
     plans[key] = found, seen
     return folded
+
+
+KEPT = (
+    "loss_fn used a tensor that it had kept since its layers were found, on tensors without values, as a module does "
+    "that fills a cache in its first call: fill it before, by a call of the model as it is"
+)
 
 
 def own(params: Mapping[str, Tensor]) -> Params:
@@ -171,12 +186,12 @@ class StalePlan(RuntimeError):
     """The loss called other layers than discovery saw."""
 
 
-def _params_of(tree: Any, by_id: Mapping[int, str]) -> Iterator[Any]:
+def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]:
     """Which parameters a call was given, and which of their entries: a plan is stale where that changes."""
     for leaf in pytree.tree_leaves(tree):
-        name = by_id.get(id(leaf))
-        if name is not None:
-            yield name, leaf.shape, leaf.stride(), leaf.storage_offset()
+        of_param = by_id.get(id(leaf))
+        if of_param is not None:
+            yield of_param, leaf.shape, leaf.stride(), leaf.storage_offset()
 
 
 def _tapped(
@@ -199,12 +214,13 @@ def _tapped(
         calls.clear()
         seen.clear()
         known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
-        by_id = {} if compiling else {id(p): name for p, name in known}
+        # of a parameter 0, of its views and copies which it is: copies of several entries look alike
+        by_id = {} if compiling else {id(p): (name, 0) for p, name in known}
         counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            seen.append(func if compiling else (func, *_params_of((args, kwargs), by_id)))
+            seen.append(func if compiling else (func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
             refuse(func, args, kwargs, params, options.batched)
             output = (
                 NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, options.batched)
@@ -218,9 +234,9 @@ def _tapped(
                 output = func(*args, **kwargs)
                 parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
-                    known.extend((part, name) for part in parts)
                     if not compiling:
-                        by_id.update({id(part): name for part in parts})
+                        by_id.update({id(part): (name, at) for at, part in enumerate(parts, len(known))})
+                    known.extend((part, name) for part in parts)
                 # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
                 ids = views.ids_of(func, args, picks) if args and (name is not None or compiling) else None
                 if ids is not None:
@@ -245,6 +261,9 @@ def _tapped(
                     f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "
                     "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
                 )
+            if not compiling:
+                bias = None if read.bias is None else name_of(read.bias, known)
+                seen.append((read.letters, read.split, bias, read.table, output.dtype))
             calls.append(with_ids(read, picks) if planned.picked else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())

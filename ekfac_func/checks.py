@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Number, State, statistics_dtype
+from .types import Batch, Layer, Number, State, statistics_dtype
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:
@@ -70,6 +70,7 @@ def check_state(
     shapes: Mapping[str, tuple[int, ...]],
     factor_shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     params: Mapping[str, Tensor],
+    layers: Mapping[str, Layer],
 ) -> None:
     """state: made by `init` for these params, loss_fn, rules and bases; shapes: of what they need."""
     if not isinstance(state, State):
@@ -95,6 +96,13 @@ def check_state(
                 f"state has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for the layer {name!r}, bases and "
                 f"factor_decay need {factor_shapes[name][0]} and {factor_shapes[name][1]}: make it with "
                 "init(params, batch)"
+            )
+    for old in state.layers:
+        new = layers.get(old.weight)
+        if new is not None and old.split == new.split and old.order != new.order:
+            raise ValueError(
+                f"state has the layer {old.weight!r} with its axes in the order {old.order}, the loss has them in the "
+                f"order {new.order}: let it call its layers in one order, or make the state with init(params, batch)"
             )
     for name in state.second_moments:
         if name not in shapes:

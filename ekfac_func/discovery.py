@@ -214,7 +214,10 @@ def _discover(
         return Plan(_unread(param_specs, "torch.autograd.grad"), (), nested=True, open=False)
     except RuntimeError as error:
         if "setup_context" not in str(error):
-            raise
+            if not batched or values is None:
+                raise
+            n = pytree.tree_leaves(values[1])[0].shape[0]  # it may not take every number of examples
+            return _of_batches(param_specs, run, n, 2 * n)
         if batched:
             raise ValueError(
                 "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: "

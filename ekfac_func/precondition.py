@@ -111,7 +111,8 @@ class EKFAC(NamedTuple):
     each example alone (a rule that reads its calls wrongly, examples that are coupled). The loss may then draw no
     random numbers.
     `precondition(params, batch, state) -> (natural, state, info)` changes nothing of its arguments. What it returns is
-    constant to autograd: no derivative goes through a step, w.r.t. damping or anything else.
+    constant to autograd: no derivative goes through a step, w.r.t. damping or anything else. A process calls it, and
+    `init`, in one thread at a time, for tracing sets flags of torch that all threads read.
     """
 
     init: Init
@@ -267,6 +268,7 @@ def ekfac(
             {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
             {name: factor_shapes(layer, chosen[name], averaged) for name, layer in layers.items()},
             params,
+            layers,
         )
         refreshing = due(layers, refresh, state.step, basis_every)
         every = len(refreshing) == len(layers) or state.step % moment_every == 0  # a guard, and so a graph, the fewer

@@ -30,7 +30,7 @@ PROBES = 8  # vectors on which orthonormality is tried, in place of a product of
 MAX_GROUPS = 4  # each is a graph of its own, beside those of the first step and of no refresh; Dynamo's limit is eight
 RANK_ITERATIONS = 1  # multiplications by the factor at a refresh of a rank(r) side, one more at the first step
 LEAST_FRESH = 8  # columns beside those of a rank(r) side that an iteration starts from; r / 8 where that is more
-PRIME = 2_097_143  # whose cube is an int64
+PRIME, FIRST = 2_097_143, 1_234_567  # whose cube is an int64, and from where on cubes modulo it have no order
 LARGE = 96  # dimensions from which on a thread of its own pays for a matrix
 
 
@@ -314,7 +314,7 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
 
 def _noise(d: int, columns: int, like: Tensor) -> Tensor:
     """`[d columns]` in [-1, 1], the same every time: cubes modulo a prime, for a graph takes no generator."""
-    k = torch.arange(1, d * columns + 1, device=like.device) % PRIME
+    k = (torch.arange(d * columns, device=like.device) + FIRST) % PRIME
     return (2 * (k**3 % PRIME) / PRIME - 1).to(like.dtype).reshape(d, columns)
 
 

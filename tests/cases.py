@@ -682,6 +682,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "forward mode": lambda: function(_forward_mode, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
     "custom": lambda: function(_custom, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled=set()),
     "custom apart": lambda: function(_custom_apart, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled={"w", "v"}),
+    "strided": lambda: function(
+        lambda p, x: (F.linear(x, p["w"]) * p["v"].as_strided((3,), (4,))).sin().sum(),
+        {"w": randn(3, 4), "v": randn(3, 3)},
+        4,
+        ruled={"w"},
+    ),
     "no outputs": lambda: function(_in_turn, {"first": randn(3, 4), "last": randn(0, 3)}, 4, ruled={"first", "last"}),
     "keywords": lambda: function(_keywords, {"w": randn(3, 4), "b": randn(3)}, 4, ruled={"w", "b"}),
     "penalty": lambda: function(_penalised, {"w": randn(3, 4), "b": randn(3)}, 4, ruled=set()),

@@ -364,3 +364,17 @@ def test_describe_of_a_loss_that_looks_at_values() -> None:
     params = {name: p.detach() for name, p in net.named_parameters()}
     rows = describe(lambda p, batch: _checked(net, p, *batch), params, tokens_of([2, 1]), batched=True)
     assert [row.rule for row in rows] == ["linear", "linear"]
+
+
+def test_a_batched_loss_that_does_not_take_every_number_of_examples() -> None:
+    params, batch = {"w": torch.randn(4, 4)}, torch.randn(6, 4)
+
+    def losses_fn(params: Params, x: Tensor) -> Tensor:
+        one, other = F.linear(x, params["w"]).tanh().view(2, -1, 4)
+        return (one * other).sum(-1).exp().repeat(2)
+
+    found = per_example_gradients(losses_fn, params, batch, batched=True)
+    leaf = params["w"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(losses_fn({"w": leaf}, batch).sum(), leaf)
+    close(found.dense("w").sum(0), expected)
+    assert found.captured.layers["w"].rule == "linear"

@@ -343,6 +343,11 @@ def test_a_loop_over_the_examples_with_class_labels() -> None:
         close(found.dense(name), expected)
 
 
+def _squares(w: Tensor, differentiated: bool) -> Tensor:
+    with torch.set_grad_enabled(differentiated):
+        return w.square().sum()
+
+
 WAYS: dict[str, Any] = {
     "index": lambda p, h, at: F.linear(h, p["heads"][at]),
     "index from the end": lambda p, h, at: F.linear(h, p["heads"][at - 3]),
@@ -352,26 +357,75 @@ WAYS: dict[str, Any] = {
     "experts": lambda p, h, at: (
         h @ (p["heads"][torch.tensor([0, 2])], p["heads"][:2], p["heads"][1:])[at].transpose(1, 2)
     ),
+    "copies": lambda p, h, at: F.linear(h, [p["heads"][k].clone() for k in range(3)][at]),
+    "casts": lambda p, h, at: F.linear(h, [p["heads"][k].float() for k in range(3)][at].double()),
+    "equation": lambda p, h, at: torch.einsum(("i,oi->o", "i,io->o", "i,oi->o")[at], h, p["v"]),
+    "factor": lambda p, h, at: torch.addmm(p["b"], h[None], p["v"], beta=(1, 2, 0.5)[at]),
+    "grad mode": lambda p, h, at: F.linear(h, p["v"]) + _squares(p["v"], at == 1),
     "penalty": lambda p, h, at: F.linear(h, p["v"]) + (p["w"], p["v"], p["heads"])[at].square().sum(),
 }
 
 
-@pytest.mark.parametrize(
-    ("way", "compiled"),
-    [*((way, False) for way in WAYS), ("index from the end", True), ("slice", True), ("penalty", True)],
-)
-def test_a_loss_that_takes_its_parameters_another_way(way: str, compiled: bool) -> None:
-    """By a number that it closes over, with the same functions on the same shapes."""
-    params = {"w": torch.randn(4, 3), "heads": torch.randn(3, 2, 4), "v": torch.randn(4, 4)}
-    batch, chosen = torch.randn(N, 3), SimpleNamespace(at=0)
+def taking(way: str) -> tuple[SimpleNamespace, Any, Params, Tensor]:
+    """The number that a loss closes over, the loss, its parameters and a batch."""
+    params = {"w": torch.randn(4, 3), "heads": torch.randn(3, 2, 4), "v": torch.randn(4, 4), "b": torch.randn(4)}
+    chosen = SimpleNamespace(at=0)
 
     def loss_fn(params: Params, x: Tensor) -> Tensor:
         return WAYS[way](params, F.linear(x, params["w"]).tanh(), chosen.at).square().sum()
 
+    return chosen, loss_fn, params, torch.randn(N, 3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_that_takes_its_parameters_another_way(way: str) -> None:
+    """By a number that it closes over, with the same functions on the same shapes."""
+    chosen, loss_fn, params, batch = taking(way)
+    for chosen.at in (0, 1, 2, 0, 2, 1):
+        found = per_example_gradients(loss_fn, params, batch)
+        for name, expected in loop(loss_fn, params, batch)[1].items():
+            close(found.dense(name), expected, 1e-6 if way == "casts" else 1e-9)
+
+
+@pytest.mark.parametrize("way", ["index from the end", "slice", "penalty"])
+def test_a_compiled_loss_that_takes_its_parameters_another_way(way: str) -> None:
+    chosen, loss_fn, params, batch = taking(way)
     step = ekfac(loss_fn, damping=1.0, basis_every=100)
     state = step.precondition(params, batch, step.init(params, batch))[1]
-    call = torch.compile(step.precondition, fullgraph=True, backend="aot_eager") if compiled else step.precondition
+    call = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
     for chosen.at in (0, 1, 2, 0, 2, 1):
         info = call(params, batch, state)[2]
         for name, expected in loop(loss_fn, params, batch)[1].items():
             close(info.gradient[name], expected.mean(0))
+
+
+def test_a_tensor_kept_from_discovery_is_refused() -> None:
+    """As a module keeps a mask that it makes in its first call."""
+    net, kept = nn.Linear(4, 4).double(), {}
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        if "mask" not in kept:
+            kept["mask"] = torch.ones(4).cumsum(0)
+        return (kept["mask"] * functional_call(net, params, (x,))).square().sum()
+
+    batch, step = torch.randn(N, 4), ekfac(loss_fn, damping=1.0)
+    with pytest.raises(RuntimeError, match=r"kept since its layers were found.*fill it before"):
+        step.precondition(params, batch, step.init(params, batch))
+    kept["mask"] = torch.ones(4).cumsum(0)
+    _, _, info = step.precondition(params, batch, step.init(params, batch))
+    close(info.gradient["weight"], loop(loss_fn, params, batch)[1]["weight"].mean(0))
+
+
+def test_a_state_of_turned_axes_is_refused() -> None:
+    """A square weight that the loss uses turned first, once it calls its layers in another order."""
+    order, params, batch = SimpleNamespace(turned=False), {"w": torch.randn(4, 4)}, torch.randn(N, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"].T if order.turned else params["w"]).sin().sum()
+
+    step = ekfac(loss_fn, damping=1.0)
+    state = step.init(params, batch)
+    order.turned = True
+    with pytest.raises(ValueError, match=r"'w' with its axes in the order \(0, 1\).*\(1, 0\)"):
+        step.precondition(params, batch, state)

@@ -794,6 +794,12 @@ def test_errors_of_the_optimizer() -> None:
     with pytest.raises(ValueError, match=r"of a model with \['0.0.bias', '0.0.weight'\], this one has \['0.bias'"):
         optimizer.load_state_dict(wrapped.state_dict())
     assert optimizer.ekfac_state is before
+    whole = EKFACOptimizer(net, loss)
+    net[0], net[2] = net[2], net[0]
+    for call in (whole.step, whole.describe, whole.check):
+        with pytest.raises(RuntimeError, match="has them elsewhere.*make it anew"):
+            call(batches[0])
+    net[0], net[2] = net[2], net[0]
     with pytest.raises(TypeError, match="unexpected keyword argument 'basis_evry'"):
         EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
 

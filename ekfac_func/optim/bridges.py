@@ -191,6 +191,11 @@ class EKFACOptimizer(torch.optim.Optimizer):
         return self.info.loss if closure is None else result
 
     def _trainable(self) -> Params:
+        if {p: name for name, p in self.model.named_parameters()} != self.names:
+            raise RuntimeError(
+                "model has other parameters, or has them elsewhere, than when the optimizer was made: make it anew "
+                "after a change of the modules"
+            )
         return {self.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
 
     def check(self, batch: Batch) -> None:
