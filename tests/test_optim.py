@@ -797,7 +797,7 @@ def test_errors_of_the_optimizer() -> None:
     whole = EKFACOptimizer(net, loss)
     net[0], net[2] = net[2], net[0]
     for call in (whole.step, whole.describe, whole.check):
-        with pytest.raises(RuntimeError, match="has them elsewhere.*make it anew"):
+        with pytest.raises(RuntimeError, match=r"has them elsewhere.*make it anew"):
             call(batches[0])
     net[0], net[2] = net[2], net[0]
     with pytest.raises(TypeError, match="unexpected keyword argument 'basis_evry'"):
