@@ -63,6 +63,11 @@ def in_part(values: Iterable[Any], in_full: Container[Any] | None = None) -> lis
     ]
 
 
+def behind(values: Iterable[Any]) -> list[Any]:
+    """Each value traced alone, behind the marker."""
+    return [pytest.param(value, "eager", marks=pytest.mark.slow) for value in values]
+
+
 def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
@@ -114,7 +119,11 @@ RUNS = list(itertools.product(ESTIMATORS, [RULES, {**RULES, **SUA}]))
 
 @pytest.mark.parametrize(
     ("of", "backend"),
-    [*in_part(RUNS, RUNS[1:3]), *(pytest.param(of, "inductor", marks=pytest.mark.slow) for of in RUNS)],
+    [
+        *in_part(RUNS[:4], RUNS[1:3]),
+        *behind(RUNS[4:]),
+        *(pytest.param(of, "inductor", marks=pytest.mark.slow) for of in RUNS),
+    ],
 )
 def test_a_run_with_dropout(of: tuple[SecondMoment, Any], backend: str) -> None:
     """Full-rank factors, several batches, stale bases, the same seed."""
@@ -170,7 +179,10 @@ def regression_step(**options: Any) -> tuple[EKFAC, Params]:
     return ekfac(loss_fn, damping=1e-2, **options), params
 
 
-@pytest.mark.parametrize(("of", "backend"), in_part(itertools.product(ESTIMATORS, [1, 10])))
+@pytest.mark.parametrize(
+    ("of", "backend"),
+    [*in_part(itertools.product(ESTIMATORS, [10]), [(intra_batch, 10)]), *behind(itertools.product(ESTIMATORS, [1]))],
+)
 def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
     """Three for a constant batch size, two more for another, none for further ones."""
     step, params = regression_step(second_moment=of[0], basis_every=of[1])
@@ -232,7 +244,14 @@ def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> Non
                 torch.library.opcheck(torch.ops.ekfac_func.patch_sums, given, test_utils=FAKE)
 
 
-@pytest.mark.parametrize("name", ["conv groups", "conv dilation", "conv stride", "conv1d", "conv3d"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv groups",
+        "conv3d",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv dilation", "conv stride", "conv1d")),
+    ],
+)
 def test_convolutions_without_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a graph has their sums in full."""
     for room in ("patch_gram", "orders"):
@@ -248,7 +267,7 @@ def test_convolutions_without_operators(name: str, monkeypatch: pytest.MonkeyPat
     assert graphs() <= 2
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_a_second_model_in_one_process(backend: str) -> None:
     """Whose sizes Dynamo takes for symbols, as it has seen others in their place."""
     for name in ("linear", "conv groups", "tied padded"):

@@ -349,7 +349,10 @@ FISHERS: dict[str, Callable[[Model], Fisher]] = {
 }
 
 
-@pytest.mark.parametrize("name", FISHERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("normal", "bernoulli") else []) for name in FISHERS],
+)
 @pytest.mark.parametrize("make", [pytest.param(lambda: mlp(4), id="mlp", marks=pytest.mark.slow), conv])
 def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
     model, params, batch = make()
