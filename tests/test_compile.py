@@ -79,13 +79,7 @@ def _fresh() -> None:
 
 
 # one of each kind; the others are traced alone, which takes a third of the time, and behind the marker in full
-IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "bag offsets", "slices", "experts", "layer norm"} | {
-    "transposed conv groups",
-    "not views",
-    "pairs of pixels",
-    "token losses",
-    "two biases",
-}
+IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "slices", "layer norm", "token losses"}
 TRACED = {"recurrent", "recurrent projected", "recurrent tanh"}  # torch's modules and `functional_call` are no graph
 EVERY_BACKEND = [
     case for case in in_part(BATCHED, IN_FULL) if case.values[1] == "eager" or case.values[0] not in TRACED

@@ -32,7 +32,7 @@ WITHOUT = ("attention",)  # torch asks an accelerator for a kernel of these
 READS = {"script": "aten._to_copy"}  # its own constants
 
 
-@pytest.mark.parametrize("kind", ["steps", "graphs"])
+@pytest.mark.parametrize("kind", ["steps", pytest.param("graphs", marks=pytest.mark.slow)])
 def test_nothing_is_read_from_a_device(kind: str) -> None:
     command = [sys.executable, "-m", "tests.test_fake_device", kind]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
