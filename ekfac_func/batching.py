@@ -6,7 +6,7 @@ same functions with a rule that takes all examples at once and leaves their numb
 their own: the gradient is taken outside `vmap`, of what the rule calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,9 +106,16 @@ def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *ar
     return torch.where((input == padding_idx % len(weight))[..., None], rows.detach(), rows)
 
 
-def as_strided(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
     """Of a copy, for a tensor that shares its memory with those of other examples shares its gradient too."""
-    return torch.as_strided(input.clone(), *args, **kwargs)
+    copy = input.clone()
+    offset = 0 if storage_offset is None else storage_offset - input.storage_offset()
+    if offset < 0 or copy.stride() != input.stride():
+        raise ValueError(
+            f"as_strided of a view of shape {tuple(input.shape)}, which has not all the memory between its entries or "
+            f"before them (storage_offset={storage_offset}): take it of the tensor that it is a view of"
+        )
+    return torch.as_strided(copy, size, stride, offset)
 
 
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {

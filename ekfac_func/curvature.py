@@ -113,7 +113,8 @@ class Curvature:
 
     def frobenius_norm(self) -> Tensor:
         """`[]`, the root of the sum of the squared eigenvalues."""
-        largest = torch.stack([v.abs().amax() for v in self.values.values() if v.numel()]).amax()
+        values = [torch.where(self.real[name], v, 0) for name, v in self.values.items() if v.numel()]
+        largest = torch.stack([v.abs().amax() for v in values]).amax()
         unit = torch.where(largest > 0, largest, 1)  # for squares have half the range
         return self._sum(lambda v: (v / unit).square()).sqrt() * unit
 

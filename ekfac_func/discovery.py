@@ -134,6 +134,10 @@ class _SecondOrder(Exception):
     """The loss calls `torch.autograd.grad`."""
 
 
+class _WithoutContext(Exception):
+    """The loss calls an `autograd.Function` of which `torch.func` knows nothing, for its forward takes ctx."""
+
+
 class _Groups(NamedTuple):
     """The axes of a parameter that a call has on b, o, i and k: size and stride of each, in their order."""
 
@@ -212,19 +216,19 @@ def _discover(
                 "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
         return Plan(_unread(param_specs, "torch.autograd.grad"), (), nested=True, open=False)
-    except RuntimeError as error:
-        if "setup_context" not in str(error):
-            if not batched or values is None:
-                raise
-            n = pytree.tree_leaves(values[1])[0].shape[0]  # it may not take every number of examples
-            return _of_batches(param_specs, run, n, 2 * n)
+    except _WithoutContext:
         if batched:
             raise ValueError(
                 "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: "
                 "give it a setup_context, or leave batched out for a loop over the examples"
-            ) from error
+            ) from None
         layers = _unread(param_specs, "an autograd.Function without setup_context")
         return Plan(layers, (), nested=False, open=False, looped=True)
+    except RuntimeError:
+        if not batched or values is None:
+            raise
+        n = pytree.tree_leaves(values[1])[0].shape[0]  # it may not take every number of examples
+        return _of_batches(param_specs, run, n, 2 * n)
 
 
 def _unread(param_specs: Mapping[str, Spec], why: str) -> tuple[Layer, ...]:
@@ -402,6 +406,8 @@ def _run(
                 loss = loss_fn(marked, given)
         except RuntimeError as error:
             _refuse_checkpoint(error)
+            if "setup_context" in str(error):
+                raise _WithoutContext from error
             raise
         if mutations:
             raise mutations[0]

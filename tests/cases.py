@@ -69,6 +69,16 @@ class Here(TorchFunctionMode):
         return found.to(self.device) if made and "device" not in (kwargs or {}) else found
 
 
+def made_on(device: str, loss_fn: LossFn) -> LossFn:
+    """The loss, with what it makes itself on a device."""
+
+    def on_device(params: Params, example: Any) -> Any:
+        with Here(device):
+            return loss_fn(params, example)
+
+    return on_device
+
+
 def head(channels: int, pixels: int, *features: nn.Module) -> nn.Module:
     return nn.Sequential(*features, nn.Tanh(), nn.Flatten(), nn.Linear(channels * pixels, 3))
 
@@ -683,7 +693,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "custom": lambda: function(_custom, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled=set()),
     "custom apart": lambda: function(_custom_apart, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled={"w", "v"}),
     "strided": lambda: function(
-        lambda p, x: (F.linear(x, p["w"]) * p["v"].as_strided((3,), (4,))).sin().sum(),
+        lambda p, x: (
+            (F.linear(x, p["w"]) * (p["v"].as_strided((3,), (4,)) + p["v"][1:].as_strided((3,), (2,), 4))).sin().sum()
+        ),
         {"w": randn(3, 4), "v": randn(3, 3)},
         4,
         ruled={"w"},

@@ -366,6 +366,17 @@ def test_describe_of_a_loss_that_looks_at_values() -> None:
     assert [row.rule for row in rows] == ["linear", "linear"]
 
 
+def test_a_function_without_a_context_of_its_own_is_refused() -> None:
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sin()
+
+    step = ekfac(lambda p, x: Sine.apply(F.linear(x, p["w"])).sum(1), damping=1.0, batched=True)
+    with pytest.raises(ValueError, match=r"forward takes ctx.*setup_context, or leave batched out"):
+        step.init({"w": torch.randn(3, 4)}, torch.randn(N, 4))
+
+
 def test_a_batched_loss_that_does_not_take_every_number_of_examples() -> None:
     params, batch = {"w": torch.randn(4, 4)}, torch.randn(6, 4)
 

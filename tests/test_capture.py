@@ -429,3 +429,12 @@ def test_a_state_of_turned_axes_is_refused() -> None:
     order.turned = True
     with pytest.raises(ValueError, match=r"'w' with its axes in the order \(0, 1\).*\(1, 0\)"):
         step.precondition(params, batch, state)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda v: v[1:].as_strided((3,), (4,), 1), lambda v: torch.as_strided(v[:, 1:], (3,), (5,))]
+)
+def test_memory_that_a_view_does_not_have_is_refused(view: Any) -> None:
+    params = {"v": torch.randn(4, 4)}
+    with pytest.raises(ValueError, match=r"as_strided of a view of shape .*take it of the tensor"):
+        per_example_gradients(lambda p, x: (x * view(p["v"])).sin().sum(), params, torch.randn(N, 3))

@@ -41,7 +41,7 @@ from ekfac_func.__main__ import main
 from ekfac_func.optim import apply_updates, chain, clip_kl, learning_rate, metrics, momentum, relative, weight_decay
 from ekfac_func.orders import Order
 
-from .cases import Case, Here, N, classifier, every_case, make
+from .cases import Case, N, classifier, every_case, made_on, make
 from .oracles import close, close_trees, same_bits
 from .test_kernels import SIZES
 
@@ -371,11 +371,7 @@ def pair(name: str) -> tuple[Case, Case]:
         if isinstance(cell.cell_contents, nn.Module):
             cell.cell_contents.to(DEVICE)
 
-    def loss_fn(params: Any, example: Any) -> Tensor:
-        with Here(DEVICE):
-            return twin.loss_fn(params, example)
-
-    return case, Case(loss_fn, moved(twin.params), lambda n: moved(case.batch(n)), twin.ruled)
+    return case, Case(made_on(DEVICE, twin.loss_fn), moved(twin.params), lambda n: moved(case.batch(n)), twin.ruled)
 
 
 @every_case

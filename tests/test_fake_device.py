@@ -6,7 +6,7 @@ Nothing comes back to the CPU, and a graph holds no tensor of it, as CUDA graphs
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from benchmarks.workloads import TINY, work
 from ekfac_func import averaged_intra_batch, ekfac, qr
 from ekfac_func.optim import metrics
 
-from .cases import CASES, Here, N, make
+from .cases import CASES, N, made_on, make
 from .test_cuda import training
 
 DEVICE = "absent"
@@ -86,12 +86,8 @@ def steps() -> Iterator[str]:
             continue
         case, twin = make(name), make(name)
         on_device(twin.loss_fn)
-
-        def loss_fn(params: Any, example: Any, of: Callable[..., Tensor] = twin.loss_fn) -> Tensor:
-            with Here(DEVICE):
-                return of(params, example)
-
-        here, there = (ekfac(loss, damping=1e-2, basis_every=10, **AVERAGED) for loss in (case.loss_fn, loss_fn))
+        losses = case.loss_fn, made_on(DEVICE, twin.loss_fn)
+        here, there = (ekfac(loss_fn, damping=1e-2, basis_every=10, **AVERAGED) for loss_fn in losses)
         batch = case.batch(N)
         _, state, _ = here.precondition(case.params, batch, here.init(case.params, batch))
         given = moved((twin.params, batch, state))

@@ -114,7 +114,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
 
     def _bind(self) -> None:
         """Make what the module and the loss decide, and no copy or pickle carries."""
-        self.names = {p: name for name, p in self.model.named_parameters()}
+        self.names = _names(self.model)
         self._bound = bound = _Bound(self.model, self.loss)
         places = _places(bound)
         has_aux, batched = self.options.get("has_aux", False), self.options.get("batched", False)
@@ -191,7 +191,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         return self.info.loss if closure is None else result
 
     def _trainable(self) -> Params:
-        if {p: name for name, p in self.model.named_parameters()} != self.names:
+        if _names(self.model) != self.names:
             raise RuntimeError(
                 "model has other parameters, or has them elsewhere, than when the optimizer was made: make it anew "
                 "after a change of the modules"
@@ -255,6 +255,10 @@ class EKFACOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "model" in state:  # a copy, where `load_state_dict` gives groups and velocities alone
             self._bind()
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    return {p: name for name, p in model.named_parameters()}
 
 
 def _plain(batch: Batch) -> Batch:
