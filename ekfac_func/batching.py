@@ -108,6 +108,11 @@ def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *ar
 
 def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
     """Of a copy, for a tensor that shares its memory with those of other examples shares its gradient too."""
+    if storage_offset is not None and torch.compiler.is_dynamo_compiling():
+        raise ValueError(
+            f"as_strided with storage_offset={storage_offset} in a compiled step, where a tensor "
+            f"of shape {tuple(input.shape)} does not say its own: index it first, x[1:].as_strided(size, stride)"
+        )
     copy = input.clone()
     offset = 0 if storage_offset is None else storage_offset - input.storage_offset()
     if offset < 0 or copy.stride() != input.stride():

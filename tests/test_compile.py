@@ -375,3 +375,18 @@ def test_a_skipped_step() -> None:
     assert all(p.abs().max() == 0 for p in natural.values())
     for old, kept in zip(pytree.tree_leaves(state), pytree.tree_leaves(new), strict=True):
         assert torch.equal(old, kept)
+
+
+def test_a_place_in_memory_is_counted_from_its_start() -> None:
+    """In graphs, where Dynamo does not tell where a view starts, it is refused."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return (x * params["v"][1:].as_strided((3,), (2,), 5)).sin().sum()
+
+    params, batch = {"v": torch.randn(4, 4)}, torch.randn(N, 3)
+    found = per_example_gradients(loss_fn, params, batch)
+    for n, x in enumerate(batch):
+        v = params["v"].clone().requires_grad_()
+        torch.testing.assert_close(found.dense("v")[n], torch.autograd.grad(loss_fn({"v": v}, x), v)[0])
+    with pytest.raises(Exception, match=r"storage_offset=5 in a compiled step.*x\[1:\]"):
+        compiled(lambda *given: per_example_gradients(loss_fn, *given).dense("v"), "eager")(params, batch)
