@@ -1,14 +1,16 @@
 """Large matrix products at the speed of the machine.
 
-In float32 on CPUs by oneDNN, that of PyTorch's convolutions and compiled linear layers: PyTorch's own go to MKL, which
-takes no 512-bit instructions on processors of other makers than its own, where they run at half the speed (measured on
-one of AMD's). In graphs and under dispatch modes it is the operator `torch.ops.ekfac_func.product`.
+In float32 on CPUs of other makers than Intel by oneDNN, that of PyTorch's convolutions and compiled linear layers:
+PyTorch's own go to MKL, which takes 512-bit instructions on Intel's alone and has half the speed elsewhere (measured
+on one of AMD's; on one of Intel's oneDNN was up to 2.5 times slower). In graphs and under dispatch modes it is the
+operator `torch.ops.ekfac_func.product`.
 
 On CUDA devices with rows filled up to 16 bytes: a side of 769, of 768 inputs and a bias, else goes to kernels for any
 alignment, at a third of the speed (measured on an H100).
 """
 
 import math
+import platform
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +21,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .modes import transformed
 
-AVAILABLE = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+
+def _of_intel() -> bool:
+    """Whether MKL was made for this processor."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            return any("GenuineIntel" in line for line in cpuinfo)
+    except OSError:  # not on Linux
+        return "GenuineIntel" in platform.processor()
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _of_intel()
 ENTRIES = 2**15  # of the matrix, or of the product, from which on it pays
 MULTIPLICATIONS = 2**23  # of a smaller matrix with many rows, from which on it pays
 NARROW, ROWS = 16, 4096  # columns up to which a product adds up its rows in turn, and how many of them at a time
@@ -89,7 +98,7 @@ def _filled(x: Tensor, rows: int, columns: int, turned: bool) -> Tensor:
 
 
 def _takes(x: Tensor, y: Tensor) -> bool:
-    if not AVAILABLE or not x.dtype == y.dtype == torch.float32 or x.device.type != "cpu":
+    if not FASTER or not x.dtype == y.dtype == torch.float32 or x.device.type != "cpu":
         return False
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return False

@@ -11,16 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ekfac_func import compact, curvature, ekfac
 from ekfac_func.kronecker import symmetric
-from ekfac_func.products import AVAILABLE, outer, product, rotate
+from ekfac_func.products import ONEDNN, outer, product, rotate
 
 from .cases import N, make
 from .oracles import close, close_trees
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN is not faster here")
+pytestmark = pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
 
 
 @pytest.fixture(autouse=True)
-def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def _wherever_and_small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ekfac_func.products.FASTER", True)
     monkeypatch.setattr("ekfac_func.products.ENTRIES", 1)
 
 
