@@ -40,7 +40,7 @@ from .checks import (
     check_positive,
     check_state,
 )
-from .contraction import gradient_sums, mean_sums
+from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import checked_options, plan
 from .fisher import Fisher, empirical
 from .kronecker import (
@@ -56,7 +56,7 @@ from .kronecker import (
     pack,
     unpack_all,
 )
-from .modes import draws, no_autocast, where
+from .modes import draws, no_autocast, transformed, where
 from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
 from .passes import Seen, add_gradients, add_if_any, add_seen, read_gradient
 from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
@@ -342,7 +342,9 @@ def ekfac(
                 found, basis = seen.pop(name), carried.bases[name]
                 terms: Terms = joined(found.terms) if found.terms else ()
                 total = sums.pop(name, None) if found.sums is None else found.sums
-                means[name] = mean_sums(sums_in(basis, turn, layer, terms, folded.held) if total is None else total, n)
+                total = sums_in(basis, turn, layer, terms, folded.held) if total is None else total
+                own = turn.estimators[name].sums in (exact_sums, gradient_sums)
+                means[name] = mean_sums(total, n, own)
                 slope = totals[name] / n if name in totals else means[name].gradient
                 few = terms if rescales_samples(terms, basis, n) else None
                 slopes[name] = Mean(slope, means[name].projected, few, n)
@@ -566,8 +568,10 @@ def rescaled(
     damped = moment.value + torch.where(moment.weight > 0, damping, torch.inf)
     if incomplete(basis):
         return rescale(mean, damped**exponent, basis, sizes)
-    plain = not isinstance(exponent, Tensor) and exponent == -1  # a division is one pass over memory less than a power
-    return out_of_basis(mean.projected / damped if plain else mean.projected * damped**exponent, basis, sizes)
+    room = None if transformed() else damped  # new memory costs more than the arithmetic
+    if not isinstance(exponent, Tensor) and exponent == -1:  # a division is one pass over memory less than a power
+        return out_of_basis(torch.div(mean.projected, damped, out=room), basis, sizes)
+    return out_of_basis(torch.mul(mean.projected, torch.pow(damped, exponent, out=room), out=room), basis, sizes)
 
 
 def _learned(new: State, old: State) -> list[Tensor]:
