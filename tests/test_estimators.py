@@ -440,3 +440,23 @@ def test_no_moment_is_negative_where_positions_cancel() -> None:
     assert not info.skipped
     assert (state.second_moments["w"].value >= 0).all()
     assert torch.isfinite(per_example_gradients(loss_fn, params, batch).norms()).all()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_sums_of_an_estimator_of_ones_own_stay_as_they_are(twice: bool) -> None:
+    """It may hold them, or give one tensor twice; those of the package's own are divided in place."""
+    case = make("mlp")
+    batch = case.batch(N)
+    held: list[Any] = []
+
+    def sums(terms: Any, basis: Any, how: Any) -> Any:
+        found = exact_sums(terms, basis, how)
+        held.append(found._replace(square=found.projected) if twice else found)
+        return held[-1]
+
+    step = ekfac(case.loss_fn, damping=1.0, second_moment=intra_batch._replace(sums=sums))
+    _, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    for name, of_layer in zip(state.second_moments, held, strict=True):
+        assert torch.equal(state.second_moments[name].value, of_layer.square / N)
+    exact = ekfac(case.loss_fn, damping=1.0).precondition(case.params, batch, step.init(case.params, batch))[2]
+    close_trees(info.gradient, exact.gradient)
