@@ -144,8 +144,11 @@ def mean_sums(sums: Sums, n: int, own: bool = False) -> Sums:
     """The one division of the sums over examples; in place where they are the caller's own, new and each by itself."""
     tensors = [t for t in sums if t is not None]
     own = own and not transformed() and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
-    gradient, projected, *square = (torch.div(t, n, out=t if own else None) for t in tensors)
-    return Sums(gradient, projected, *square) if square else Sums(gradient, projected, None)
+
+    def mean(t: Tensor) -> Tensor:
+        return torch.div(t, n, out=t if own else None)
+
+    return Sums(mean(sums.gradient), mean(sums.projected), None if sums.square is None else mean(sums.square))
 
 
 def gradient_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
