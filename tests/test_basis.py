@@ -166,7 +166,7 @@ def test_a_step_from_samples(name: str, rules: Any, estimator: SecondMoment, mon
     close_trees(new.factors, state.factors, 1e-12)
 
 
-@pytest.mark.parametrize("factor_decay", [0.0, 0.5])
+@pytest.mark.parametrize("factor_decay", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 400 inputs and 5 examples; an average of factors has more, and is solved whole. Compiled as eager."""
     solved = []
@@ -231,7 +231,7 @@ def raises_on_near_ones(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("solver", [nan_vectors, skewed_vectors, raises])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_a_failing_solver_keeps_the_old_basis(solver: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make("conv groups")
     batch = case.batch(N)

@@ -52,20 +52,13 @@ def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Any:
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
-def in_part(values: Iterable[Any], in_full: Container[Any] | None = None) -> list[Any]:
-    """Each value traced alone, and some, else the first, through AOT autograd: all of them behind the marker."""
-    values = list(values)
-    in_full = values[:1] if in_full is None else in_full
+def in_part(values: Iterable[Any], in_full: Container[Any], traced: Container[Any] = ()) -> list[Any]:
+    """Some values through AOT autograd, some traced alone; both of every value behind the marker."""
     return [
-        pytest.param(value, backend, marks=[pytest.mark.slow] if (backend == "aot_eager") != (value in in_full) else [])
+        pytest.param(value, backend, marks=[] if value in among else [pytest.mark.slow])
         for value in values
-        for backend in ("eager", "aot_eager")
+        for backend, among in (("eager", traced), ("aot_eager", in_full))
     ]
-
-
-def behind(values: Iterable[Any]) -> list[Any]:
-    """Each value traced alone, behind the marker."""
-    return [pytest.param(value, "eager", marks=pytest.mark.slow) for value in values]
 
 
 def graphs() -> int:
@@ -78,11 +71,13 @@ def _fresh() -> None:
     counters.clear()
 
 
-# one of each kind; the others are traced alone, which takes a third of the time, and behind the marker in full
-IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "slices", "layer norm", "token losses"}
-TRACED = {"recurrent", "recurrent projected", "recurrent tanh"}  # torch's modules and `functional_call` are no graph
+# one of each kind, and kinds whose tracing differs; what is traced alone takes a third of the time
+IN_FULL = {"mlp", "conv groups", "attention cross", "tied padded", "slices", "token losses"}
+TRACED = {"bag offsets", "conv same dilated", "dot products grouped", "einsum", "experts", "in place", "inner grad"}
+TRACED |= {"layer norm in places", "penalty", "script", "strided", "transposed conv groups", "views"}
+NO_GRAPH = {"recurrent", "recurrent projected", "recurrent tanh"}  # torch's modules by `functional_call`
 EVERY_BACKEND = [
-    case for case in in_part(BATCHED, IN_FULL) if case.values[1] == "eager" or case.values[0] not in TRACED
+    case for case in in_part(BATCHED, IN_FULL, TRACED) if case.values[1] == "eager" or case.values[0] not in NO_GRAPH
 ]
 
 
@@ -114,8 +109,7 @@ RUNS = list(itertools.product(ESTIMATORS, [RULES, {**RULES, **SUA}]))
 @pytest.mark.parametrize(
     ("of", "backend"),
     [
-        *in_part(RUNS[:4], RUNS[1:3]),
-        *behind(RUNS[4:]),
+        *in_part(RUNS, RUNS[1:3]),
         *(pytest.param(of, "inductor", marks=pytest.mark.slow) for of in RUNS),
     ],
 )
@@ -175,7 +169,7 @@ def regression_step(**options: Any) -> tuple[EKFAC, Params]:
 
 @pytest.mark.parametrize(
     ("of", "backend"),
-    [*in_part(itertools.product(ESTIMATORS, [10]), [(intra_batch, 10)]), *behind(itertools.product(ESTIMATORS, [1]))],
+    in_part(itertools.product(ESTIMATORS, [10, 1]), [(intra_batch, 10)], [(running_average(0.9), 10)]),
 )
 def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
     """Three for a constant batch size, two more for another, none for further ones."""
@@ -187,7 +181,7 @@ def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
         assert graphs() <= most
 
 
-@pytest.mark.parametrize(("rules", "backend"), in_part([RULES, {**RULES, **SUA}]))
+@pytest.mark.parametrize(("rules", "backend"), in_part([RULES, {**RULES, **SUA}], [RULES]))
 def test_number_of_graphs_of_a_classifier(rules: Any, backend: str) -> None:
     """Convolutions and class-index losses, whose rules under vmap would fix the batch size: seven sizes."""
     case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
@@ -273,7 +267,7 @@ def test_a_second_model_in_one_process(backend: str) -> None:
         close_trees(found[0], step.precondition(case.params, batch, state)[0], 1e-8)
 
 
-@pytest.mark.parametrize(("at_refresh", "backend"), in_part([transport, keep, reset]))
+@pytest.mark.parametrize(("at_refresh", "backend"), in_part([transport, keep, reset], [transport]))
 def test_number_of_graphs_at_refresh(at_refresh: Any, backend: str) -> None:
     step, params = regression_step(second_moment=running_average(0.9), basis_every=10, at_refresh=at_refresh)
     precondition, state = compiled(step.precondition, backend), step.init(params, regression(8))
@@ -282,7 +276,7 @@ def test_number_of_graphs_at_refresh(at_refresh: Any, backend: str) -> None:
     assert graphs() <= 3
 
 
-@pytest.mark.parametrize(("kind", "backend"), in_part(["number", "tensor"]))
+@pytest.mark.parametrize(("kind", "backend"), in_part(["number", "tensor"], ["number"], ["tensor"]))
 def test_a_schedule_costs_no_graph(kind: str, backend: str) -> None:
     """Nor does a number, of which AOT autograd makes a constant wherever a tensor is filled with it."""
     case = make("conv")
@@ -306,7 +300,9 @@ def test_a_schedule_costs_no_graph(kind: str, backend: str) -> None:
     assert graphs() <= 3
 
 
-@pytest.mark.parametrize(("name", "backend"), in_part(["positions", "conv groups", "two forms", "penalty"]))
+@pytest.mark.parametrize(
+    ("name", "backend"), in_part(["positions", "conv groups", "two forms", "penalty"], ["positions"], ["conv groups"])
+)
 def test_the_three_vmaps(name: str, backend: str) -> None:
     case = make(name)
     batch = case.batch(N)

@@ -1,12 +1,12 @@
 """What a step does on an accelerator that no machine need have: on tensors without values, from which nothing is read.
 
 Nothing comes back to the CPU, and a graph holds no tensor of it, as CUDA graphs ask. Each test is a process of its own,
-`python -m tests.test_fake_device steps|graphs`, for a device stays registered.
+`python -m tests.test_fake_device some|steps|graphs`, for a device stays registered.
 """
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ekfac_func import averaged_intra_batch, ekfac, qr
 from ekfac_func.optim import metrics
 
 from .cases import CASES, N, made_on, make
+from .test_compile import IN_FULL, TRACED
 from .test_cuda import training
 
 DEVICE = "absent"
@@ -32,7 +33,9 @@ WITHOUT = ("attention",)  # torch asks an accelerator for a kernel of these
 READS = {"script": "aten._to_copy"}  # its own constants
 
 
-@pytest.mark.parametrize("kind", ["steps", pytest.param("graphs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["some", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("steps", "graphs"))]
+)
 def test_nothing_is_read_from_a_device(kind: str) -> None:
     command = [sys.executable, "-m", "tests.test_fake_device", kind]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
@@ -78,10 +81,10 @@ def devices(tree: Any) -> set[str]:
     return {t.device.type for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)}
 
 
-def steps() -> Iterator[str]:
+def steps(names: Iterable[str] = CASES) -> Iterator[str]:
     """What is read in a step of each case, in a known basis, with its metrics."""
     torch.set_default_dtype(torch.float64)
-    for name in CASES:
+    for name in names:
         if name.startswith(WITHOUT):
             continue
         case, twin = make(name), make(name)
@@ -98,6 +101,11 @@ def steps() -> Iterator[str]:
                 natural, state, info = there.precondition(*given)
                 metrics(natural, info, state)
         yield from (f"{name}: {by}" for by in left.by if not by.startswith(READS.get(name, "nothing")))
+
+
+def some() -> Iterator[str]:
+    """Of the cases that are compiled."""
+    return steps(sorted(IN_FULL | TRACED))
 
 
 def on_device(loss_fn: Any) -> None:
@@ -133,6 +141,6 @@ def graphs() -> Iterator[str]:
 if __name__ == "__main__":
     register()
     torch.manual_seed(0)
-    problems = list({"steps": steps, "graphs": graphs}[sys.argv[1]]())
+    problems = list({"some": some, "steps": steps, "graphs": graphs}[sys.argv[1]]())
     print("\n".join(problems))
     print(f"{len(problems)} of them")

@@ -351,7 +351,7 @@ FISHERS: dict[str, Callable[[Model], Fisher]] = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in ("normal", "bernoulli") else []) for name in FISHERS],
+    [pytest.param(name, marks=[pytest.mark.slow] if name != "sampled" else []) for name in FISHERS],
 )
 @pytest.mark.parametrize("make", [pytest.param(lambda: mlp(4), id="mlp", marks=pytest.mark.slow), conv])
 def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
@@ -407,12 +407,12 @@ def test_a_running_average_of_draws_starts_at_the_eigenvalues_and_tends_to_the_m
     step = ekfac(
         data_loss(model),
         damping=1e-2,
-        second_moment=running_average(0.997),
+        second_moment=running_average(0.99),
         fisher=sampled(model, likelihood, 4),
         basis_every=10**6,
     )
     state = exactly
-    for _ in range(2000):
+    for _ in range(500):
         _, state, _ = step.precondition(params, given, state)
     for name, m in exactly.second_moments.items():
         assert (state.second_moments[name].value - m.value).norm() < 0.15 * m.value.norm()
