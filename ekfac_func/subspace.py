@@ -348,15 +348,21 @@ def compress(terms: Terms) -> tuple[Terms, Span]:
 
 
 def _compress(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Samples `[n b s d]` as coordinates `[n b s D]`, and the columns `[b d D]` that they are along."""
+    """Samples `[n b s d]` as coordinates `[n b s D]`, and the columns `[b d D]` that they are along.
+
+    A sample that is not finite has no finite coordinates, for the step to be skipped, and no part in the columns.
+    """
     n, b, s, d = x.shape
     if n * s >= d:
         return x, None
-    X = torch.where(torch.isfinite(x), x, 0).movedim(1, 0).flatten(1, 2)
+    X = x.movedim(1, 0).flatten(1, 2)
+    finite = torch.isfinite(X)
+    X = torch.where(finite, X, 0)
     largest = X.abs().amax((1, 2), keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
     Q, R = torch.linalg.qr((X / largest).mT)
-    return (R.mT * largest).reshape(b, n, s, -1).movedim(0, 1), Q
+    coordinates = torch.where(finite.all(-1, keepdim=True), R.mT * largest, torch.nan)
+    return coordinates.reshape(b, n, s, -1).movedim(0, 1), Q
 
 
 def in_span(sizes: tuple[int, int, int, int], span: Span) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac_func import (
+    DIAGONAL,
     EKFAC,
     FULL,
     RULES,
@@ -361,6 +362,30 @@ def test_thin_states_do_not_depend_on_the_batch() -> None:
     natural, state, info = thin_step.precondition(params, batch, state)
     assert info.skipped
     assert all(p.abs().max() == 0 for p in natural.values())
+
+
+@pytest.mark.parametrize("choice", [FULL, DIAGONAL, blocks(3), thin, rank(2), compact(4)], ids=str)
+@pytest.mark.parametrize(
+    "fisher", [empirical, gradient(lambda p, x: loss_at_its_kink(p, x))], ids=["data", "curvature"]
+)
+def test_a_gradient_that_is_not_finite_where_the_loss_is(choice: Any, of_curvature: bool) -> None:
+    """That of an example which the net takes to zero, in whichever basis: the step is skipped."""
+    params, batch = {"w": torch.randn(6, 5)}, torch.randn(3, 5)
+    batch[1] = 0
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]).sin().sum() if of_curvature else loss_at_its_kink(params, x)
+
+    fisher = gradient(loss_at_its_kink) if of_curvature else empirical
+    step = ekfac(loss_fn, damping=1e-2, bases={"*": choice}, fisher=fisher)
+    natural, _, info = step.precondition(params, batch, step.init(params, batch))
+    assert torch.isfinite(info.loss)
+    assert info.skipped
+    assert natural["w"].abs().max() == 0
+
+
+def loss_at_its_kink(params: Params, x: Tensor) -> Tensor:
+    return F.linear(x, params["w"]).square().sum().sqrt()
 
 
 @pytest.mark.parametrize(
