@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ekfac_func import averaged_intra_batch
 from ekfac_func.__main__ import main
-from ekfac_func.train import checkpoint, data, models, run
+from ekfac_func.train import checkpoint, data, models, report, run
 from ekfac_func.train.settings import SECOND_MOMENTS
 
 Losses = dict[str, list[float]]
@@ -203,6 +203,40 @@ def test_goes_on_after_a_kill_and_after_ctrl_c(tmp_path: Path) -> None:
     assert losses(resumed.stdout) == losses(done.stdout)
     assert (parts / "digits-mlp-metrics.csv").read_bytes() == expected
     assert imread(parts / "digits-mlp-metrics.png").std() > 0.01
+
+
+def test_a_checkpoint_stays_until_all_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But not beside the metrics of another training."""
+    torch.set_default_dtype(torch.float32)
+    program = ["train", "--model", "mlp", "--steps", "6", "--metrics-every", "1", "--out", str(tmp_path)]
+    saved, metrics = tmp_path / "digits-mlp.checkpoint.pt", tmp_path / "digits-mlp-metrics.csv"
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(report, "plot", interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            main([*program, "--checkpoint-every", "6"])
+    expected = metrics.read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as killed:
+        killed.setattr(report, "plot", interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            main([*program, "--checkpoint-every", "6"])
+    assert "EKFAC" not in capsys.readouterr().err  # no bar: its steps are done
+    assert metrics.read_bytes() == expected
+
+    with monkeypatch.context() as killed:
+        killed.setattr(torch.optim, "SGD", None)  # after the steps of EKFAC, before a checkpoint
+        with pytest.raises(TypeError):
+            main([*program, "--lr", "0.5", "--restart"])
+    assert not saved.exists()
+    main([*program, "--checkpoint-every", "6"])
+    assert metrics.read_bytes() == expected
+    assert not saved.exists()
 
 
 def test_a_training_that_diverged_does_not_go_on(

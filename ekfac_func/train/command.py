@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--metrics-every", type=steps, default=10, help="steps from one row to the next (0: none)")
     parser.add_argument("--checkpoint-every", type=count, default=50, help="steps from one checkpoint to the next")
-    parser.add_argument("--restart", action="store_true", help="leave a checkpoint that is there aside")
+    parser.add_argument("--restart", action="store_true", help="start anew; a checkpoint that is there is deleted")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of what is written (default runs)")
     parser.set_defaults(run=lambda options: train(options, parser.error))
 
@@ -94,6 +94,14 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
         "seed": options.seed,
         "metrics_every": options.metrics_every,
     }
+    files = compare.Files(
+        options.out / f"{stem}.checkpoint.pt",
+        options.out / f"{stem}-metrics.csv",
+        about,
+        options.metrics_every,
+        options.checkpoint_every,
+        options.restart,
+    )
     try:
         curves = compare.compare(
             task,
@@ -103,14 +111,7 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
             decay,
             options.seed,
             compiled,
-            compare.Files(
-                options.out / f"{stem}.checkpoint.pt",
-                options.out / f"{stem}-metrics.csv",
-                about,
-                options.metrics_every,
-                options.checkpoint_every,
-                options.restart,
-            ),
+            files,
         )
     except (compare.OtherRun, checkpoint.Unreadable) as reason:
         error(f"argument --out: {reason}")
@@ -124,5 +125,6 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     report.plot(curves, title, options.out / f"{stem}.png")
     print(f"wrote {options.out / f'{stem}.png'}")
     if options.metrics_every:
-        report.plot_metrics(options.out / f"{stem}-metrics.csv", title, options.out / f"{stem}-metrics.png")
-        print(f"wrote {options.out / f'{stem}-metrics.csv'} and its plot {stem}-metrics.png")
+        report.plot_metrics(files.metrics, title, options.out / f"{stem}-metrics.png")
+        print(f"wrote {files.metrics} and its plot {stem}-metrics.png")
+    files.checkpoint.unlink(missing_ok=True)  # killed while it draws, the command need not train again

@@ -42,7 +42,7 @@ def compare(
     compiled: bool,
     files: Files,
 ) -> list[Curve]:
-    """One curve for each optimizer. Goes on from a checkpoint that is there, and deletes it at the end.
+    """One curve for each optimizer. Goes on from a checkpoint that is there, which stays for the caller to delete.
 
     OtherRun where the checkpoint is of other options; `checkpoint.Interrupted` after Ctrl-C.
     """
@@ -61,6 +61,8 @@ def compare(
         "AdamW": lambda: TorchOptimizer(task, lambda p: torch.optim.AdamW(p, lr=s.adamw_lr)),
     }
     saved = _saved(files)
+    if not saved["reached"]:
+        files.checkpoint.unlink(missing_ok=True)  # before its metrics are written over
     reached = {
         name: Progress(step, seconds, [Point(*p) for p in points])
         for name, (step, seconds, points) in saved["reached"].items()
@@ -113,7 +115,6 @@ def compare(
 
             given = batches(data.train, s.batch_size, s.steps, seed, start=0 if before is None else before.step)
             reached[name] = record(name, trainer, given, s.steps, task, data, before, after_step)
-    files.checkpoint.unlink(missing_ok=True)
     return [Curve(name, reached[name].points) for name in trainers]
 
 
