@@ -123,8 +123,17 @@ def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storag
     return torch.as_strided(copy, size, stride, offset)
 
 
+def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """torch 2.13 has the derivative of `select_scatter` wrong on what `vmap` maps."""
+    dim, size = dim % input.dim(), input.shape[dim]
+    chosen = torch.arange(size, device=input.device) == index % size
+    return torch.where(chosen.reshape(-1, *[1] * (input.dim() - 1 - dim)), src.unsqueeze(dim), input)
+
+
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.embedding: embedding,
+    torch.select_scatter: select_scatter,
+    Tensor.select_scatter: select_scatter,
     torch.as_strided: as_strided,
     Tensor.as_strided: as_strided,
 }

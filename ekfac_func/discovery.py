@@ -311,12 +311,16 @@ def _run(
 
         def view_of(tensor: Any) -> View | None:
             _, version, view = known.get(id(tensor), (None, 0, None))
-            return view if view is not None and tensor._version == version else None
+            if view is None or tensor._version != version:
+                return None
+            return view if tensor.requires_grad and tensor.is_floating_point() else None  # not so of a whole number
 
         def follow(func: Any, args: Any, made: Any) -> bool:
             view = view_of(args[0]) if args else None
             if view is None:
                 return True
+            if not torch.is_grad_enabled():  # a constant
+                return False
             parts = [made] if isinstance(made, Tensor) else list(made)
             followed = views.follow(func, args, view, made)
             for t, part in zip(parts, followed, strict=True):
@@ -366,6 +370,8 @@ def _run(
                     continue
                 if any(x is call.weight or x is call.bias for x in pytree.tree_leaves(call.input)):
                     continue  # its own input, a path of its own
+                if sum(x is call.weight for x in pytree.tree_leaves((args, kwargs))) > 1:
+                    continue  # or its own addend
                 bias = None if call.bias is None else view_of(call.bias)
                 biased = bias is not None and _fits(bias, laid[1])
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
@@ -494,7 +500,11 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
     """Whether a bias holds an entry for each of `(b o)`, and the call uses those of it that it uses of the weight."""
     shown = views.axes(bias)
-    if shown is None:
+    in_a_row = math.prod(bias.shape[:-1]) == 1 or windows[1].length == 1  # or it may be added along positions
+    if shown is None or bias.picked or not in_a_row:
+        return False
+    positions = [axis.position for axis in shown if axis.position is not None]
+    if positions != sorted(positions):  # a turned one
         return False
     of_bias = [(axis.start, axis.length, size) for axis, size in zip(shown, bias.split, strict=True) if size != 1]
     of_weight = [(w.start, w.length, w.size) for w in windows[:2] if w.size != 1]

@@ -1,6 +1,7 @@
 """Captured per-example gradients equal a loop over the examples."""
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -440,3 +441,69 @@ def test_memory_that_a_view_does_not_have_is_refused(view: Any) -> None:
     params = {"v": torch.randn(4, 4)}
     with pytest.raises(ValueError, match=r"as_strided of a view of shape .*take it of the tensor"):
         per_example_gradients(lambda p, x: (x * view(p["v"])).sin().sum(), params, torch.randn(N, 3))
+
+
+def in_no_grad(f: Callable[..., Tensor], *args: Any) -> Tensor:
+    with torch.no_grad():
+        return f(*args)
+
+
+IDS = torch.tensor([2, 0, 1])
+SQUARE, VECTOR = {"w": (3, 3)}, {"w": (3, 3), "b": (3,)}
+APART: dict[str, tuple[Any, tuple[int, ...], Callable[[Params, Tensor], Tensor]]] = {
+    "frozen view": (VECTOR, (4, 3), lambda p, x: F.linear(x, in_no_grad(Tensor.t, p["w"])) + p["b"]),
+    "frozen copy": (SQUARE, (4, 3), lambda p, x: F.linear(x, p["w"]) * F.linear(x, in_no_grad(Tensor.clone, p["w"]))),
+    "frozen bias": (VECTOR, (4, 3), lambda p, x: F.linear(x, p["w"], in_no_grad(Tensor.view, p["b"], -1))),
+    "whole numbers": (VECTOR, (4, 3), lambda p, x: F.linear(x, p["w"].to(torch.int8).to(x)) + p["b"]),
+    "whole numbers as a bias": (VECTOR, (4, 3), lambda p, x: F.linear(x, p["w"], p["b"].to(torch.int32).to(x))),
+    "bits": (VECTOR, (4, 3), lambda p, x: F.linear(x, p["w"].view(torch.int64).view(x.dtype)) + p["b"]),
+    "complex": (SQUARE, (4, 3), lambda p, x: (torch.exp(1j * x) @ p["w"].to(torch.complex128)).abs()),
+    "its own addend": (SQUARE, (3, 3), lambda p, x: torch.addmm(p["w"], x, p["w"])),
+    "its own bias": (SQUARE, (3, 3), lambda p, x: F.linear(x, p["w"], p["w"])),
+    "its own addend in a stack": ({"w": (1, 3, 3)}, (3, 3), lambda p, x: torch.baddbmm(p["w"], x[None], p["w"])),
+    "bias along positions": ({"w": (3, 3), "b": (3, 1)}, (3, 3), lambda p, x: F.linear(x, p["w"], p["b"])),
+    "bias of a norm turned": (
+        {"w": (2, 3), "b": (3, 2)},
+        (4, 2, 3),
+        lambda p, x: F.layer_norm(x, (2, 3), p["w"], p["b"].T) * x,
+    ),
+    "bias of a norm picked": (
+        {"w": (3, 2, 2), "b": (3, 2, 2)},
+        (4, 3, 2, 2),
+        lambda p, x: F.layer_norm(x, (3, 2, 2), p["w"], p["b"][IDS]) * x,
+    ),
+    "select_scatter": (SQUARE, (4, 3), lambda p, x: torch.select_scatter(y := F.linear(x, p["w"]), 2 * y[0], 0, -2)),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", APART)
+def test_what_looks_like_a_layer(name: str, how: str) -> None:
+    """And has another gradient than the layer's."""
+    shapes, shape, outputs = APART[name]
+    params, batch = {p: 2 * torch.randn(*of) for p, of in shapes.items()}, torch.randn(N, *shape)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return outputs(params, x).square().sum()
+
+    def dense(params: Params, batch: Tensor) -> Params:
+        found = per_example_gradients(loss_fn, params, batch)
+        return {p: found.dense(p) for p in params}
+
+    found = (torch.compile(dense, fullgraph=True, backend="eager") if how == "compiled" else dense)(params, batch)
+    for p, expected in loop(loss_fn, params, batch)[1].items():
+        close(found[p], expected)
+
+
+def test_a_loss_that_differentiates_its_layers_from_now_on() -> None:
+    """Its plan is stale, however the run by it fails."""
+    inner = SimpleNamespace(on=False)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        outputs = lambda x: F.linear(x, params["w"]).tanh()  # noqa: E731
+        y = torch.func.grad(lambda x: outputs(x).sum())(x) if inner.on else outputs(x)
+        return y.square().sum()
+
+    params, batch = {"w": torch.randn(3, 3)}, torch.randn(N, 4, 3)
+    for inner.on in (False, True, False):
+        close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
