@@ -125,9 +125,10 @@ def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storag
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """torch 2.13 has the derivative of `select_scatter` wrong on what `vmap` maps."""
-    dim, size = dim % input.dim(), input.shape[dim]
-    chosen = torch.arange(size, device=input.device) == index % size
-    return torch.where(chosen.reshape(-1, *[1] * (input.dim() - 1 - dim)), src.unsqueeze(dim), input)
+    dim, size = range(input.dim())[dim], input.shape[dim]
+    at = range(size)[index]  # or an IndexError
+    after = input.narrow(dim, at + 1, size - at - 1)
+    return torch.cat([input.narrow(dim, 0, at), src.unsqueeze(dim).to(input.dtype), after], dim)
 
 
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -368,10 +368,8 @@ def _run(
                 laid = None if view is None else _lay_out(call, view)
                 if view is None or laid is None:
                     continue
-                if any(x is call.weight or x is call.bias for x in pytree.tree_leaves(call.input)):
-                    continue  # its own input, a path of its own
-                if sum(x is call.weight for x in pytree.tree_leaves((args, kwargs))) > 1:
-                    continue  # or its own addend
+                if any(_has_twice((args, kwargs), call.input, p) for p in (call.weight, call.bias) if p is not None):
+                    continue  # its own input or addend, a path of its own
                 bias = None if call.bias is None else view_of(call.bias)
                 biased = bias is not None and _fits(bias, laid[1])
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
@@ -606,6 +604,11 @@ def _dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
 
 def _without_gradient(tree: Any, *held: Tensor | None) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held if p is not None) else leaf, tree)
+
+
+def _has_twice(given: Any, inputs: Any, p: Tensor) -> bool:
+    """Whether a call takes its weight or bias in another role too."""
+    return any(x is p for x in pytree.tree_leaves(inputs)) or sum(x is p for x in pytree.tree_leaves(given)) > 1
 
 
 class _Mark(torch.autograd.Function):

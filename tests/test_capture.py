@@ -461,6 +461,11 @@ APART: dict[str, tuple[Any, tuple[int, ...], Callable[[Params, Tensor], Tensor]]
     "its own addend": (SQUARE, (3, 3), lambda p, x: torch.addmm(p["w"], x, p["w"])),
     "its own bias": (SQUARE, (3, 3), lambda p, x: F.linear(x, p["w"], p["w"])),
     "its own addend in a stack": ({"w": (1, 3, 3)}, (3, 3), lambda p, x: torch.baddbmm(p["w"], x[None], p["w"])),
+    "a norm of its own bias": (
+        {"w": (3,), "b": (3,)},
+        (3,),
+        lambda p, x: F.layer_norm(p["b"], (3,), p["w"], p["b"]) * x,
+    ),
     "bias along positions": ({"w": (3, 3), "b": (3, 1)}, (3, 3), lambda p, x: F.linear(x, p["w"], p["b"])),
     "bias of a norm turned": (
         {"w": (2, 3), "b": (3, 2)},
@@ -493,6 +498,21 @@ def test_what_looks_like_a_layer(name: str, how: str) -> None:
     found = (torch.compile(dense, fullgraph=True, backend="eager") if how == "compiled" else dense)(params, batch)
     for p, expected in loop(loss_fn, params, batch)[1].items():
         close(found[p], expected)
+
+
+def test_an_index_that_is_not_there_from_now_on() -> None:
+    at = SimpleNamespace(index=1)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y = F.linear(x, params["w"])
+        return torch.select_scatter(y, y[0], 0, at.index).square().sum()
+
+    params, batch = {"w": torch.randn(3, 3)}, torch.randn(N, 4, 3)
+    for at.index in (1, -4):
+        close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+    for at.index in (4, -5):
+        with pytest.raises(IndexError):
+            per_example_gradients(loss_fn, params, batch)
 
 
 def test_a_loss_that_differentiates_its_layers_from_now_on() -> None:
