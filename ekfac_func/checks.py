@@ -178,9 +178,10 @@ def check_loss(loss: Any, has_aux: bool, n: int | None) -> tuple[Tensor, Any]:
             "for instance with .sum() or .mean()"
         )
     if n is not None and tuple(loss.shape) != (n,):
+        given = "a scalar" if loss.dim() == 0 else f"a tensor of shape {tuple(loss.shape)} for a batch of {n}"
         raise ValueError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)} for a batch of {n}: with batched=True return one "
-            "loss an example, for instance with reduction='none'"
+            f"loss_fn returned {given}: with batched=True return one loss an example, for instance with "
+            "reduction='none'"
         )
     if not loss.is_floating_point():
         raise TypeError(f"loss_fn returned a loss of dtype {loss.dtype}: return a real floating-point scalar")
@@ -208,6 +209,8 @@ def check_randomness(randomness: str) -> None:
 def _remedy(leaf: object) -> str:
     if dataclasses.is_dataclass(leaf):
         return f"register it, torch.utils._pytree.register_dataclass({type(leaf).__name__})"
+    if hasattr(leaf, "__array__"):
+        return "pass torch.as_tensor of it"
     return "leave out what the loss does not need, close over what stays as it is from batch to batch"
 
 

@@ -6,18 +6,20 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
@@ -406,7 +408,7 @@ def _run(
         given = make_examples()  # here, or a change in place would be one of a captured tensor
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
-            with traced(), unfused(), Tap(handle):
+            with traced(), unfused(), _buffers_kept(n), Tap(handle):
                 loss = loss_fn(marked, given)
         except RuntimeError as error:
             _refuse_checkpoint(error)
@@ -657,19 +659,62 @@ def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeE
 
     A BatchNorm counts its batches so, before it is seen that it uses their statistics.
     """
+    for out in pytree.tree_leaves(kwargs.get("out")):
+        # which torch does not refuse
+        if isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < depth():
+            raise _mutation(func, out, n)
     try:
         return func(*args, **kwargs)
     except RuntimeError as error:
         if "mutate a captured Tensor" not in str(error):
             raise
-        remedy = ", or if it is a buffer of a model take the batch as it is with batched=True" if n is None else ""
-        new = RuntimeError(
-            f"loss_fn changes a tensor that it did not make in place by {_called(func)}, on one of shape "
-            f"{tuple(args[0].shape)}: change a copy of it, and return that as aux (has_aux=True){remedy}"
-        )
+        new = _mutation(func, args[0], n)
         new.__cause__ = error
         mutations.append(new)
         return args[0]
+
+
+def _mutation(func: Any, changed: Tensor, n: int | None) -> RuntimeError:
+    return RuntimeError(
+        f"loss_fn changes a tensor that it did not make in place by {_called(func)}, on one of shape "
+        f"{tuple(changed.shape)}: change a copy of it, and return that as aux (has_aux=True){_unless_batched(n)}"
+    )
+
+
+def _unless_batched(n: int | None) -> str:
+    if n is not None:
+        return ""
+    return ", or if it is a buffer of a model call model.eval(), or take the batch as it is with batched=True"
+
+
+@contextlib.contextmanager
+def _buffers_kept(n: int | None) -> Iterator[None]:
+    """Refuse a loss that leaves a tensor of its run in a buffer of a module, which has its own again."""
+    before: dict[nn.Module, dict[str, Tensor | None]] = {}
+    put: dict[tuple[nn.Module, str], Tensor | None] = {}
+
+    def note(module: nn.Module, name: str, value: Tensor | None) -> None:
+        before.setdefault(module, module._buffers.copy())
+        put[module, name] = value
+
+    hook = register_module_buffer_registration_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+        left = [
+            (module, name)
+            for (module, name), b in put.items()  # where functional_call has not put its own back
+            if module._buffers.get(name) is b and before[module].get(name) is not b
+        ]
+        for module, _ in left:
+            module._buffers = before[module]
+    for module, name in left:
+        raise RuntimeError(
+            f"loss_fn puts another tensor into the buffer {name!r} of {type(module).__name__}: if it is a cache that "
+            "the first call fills, call the model once before; else keep it apart from the model, and return it as aux "
+            f"(has_aux=True){_unless_batched(n)}"
+        )
 
 
 def _refuse_checkpoint(error: RuntimeError) -> None:

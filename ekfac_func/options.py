@@ -9,6 +9,17 @@ from typing import NoReturn
 EXTRA = ("numpy", "sklearn", "mlxtend", "matplotlib", "tqdm")  # modules of the optional dependencies "train"
 
 
+def seed(text: str) -> int:
+    """A whole number that a `torch.Generator` takes."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} will not do: give a whole number from 0 up to, but not, 2^63")
+    return number
+
+
 def positive(text: str) -> float:
     """A finite number greater than 0."""
     return _number(text, lambda x: 0 < x < float("inf"), "give a number greater than 0")

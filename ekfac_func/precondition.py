@@ -190,7 +190,8 @@ def ekfac(
     Parameters in half precision have their statistics, and so the state, in float32.
 
     A batch whose loss, gradient or statistic is not finite is skipped: every tensor of the state stays as it was,
-    the step number advances, `natural` is zero and `info.skipped` is true.
+    the step number advances, `natural` is zero and `info.skipped` is true. So is every step without a second moment,
+    until there is one: those after a skipped first step, to the next update (`moment_every`) or refresh (`kfac`).
 
     Arguments that cannot be right raise ValueError or TypeError before anything is computed.
     """
@@ -392,20 +393,22 @@ def ekfac(
         new = _out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         natural = unpack_all(layers.values(), natural_in, params)  # half precision may not reach what is finite before
-        finite = _all_finite([loss, losses, *natural.values(), *found, *_learned(new, state)])
+        good = _all_finite([loss, losses, *natural.values(), *found, *_learned(new, state)])
+        # without a moment in any layer, after a first step that was skipped, there is no natural gradient
+        good = good & torch.stack([updated[name].weight for name in layers]).any()
         nothing = loss.new_zeros(())
-        natural = {name: where(finite, p, nothing) for name, p in natural.items()}
+        natural = {name: where(good, p, nothing) for name, p in natural.items()}
         mean_gradient = {name: slope.gradient for name, slope in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
             loss,
             unpack_all(layers.values(), mean_gradient, params),
-            ~finite,
-            finite.new_zeros((), dtype=torch.int64) if kept is None else torch.where(finite, kept, 0),
+            ~good,
+            good.new_zeros((), dtype=torch.int64) if kept is None else torch.where(good, kept, 0),
             used if callable(damping) else used[0],
             aux,
         )
-        return natural, _choose(finite, new, state), info
+        return natural, _choose(good, new, state), info
 
     return EKFAC(init, precondition)
 
@@ -589,11 +592,11 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack(extremes)).all()
 
 
-def _choose(finite: Tensor, new: State, old: State) -> State:
-    """The new state where the step was finite, else every tensor of the old one; the step number advances."""
+def _choose(good: Tensor, new: State, old: State) -> State:
+    """The new state where the step was good, else every tensor of the old one; the step number advances."""
 
     def choose(x: Tensor, y: Tensor) -> Tensor:
-        return x if x is y else where(finite, x, y)
+        return x if x is y else where(good, x, y)
 
     return replace(
         new,

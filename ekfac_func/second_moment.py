@@ -101,7 +101,7 @@ kfac = SecondMoment("kfac", gradient_sums, _eigenvalues, reset, starts_from_eige
 """The eigenvalues of the factors, `lambda_B x lambda_A x positions`: K-FAC with the damping on the product.
 
 Martens & Grosse 2015, https://arxiv.org/abs/1503.05671; Grosse & Martens 2016, https://arxiv.org/abs/1602.01407.
-Until a first basis exists (its batch was skipped) there is no estimate, and the natural gradient is zero.
+Until a first basis exists (its batch was skipped) there is no estimate, and every step is skipped.
 """
 
 

@@ -46,7 +46,8 @@ def traced() -> Iterator[None]:
     flag = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # a function compiled by itself is not traced again
+            yield
     finally:
         torch.compiler._is_compiling_flag = flag
 

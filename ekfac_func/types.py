@@ -190,7 +190,7 @@ class Info(NamedTuple):
 
     loss: Tensor  # [] mean over the batch
     gradient: Params  # mean gradient, a tree like params
-    skipped: Tensor  # [] bool: a loss, gradient or statistic was not finite, nothing was learned
+    skipped: Tensor  # [] bool: something was not finite, or there is no second moment yet; nothing was learned
     kept_bases: Tensor  # [] number of eigenbases that could not be refreshed, the old ones serve on
     damping: Tensor  # [] as used, or [layers] of a rule
     aux: Any = ()  # what the loss returned beside, with has_aux

@@ -98,7 +98,9 @@ def test_every_kind_of_callable() -> None:
     def scaled(scale: float, params: Params, example: Any) -> Tensor:
         return scale * case.loss_fn(params, example)
 
-    for loss_fn in (Loss(), Loss().forward, functools.partial(scaled, 1.0), case.loss_fn):
+    compiled = torch.compile(case.loss_fn, backend="eager")  # which runs as it is written
+    for loss_fn in (Loss(), Loss().forward, functools.partial(scaled, 1.0), case.loss_fn, compiled):
+        assert per_example_gradients(loss_fn, case.params, batch).captured.layers["0.weight"].rule == "linear"
         for name, gradient in expected.items():
             close(per_example_gradients(loss_fn, case.params, batch).dense(name), gradient)
 

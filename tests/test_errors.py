@@ -2,6 +2,7 @@
 
 import itertools
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -50,6 +52,7 @@ def loss_fn(params: Params, example: Any) -> Tensor:
         (W, torch.randn(0, 4), ValueError, r"\(0, 4\).*empty batch.*at least one"),
         (W, {}, ValueError, "batch has no tensors.*leading axis"),
         (W, {"x": torch.randn(5, 4), "k": 3}, TypeError, r"batch\['k'\] is a int.*close over"),
+        (W, (torch.randn(5, 4).numpy(),), TypeError, r"batch\[0\] is a ndarray.*torch.as_tensor"),
         (W, UserDict(x=torch.randn(5, 4)), TypeError, r"batch is a UserDict.*pass dict\(batch\)"),
         (W, {"x": torch.randn(5, 4), "k": torch.tensor(1.0)}, ValueError, r"batch\['k'\].*shape \(\).*leading axis"),
         ({"w": torch.ones(3, 4, dtype=torch.int64)}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*int64.*floating"),
@@ -178,14 +181,37 @@ def _linear(params: Params, x: Tensor) -> Tensor:
     return F.linear(x[None], params["w"])
 
 
-def _counting() -> Any:
+def _counting(change: Callable[[Tensor, Tensor], Any]) -> Any:
     count = torch.zeros(4)
 
     def loss(params: Params, x: Tensor) -> Tensor:
-        count.add_(x)
+        change(count, x)
         return _linear(params, x).sum()
 
     return loss
+
+
+class Remembering(nn.Module):
+    """Its buffers are given other tensors in each call, or made in the first."""
+
+    seen: Tensor
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        if not first:
+            self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.first:
+            self.seen = 0.9 * self.seen + 0.1 * x
+        elif "seen" not in self._buffers:
+            self.register_buffer("seen", torch.ones(4))
+        return x * self.seen
+
+
+def _of_module(net: nn.Module) -> Any:
+    return lambda params, x: F.linear(functional_call(net, {}, (x,)).sum() * x[None], params["w"]).sum()
 
 
 LABEL = torch.tensor([1])
@@ -204,7 +230,20 @@ ALONE: dict[str, tuple[Any, str]] = {
         lambda p, x: F.instance_norm(_linear(p, x)[None], torch.zeros(1), torch.ones(1)).sum(),
         r"instance_norm.*\(1, 1, 3\).*batched=True",
     ),
-    "counter": (_counting(), r"changes a tensor.*add_.*\(4,\).*has_aux.*batched=True"),
+    "counter": (_counting(lambda count, x: count.add_(x)), r"changes a tensor.*add_.*\(4,\).*has_aux.*batched=True"),
+    "counter by out": (
+        _counting(lambda count, x: torch.add(count, 1, out=count)),
+        r"changes a tensor.*torch.add.*\(4,\).*has_aux.*batched=True",
+    ),
+    "spectral norm": (
+        _of_module(spectral_norm(nn.Linear(4, 3))),
+        r"changes a tensor.*normalize.*\(3,\).*eval\(\).*batched=True",
+    ),
+    "assigned buffer": (
+        _of_module(Remembering(first=False)),
+        r"another tensor into the buffer 'seen' of Remembering.*has_aux.*batched=True",
+    ),
+    "new buffer": (_of_module(Remembering(first=True)), r"into the buffer 'seen'.*call the model once before"),
 }
 
 

@@ -766,6 +766,12 @@ def test_errors_of_the_optimizer() -> None:
         EKFACOptimizer(net, loss, 0.01)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"loss is a CrossEntropyLoss.*\(model, batch\)"):
         EKFACOptimizer(net, nn.CrossEntropyLoss())
+    with pytest.raises(TypeError, match=r"loss is cross_entropy: pass a function \(model, batch\)"):
+        EKFACOptimizer(net, F.cross_entropy)
+    with pytest.raises(TypeError, match=r"batch is a function.*step\(batch, closure\)"):
+        EKFACOptimizer(net, loss).step(lambda: None)
+    with pytest.raises(TypeError, match=r"params is a EKFACOptimizer: pass the module"):
+        set_grads(EKFACOptimizer(net, loss), {})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"closure is a Tensor.*step\(\(x, y\)\)"):
         EKFACOptimizer(net, loss).step(*batches[0])
     with pytest.raises(ValueError, match=r"momentum=-1.*0 <= momentum < 1"):

@@ -123,21 +123,38 @@ def test_a_batch_that_is_not_finite_is_skipped(bad: str, estimator: SecondMoment
 
 @ESTIMATORS
 def test_a_first_batch_that_is_not_finite(estimator: SecondMoment) -> None:
-    """Until the next refresh the basis is the identity; without an estimate of the moment the step is zero."""
+    """Until the next refresh the basis is the identity; without an estimate of the moment steps are skipped."""
     case = make("mlp")
     batch = case.batch(N)
     _, bad_batch = poisoned(case, batch, "nan example")
     step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=3)
     _, state, _ = step.precondition(case.params, bad_batch, step.init(case.params, batch))
     natural, state, info = step.precondition(case.params, batch, state)
-    assert not info.skipped
+    assert info.skipped == (estimator is kfac)
     for name, basis in state.bases.items():
         close(basis.Q_A[0], torch.eye(basis.Q_A.shape[-1]))
         moved = natural[name].abs().max() > 0
         assert moved != (estimator is kfac)
     _, state, _ = step.precondition(case.params, batch, state)
     natural, state, info = step.precondition(case.params, batch, state)
+    assert not info.skipped
     assert all(torch.isfinite(p).all() and p.abs().max() > 0 for p in natural.values())
+
+
+@ESTIMATORS
+def test_a_first_batch_that_is_not_finite_between_updates(estimator: SecondMoment) -> None:
+    """No step before the next update of the moment has one to rescale with."""
+    case = make("mlp")
+    batch = case.batch(N)
+    _, bad_batch = poisoned(case, batch, "nan example")
+    step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=6, moment_every=3)
+    _, state, _ = step.precondition(case.params, bad_batch, step.init(case.params, batch))
+    skipped = []
+    for _ in range(6):
+        natural, state, info = step.precondition(case.params, batch, state)
+        assert info.skipped != any(p.abs().max() > 0 for p in natural.values())
+        skipped.append(bool(info.skipped))
+    assert skipped == [True, True, estimator is kfac, estimator is kfac, estimator is kfac, False]
 
 
 def run(step: EKFAC, case: Case, state: State, params: Params, batches: list[Any]) -> tuple[Params, State]:

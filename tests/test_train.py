@@ -98,6 +98,8 @@ for name in {list(SECOND_MOMENTS)[1:]}:
         (["--decay", "0.9"], "--decay", "leave --decay out"),
         (["--batch-size", "5000"], "--batch-size", "1438"),
         (["--device", "abacus"], "--device", "give cpu"),
+        (["--device", "meta"], "--device", "give cpu"),
+        (["--seed", str(2**64)], "--seed", "2^63"),
     ],
 )
 def test_a_bad_option_is_named_with_its_remedy(

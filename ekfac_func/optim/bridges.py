@@ -29,8 +29,10 @@ def set_grads(params: nn.Module | Mapping[str, Tensor], natural: Mapping[str, Te
     natural: of `precondition`, a tree like params. After a skipped step it is zero, on which momentum still moves: test
         `info.skipped` to leave such a step out, which reads one boolean back to the host.
 
-    ValueError where natural has a name or a shape that params has not.
+    TypeError where params is neither, ValueError where natural has a name or a shape that params has not.
     """
+    if not isinstance(params, nn.Module | Mapping):
+        raise TypeError(f"params is a {type(params).__name__}: pass the module, or a dict from names to parameters")
     named = dict(params.named_parameters()) if isinstance(params, nn.Module) else params
     check_like({name: named[name] for name in natural if name in named}, natural, "natural")
     for name, p in named.items():
@@ -71,7 +73,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
         `torch.optim`; by default those of the model. What the groups leave out is frozen, and what does not require
         gradients at a step. Where other parameters are trained than in the step before, the state of `ekfac` starts
         anew.
-    lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor.
+    lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor. Parameters that the loss
+        does not reach decay too: leave them out of params.
     damping: as in `ekfac`; the attribute may be changed from step to step. Without one, `optim.DEFAULTS` are the
         defaults of damping, exponent and basis_every, for which the default lr is.
     options: the others of `ekfac`.
@@ -96,8 +99,9 @@ class EKFACOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: pass the module, and some of its parameters as params")
-        if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
-            raise TypeError(f"loss is a {type(loss).__name__}: pass a function (model, batch) -> scalar loss")
+        if not callable(loss) or getattr(loss, "__module__", "") in ("torch.nn.modules.loss", "torch.nn.functional"):
+            named = getattr(loss, "__name__", f"a {type(loss).__name__}")
+            raise TypeError(f"loss is {named}: pass a function (model, batch) -> scalar loss")
         if params is not None and not isinstance(params, Iterable):
             raise TypeError(f"params is a {type(params).__name__}: pass parameters or groups of them, and lr by name")
         if damping is None:
@@ -171,6 +175,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
         closure: called before the step, with gradients enabled, for loops that insist on one; its result is then
             returned, and the gradients that it leaves are not used.
         """
+        if callable(batch):
+            raise TypeError(f"batch is a {type(batch).__name__}: pass the batch first, step(batch, closure)")
         result = None
         if closure is not None:
             if not callable(closure):

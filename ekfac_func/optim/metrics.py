@@ -37,7 +37,7 @@ def metrics(
     | damping, damping/LAYER | as used; by layer where a rule gave each its own |
     | effective_rank/LAYER | exponential of the entropy of the shares of `m2`, 1 to their number; 0 without any |
     | condition/LAYER | largest over smallest entry of `m2 + damping` |
-    | skipped | 1 where the step was not finite, else 0; loss, norms, cosine and damping then say what was found |
+    | skipped | 1 where the step was skipped, else 0; loss, norms, cosine and damping then say what was found |
     | refresh | 1 where the step refreshed the eigenbases of any layer, else 0; where basis_every is given |
     | kept_bases | eigenbases that could not be refreshed |
 

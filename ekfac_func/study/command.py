@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..options import count, extra, make_directory, positive, steps
+from ..options import count, extra, make_directory, positive, seed, steps
 from .settings import DATA, ESTIMATOR_NAMES, MODELS, TEXT, TRANSFORMER, Settings
 
 
@@ -69,7 +69,7 @@ def add(commands: Any) -> None:
         "--refresh-batch", type=count, default=default.refresh_batch, help="examples in each of those batches"
     )
     parser.add_argument("--lr", type=positive, default=default.lr, help="learning rate of the training")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the initial network, batches and draws")
+    parser.add_argument("--seed", type=seed, default=0, help="of the split, the initial network, batches and draws")
     parser.add_argument("--threads", type=count, default=1, help="of torch on a CPU (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="directory (default runs/study)")
     parser.set_defaults(run=lambda options: study(options, parser.error))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,17 +15,24 @@ class Interrupted(Exception):
     """Ctrl-C was pressed, and what was done is in the checkpoint."""
 
 
-def write(path: Path, tree: Any) -> None:
-    """Save a tree of tensors: in a temporary file of the same directory, which takes the place of the old one.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file of the same directory, which takes the place of the old one when it is written.
 
     Whenever the process is killed, `path` is the whole old file or the whole new one.
     """
     temporary = path.with_name(path.name + ".part")
     with temporary.open("wb") as file:
-        torch.save(tree, file)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write(path: Path, tree: Any) -> None:
+    """Save a tree of tensors."""
+    with replacing(path) as file:
+        torch.save(tree, file)
 
 
 class Unreadable(Exception):

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..options import count, extra, make_directory, positive, share, steps
+from ..options import count, extra, make_directory, positive, seed, share, steps
 from .settings import AVERAGES, DATA, DEFAULTS, MODELS, SECOND_MOMENTS, Settings
 
 DECAY = 0.95
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--adamw-lr", type=positive, help="learning rate of AdamW")
     parser.add_argument("--batch-size", type=count, help="examples in a batch, the same for all")
     parser.add_argument("--steps", type=count, help="steps of each optimizer")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the initial network and the batches")
+    parser.add_argument("--seed", type=seed, default=0, help="of the split, the initial network and the batches")
     parser.add_argument("--threads", type=count, default=1, help="of torch on a CPU (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument(
@@ -72,6 +72,8 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
         device = torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as reason:  # torch built without CUDA asserts
         error(f"argument --device: {options.device!r} cannot be used here ({str(reason).splitlines()[0]}): give cpu")
+    if device.type == "meta":
+        error("argument --device: 'meta' has no values: give cpu")
     make_directory(options.out, error)
     loaded = data.load(options.data, options.seed).to(device)
     examples = len(loaded.train[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .checkpoint import replacing
 from .run import Curve
 
 
@@ -38,7 +39,7 @@ def plot(curves: Sequence[Curve], title: str, path: Path) -> None:
     right.set(xlabel="seconds")
     left.legend(title="training; dashed: test")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, 120)
 
 
 def plot_metrics(metrics: Path, title: str, path: Path) -> None:
@@ -65,4 +66,9 @@ def plot_metrics(metrics: Path, title: str, path: Path) -> None:
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, 100)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
