@@ -196,7 +196,7 @@ def test_the_check_finds_coupled_examples_and_turned_axes() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
-        (lambda p, x: F.linear(x, p["w"]).cos().sum(), r"shape \(\) for a batch of 3.*one loss an example"),
+        (lambda p, x: F.linear(x, p["w"]).cos().sum(), r"returned a scalar.*one loss an example"),
         (lambda p, x: F.linear(x, p["w"]).cos(), r"shape \(3, 3\) for a batch of 3"),
     ],
 )
