@@ -208,11 +208,11 @@ def _tapped(
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
     device = pytree.tree_leaves(batch)[0].device
     calls: list[Any] = []
-    seen: list[Any] = []
+    ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
 
     def probed(probe: Probe, free: Params, example: Any, n: int | None = None) -> tuple[Tensor, Run]:
         calls.clear()
-        seen.clear()
+        seen: list[Any] = []
         known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
         # of a parameter 0, of its views and copies which it is: copies of several entries look alike
         by_id = {} if compiling else {id(p): (name, 0) for p, name in known}
@@ -220,7 +220,8 @@ def _tapped(
         picks: list[tuple[Tensor, Tensor]] = []
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            seen.append(func if compiling else (func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
+            if not compiling:
+                seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
             refuse(func, args, kwargs, params, options.batched)
             output = (
                 NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, options.batched)
@@ -275,6 +276,12 @@ def _tapped(
                 f"the loss called {len(calls)} layers where discovery saw {len(found.calls)}: let the loss call the "
                 "same layers whatever device, mode or values it meets"
             )
+        ways.append(seen)
+        if found.calls and seen != ways[0]:
+            raise StalePlan(
+                "the loss took another path for some of the examples than for others: draw what it depends on before "
+                "the call, into what the loss closes over"
+            )
         loss, aux = check_loss(loss, options.has_aux, n)
         return loss, Run(loss, aux, [call.input for call in calls])
 
@@ -311,7 +318,7 @@ def _tapped(
         held = arrivals.held
     losses, aux = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
     kept = {name: kept[name] for name in layers}
-    return Folded(losses.to(statistics_dtype(losses)), layers, kept, aux, held), seen
+    return Folded(losses.to(statistics_dtype(losses)), layers, kept, aux, held), ways[0]
 
 
 def _chunks(batch: Batch, size: int | None) -> list[Batch]:

@@ -193,7 +193,8 @@ def _discover(
 
     def run(n: int | None, skip: Mapping[int, str] = {}, of: tuple[Params, Batch] | None = None) -> _Run:
         loss = functools.partial(loss_fn, *args, **kwargs)
-        return _run(loss, param_specs, example[0], rules, has_aux, n, skip, of)
+        with undrawn(() if of is None else pytree.tree_leaves(of)):  # the next run takes the same path
+            return _run(loss, param_specs, example[0], rules, has_aux, n, skip, of)
 
     try:
         if batched:
@@ -210,8 +211,7 @@ def _discover(
                 "as by torch.where or a product with a mask, or call the step in eager mode"
             ) from error
         n = pytree.tree_leaves(values[1])[0].shape[0]
-        with undrawn(pytree.tree_leaves(values)):
-            return _of_batches(param_specs, functools.partial(run, of=values), n, 2 * n)
+        return _of_batches(param_specs, functools.partial(run, of=values), n, 2 * n)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(

@@ -124,7 +124,7 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
     @torch.compiler.assume_constant_result
     def rows_of_shapes(param_specs: Any, example: Any) -> tuple[int, ...]:
         """The same without values, as a constant of a graph."""
-        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
+        with undrawn([]), FakeTensorMode(allow_non_fake_inputs=True):
             return tuple(sorted(rows_of(*filled((param_specs, *example)))))
 
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:

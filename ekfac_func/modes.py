@@ -1,6 +1,9 @@
 """What may be done where a line runs: values are looked at in eager mode on a CPU alone; and the draws of a pass."""
 
 import contextlib
+import functools
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -52,7 +55,7 @@ _WITH_STATES = ("cuda", "mps", "xpu")
 class Draws(NamedTuple):
     """The states of the random number generators before a pass, from which another one draws the same."""
 
-    states: list[tuple[torch.device, Tensor]]
+    states: list[tuple[Callable[[Any], Any], Any]]  # how each is set, and what it was
     recorded: bool = False  # into a CUDA graph, where the states of the devices cannot be had
 
     def repeat(self) -> None:
@@ -62,19 +65,25 @@ class Draws(NamedTuple):
                 "a step that a CUDA graph records wanted a second pass with the same random numbers: call it once "
                 "before, and record steps without chunk_size or a refresh"
             )
-        for device, state in self.states:
-            if device.type == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, *_which(device))
+        for set_state, state in self.states:
+            set_state(state)
 
 
 def draws(tensors: Iterable[Tensor]) -> Draws:
-    """Of the CPU, and of the accelerators that these tensors are on."""
+    """Of the CPU and the accelerators that these tensors are on; of Python and numpy, by which a loss may branch."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if numpy := sys.modules.get("numpy"):
+        states.append((numpy.random.set_state, numpy.random.get_state()))
     devices = {t.device for t in tensors if t.device.type in _WITH_STATES}
     recorded = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
-    of_devices = [] if recorded else [(d, torch.get_device_module(d).get_rng_state(*_which(d))) for d in devices]
-    return Draws([(torch.device("cpu"), torch.get_rng_state()), *of_devices], recorded)
+    for d in () if recorded else devices:
+        module = torch.get_device_module(d)
+        which = {} if d.type == "mps" else {"device": d}  # of mps there is one
+        states.append((functools.partial(module.set_rng_state, **which), module.get_rng_state(**which)))
+    return Draws(states, recorded)
 
 
 @contextlib.contextmanager
@@ -85,10 +94,6 @@ def undrawn(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
     finally:
         before.repeat()
-
-
-def _which(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is one
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

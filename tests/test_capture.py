@@ -1,10 +1,12 @@
 """Captured per-example gradients equal a loop over the examples."""
 
 import functools
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -402,6 +404,60 @@ def test_a_compiled_loss_that_takes_its_parameters_another_way(way: str) -> None
         info = call(params, batch, state)[2]
         for name, expected in loop(loss_fn, params, batch)[1].items():
             close(info.gradient[name], expected.mean(0))
+
+
+def drawing(draw: Callable[[], int], reads_values: bool = False) -> Any:
+    """A loss that draws which head, and whether a square layer in between, an example or batch takes."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"]).tanh()
+        if reads_values and h.sum() > 1e6:
+            h = 2 * h
+        at = draw()
+        h = F.linear(h, params["v"]) if at == 2 else h
+        losses = F.linear(h, params["heads"][at]).square()
+        return losses.sum(-1) if x.dim() == 2 else losses.sum()
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    ("draw", "seed"),
+    [(lambda: random.randrange(3), random.seed), (lambda: int(np.random.randint(3)), np.random.seed)],
+    ids=["python", "numpy"],
+)
+def test_a_path_that_is_drawn(draw: Callable[[], int], seed: Callable[[int], None], batched: bool) -> None:
+    """Discovery takes back its draws, and runs take the path that it saw."""
+    params = {"w": torch.randn(4, 3), "heads": torch.randn(3, 2, 4), "v": torch.randn(4, 4)}
+    batch = torch.randn(N, 3)
+    loss_fn = drawing(draw)
+    for k in range(8):
+        seed(k)
+        ekfac(loss_fn, damping=1.0, batched=batched).init(params, batch)
+        found = per_example_gradients(loss_fn, params, batch, batched=batched)
+        after = draw()
+        seed(k)
+        at = draw()
+        assert after == draw()
+        for name, expected in loop(drawing(functools.partial(int, at)), params, batch)[1].items():
+            close(found.dense(name), expected)
+
+
+def test_a_path_that_each_example_draws() -> None:
+    params = {"w": torch.randn(4, 3), "heads": torch.randn(3, 2, 4), "v": torch.randn(4, 4)}
+    batch, loss_fn = torch.randn(N, 3), drawing(lambda: random.randrange(3), reads_values=True)
+    random.seed(0)
+    found = per_example_gradients(loss_fn, params, batch)
+    random.seed(0)
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), expected)
+    random.seed(1)  # 0, then 2
+    with pytest.raises(RuntimeError, match="call the same layers"):
+        per_example_gradients(drawing(lambda: random.randrange(3)), params, batch, chunk_size=2)
+    path = iter([0, 1, 1, 2] * 9)  # discovery, and chunks of the same calls
+    with pytest.raises(RuntimeError, match=r"another path for some of the examples.*before the call"):
+        per_example_gradients(drawing(lambda: next(path) % 2), params, batch, chunk_size=2)
 
 
 def test_a_tensor_kept_from_discovery_is_refused() -> None:
