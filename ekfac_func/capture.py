@@ -28,7 +28,7 @@ from .discovery import DATA_DEPENDENT, Options, Plan, plan, spec
 from .modes import Draws, draws, no_autocast, transformed, undrawn
 from .rules import RULES
 from .tap import Tap, name_of, readings, refuse, traced, unfused, with_ids
-from .types import Batch, Dense, Layer, LossFn, Params, Terms, statistics_dtype
+from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, statistics_dtype
 
 
 class Captured(NamedTuple):
@@ -61,7 +61,7 @@ Add = Callable[[Layer, Any, Any], Any]
 """(a layer, what was read of some examples, and of others) -> of both"""
 
 
-def capture(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
+def capture(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
     """Losses and gradient terms of the examples of a batch."""
     return _captured(fold(loss_fn, params, batch, options, _as_they_are, _together))
 
@@ -87,7 +87,7 @@ def joined(parts: Sequence[Terms]) -> Terms:
 
 
 def fold(
-    loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options: Options, begin: Begin, add: Add
+    loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options, begin: Begin, add: Add
 ) -> Folded:
     """Losses of a batch, and what is read of its gradient terms: of some examples after others, layer by layer.
 
@@ -137,7 +137,7 @@ def own(params: Mapping[str, Tensor]) -> Params:
     return {name: p.detach() for name, p in params.items()}
 
 
-def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
+def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
     """What `capture` would return, of tensors without values where the loss looks at none."""
     owned = own(params)
     found = plan(loss_fn, owned, batch, options)
@@ -158,12 +158,19 @@ def shapes(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options:
     return _captured(folded)
 
 
-UNMAPPED = ("Batching rule not implemented", "does not have vmap support")
+UNMAPPED = ("Batching rule not implemented", "does not have vmap support", "does not yet have a batching rule")
 """What torch says of an operator and of an `autograd.Function` that `vmap` does not know."""
 
 
 def _retried(
-    found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add, before: Draws
+    found: Plan,
+    loss_fn: LossFn | LossAuxFn,
+    params: Params,
+    batch: Batch,
+    options: Options,
+    begin: Begin,
+    add: Add,
+    before: Draws,
 ) -> tuple[Folded, Any, Plan]:
     """A tapped run, in another way where `vmap` cannot run a function of the loss; and how it was run."""
     try:
@@ -195,7 +202,7 @@ def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]
 
 
 def _tapped(
-    found: Plan, loss_fn: LossFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
+    found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
 ) -> tuple[Folded, list[Any]]:
     layers = {layer.weight: layer for layer in found.layers}
     tapped = {call.weight for call in found.calls}
@@ -332,7 +339,7 @@ REMEMBERED = 256  # plans of a loss
 _memos: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Plan, list[Any]]]] = weakref.WeakKeyDictionary()
 
 
-def _memo(loss_fn: LossFn) -> dict[Any, tuple[Plan, list[Any]]]:
+def _memo(loss_fn: LossFn | LossAuxFn) -> dict[Any, tuple[Plan, list[Any]]]:
     """Plans of a loss by the shapes that it met, kept as long as the loss lives."""
     try:
         return _memos.setdefault(getattr(loss_fn, "__self__", loss_fn), {})
@@ -340,7 +347,7 @@ def _memo(loss_fn: LossFn) -> dict[Any, tuple[Plan, list[Any]]]:
         return {}
 
 
-def _key(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Any:
+def _key(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Any:
     leaves, tree = pytree.tree_flatten(batch)
     devices = {p.device.type for p in params.values()}  # on which autocast decides the dtypes of the outputs
     return (

@@ -10,10 +10,10 @@ from .capture import capture
 from .checks import check_loss
 from .discovery import Options
 from .kronecker import dense, unpack_all
-from .types import Batch, LossFn, Params
+from .types import Batch, LossAuxFn, LossFn, Params
 
 
-def certify(loss_fn: LossFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> None:
+def certify(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> None:
     """Raise ValueError for the first parameter whose captured gradients differ from those of the examples alone.
 
     One backward pass an example, for a batch of a few. The loss must draw no random numbers. The distance allowed is

@@ -167,6 +167,9 @@ def check_loss(loss: Any, has_aux: bool, n: int | None) -> tuple[Tensor, Any]:
         if not isinstance(loss, tuple) or len(loss) != 2:
             raise TypeError(f"loss_fn returned a {type(loss).__name__}: with has_aux=True it returns (loss, aux)")
         loss, aux = loss
+        for leaf in pytree.tree_leaves(aux) if n is None else ():
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"loss_fn returned a {type(leaf).__name__} in aux: return a tree of tensors")
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"loss_fn returned a {type(loss).__name__}: return the example's loss, a 0-d tensor, or with has_aux=True "

@@ -18,7 +18,7 @@ from .kronecker import positions
 from .orders import DEFAULT, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
 from .subspace import compress, in_span
-from .types import Basis, Batch, Layer, LossFn, Number, Terms, statistics_dtype
+from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Number, Terms, statistics_dtype
 
 
 class Row(NamedTuple):
@@ -67,7 +67,7 @@ class Description(tuple[Row, ...]):
 
 
 def describe(
-    loss_fn: LossFn,
+    loss_fn: LossFn | LossAuxFn,
     params: Mapping[str, Tensor],
     batch: Batch,
     *,

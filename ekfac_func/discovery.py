@@ -30,7 +30,7 @@ from .modes import undrawn
 from .picked import READS, Picked
 from .rules import Call, Rules
 from .tap import Tap, depth, readings, refuse, traced, unfused, with_ids
-from .types import Batch, Layer, LossFn, Params, constants
+from .types import Batch, Layer, LossAuxFn, LossFn, Params, constants
 from .views import View
 
 
@@ -108,7 +108,7 @@ class Plan(NamedTuple):
     looped: bool = False  # vmap cannot run the loss: a function for which it has no rule, a branch on values
 
 
-def plan(loss_fn: LossFn, params: Params, batch: Batch, options: Options) -> Plan:
+def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
     """What `capture` will tap, from shapes alone."""
     param_specs = {name: spec(p, p.shape) for name, p in params.items()}
     example = (pytree.tree_map(lambda leaf: spec(leaf, leaf.shape[1:]), batch),)  # Dynamo's constants are containers

@@ -14,7 +14,7 @@ from .discovery import checked_options
 from .kronecker import dense, gradient, square_norms, unpack, unpack_all
 from .orders import DEFAULT, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
-from .types import Basis, Batch, Layer, LossFn, Params, Terms
+from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Params, Terms
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PerExampleGradients:
 
 @torch.no_grad()
 def per_example_gradients(
-    loss_fn: LossFn,
+    loss_fn: LossFn | LossAuxFn,
     params: Mapping[str, Tensor],
     batch: Batch,
     *,
@@ -83,7 +83,7 @@ def per_example_gradients(
 
 @torch.no_grad()
 def second_moments(
-    loss_fn: LossFn,
+    loss_fn: LossFn | LossAuxFn,
     params: Mapping[str, Tensor],
     batch: Batch,
     bases: Mapping[str, Basis],

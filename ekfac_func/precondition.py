@@ -80,6 +80,7 @@ from .types import (
     Factors,
     Info,
     Layer,
+    LossAuxFn,
     LossFn,
     Means,
     Moment,
@@ -120,7 +121,7 @@ class EKFAC(NamedTuple):
 
 
 def ekfac(
-    loss_fn: LossFn,
+    loss_fn: LossFn | LossAuxFn,
     *,
     damping: Number | Damping,
     exponent: Number = -1.0,

@@ -13,6 +13,7 @@ from .patches import Patches
 Params = dict[str, Tensor]
 Batch = Any  # the tree of one example, each tensor with a leading axis n
 LossFn = Callable[[Params, Any], Tensor]  # (params, example) -> scalar loss
+LossAuxFn = Callable[[Params, Any], tuple[Tensor, Any]]  # (params, example) -> (scalar loss, aux), with has_aux
 Number = float | Tensor  # a Python number or a 0-d tensor
 
 

@@ -689,6 +689,12 @@ CASES: dict[str, Callable[[], Case]] = {
         ruled=set(),
     ),
     "recurrent tanh": lambda: classifier(Recurrent(nn.RNN(4, 3, batch_first=True)), 3, 4),
+    "scattered": lambda: function(
+        lambda p, x: torch.as_strided_scatter(F.linear(x, p["w"]), x[:1].sin(), (1,), (1,), 1).square().sum(),
+        {"w": randn(3, 4)},
+        4,
+        ruled={"w"},
+    ),
     "forward mode": lambda: function(_forward_mode, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
     "custom": lambda: function(_custom, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled=set()),
     "custom apart": lambda: function(_custom_apart, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled={"w", "v"}),
@@ -732,7 +738,12 @@ def make(name: str) -> Case:
     return CASES[name]()
 
 
-LOOPED = {"forward mode", "custom", "custom apart"}  # vmap has no rule for them, so neither has a compiled step
+LOOPED = {
+    "forward mode",
+    "custom",
+    "custom apart",
+    "scattered",
+}  # vmap has no rule for them, so neither has a compiled step
 every_case = pytest.mark.parametrize("name", CASES)
 BATCHED = [name for name in CASES if name not in LOOPED]
 every_batched_case = pytest.mark.parametrize("name", BATCHED)

@@ -137,6 +137,12 @@ def test_the_loss_is_a_scalar(loss: Any, error: Any, message: str) -> None:
         per_example_gradients(loss, W, torch.randn(5, 4))
 
 
+def test_aux_is_of_tensors() -> None:
+    loss = lambda p, x: (F.linear(x, p["w"]).sum(), {"correct": 3})  # noqa: E731
+    with pytest.raises(TypeError, match="a int in aux"):
+        ekfac(loss, damping=1e-2, has_aux=True).init(W, torch.randn(5, 4))
+
+
 BATCH_COUPLED: dict[str, Any] = {
     "train": lambda: nn.BatchNorm2d(3),
     "no statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False).eval(),

@@ -27,7 +27,7 @@ from ekfac_func import (
 from ekfac_func.types import Params
 
 from .cases import Case, N, classifier, every_batched_case, every_case, make
-from .oracles import close, close_trees, same_bits
+from .oracles import close, close_trees, loop, same_bits
 
 ESTIMATORS = pytest.mark.parametrize(
     "estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac], ids=lambda e: e.name
@@ -338,3 +338,20 @@ def test_what_half_precision_does_not_reach_is_skipped() -> None:
     natural, _, info = step.precondition(params, batch, step.init(params, batch))
     assert info.skipped
     assert not natural["w"].any()
+
+
+@pytest.mark.parametrize("name", ["mlp", "custom"])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_aux_has_the_examples_in_their_order(name: str, chunk_size: int | None) -> None:
+    case = make(name)
+    batch = case.batch(N)
+
+    def loss_fn(params: Params, example: Any) -> Any:
+        loss = case.loss_fn(params, example)
+        return loss, {"loss": loss, "parts": [pytree.tree_leaves(example)[0], loss.new_ones(2)]}
+
+    step = ekfac(loss_fn, damping=1e-2, has_aux=True, chunk_size=chunk_size)
+    _, _, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    losses, _ = loop(case.loss_fn, case.params, batch)
+    close_trees(info.aux, {"loss": losses, "parts": [pytree.tree_leaves(batch)[0], torch.ones(N, 2)]})
+    assert not info.aux["loss"].requires_grad

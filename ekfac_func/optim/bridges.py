@@ -87,7 +87,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Any, Any], Tensor],
+        loss: Callable[[Any, Any], Tensor | tuple[Tensor, Any]],
         params: Iterable[Any] | None = None,
         *,
         lr: Number = 2.5e-3,
@@ -298,10 +298,10 @@ def _at(places: Mapping[str, str], values: Mapping[str, Tensor]) -> dict[str, Te
 class _Bound(nn.Module):
     """A loss of a module, as a module of its own, for `functional_call`."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor | tuple[Tensor, Any]]) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any) -> Any:
         return self.loss(self.model, batch)
