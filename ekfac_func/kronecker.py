@@ -255,7 +255,8 @@ def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     past = decay * factors.weight
     total = past + (1 - decay)
     share = past / torch.where(total > 0, total, 1)
-    return Factors(share * factors.A + (1 - share) * A, share * factors.B + (1 - share) * B, total)
+    weight = total.to(factors.weight.dtype)
+    return Factors(share * factors.A + (1 - share) * A, share * factors.B + (1 - share) * B, weight)
 
 
 def formed(C: Factor) -> Tensor:

@@ -316,10 +316,13 @@ def ekfac(
         with no_autocast(leaf.device):
             started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
             carried, kept = started, None
+            samples: list[Tensor] = []  # of bases, that the state does not carry
             if turn.refreshing:
                 factors = {name: mean_factors(seen[name].factors or ()) for name in turn.refreshing}
                 averages = None if not averaged else factor_decay
                 carried, kept = _refresh(started, factors, averages, second_moment, carry, refresh, turn.chosen)
+                passing = [factors[name][:2] for name in factors if not _carries_factors(turn.chosen[name], averages)]
+                samples = pytree.tree_leaves(passing)
 
         again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
 
@@ -350,7 +353,7 @@ def ekfac(
                 slope = totals[name] / n if name in totals else means[name].gradient
                 few = terms if rescales_samples(terms, basis, n) else None
                 slopes[name] = Mean(slope, means[name].projected, few, n)
-            return finish(params, state, turn, carried, kept, spans, folded, means, slopes, data)
+            return finish(params, state, turn, carried, kept, samples, spans, folded, means, slopes, data)
 
     def finish(
         params: Mapping[str, Tensor],
@@ -358,6 +361,7 @@ def ekfac(
         turn: _Turn,
         carried: State,
         kept: Tensor | None,
+        samples: list[Tensor],
         spans: Mapping[str, Span],
         folded: Folded,
         means: Mapping[str, Sums],
@@ -394,7 +398,7 @@ def ekfac(
         new = _out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         natural = unpack_all(layers.values(), natural_in, params)  # half precision may not reach what is finite before
-        good = _all_finite([loss, losses, *natural.values(), *found, *_learned(new, state)])
+        good = _all_finite([loss, losses, *natural.values(), *found, *samples, *_learned(new, state)])
         # without a moment in any layer, after a first step that was skipped, there is no natural gradient
         good = good & torch.stack([updated[name].weight for name in layers]).any()
         nothing = loss.new_zeros(())
@@ -525,7 +529,7 @@ def _refresh(
     factors, second_moments = dict(state.factors), dict(state.second_moments)
     for name, mean in means.items():
         check_samples(name, mean, state.bases[name])
-        if averages is not None or not isinstance(chosen[name], Rank | Compact):
+        if _carries_factors(chosen[name], averages):
             factors[name] = average_factors(state.factors[name], mean, 0.0 if averages is None else averages)
     used = {name: mean if averages is None else factors[name] for name, mean in means.items()}
     spans = [name for name in means if isinstance(chosen[name], Thin)]
@@ -535,6 +539,10 @@ def _refresh(
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
         second_moments[name] = carry_over(estimator, carry, moment, state.bases[name], basis, product)
     return replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments), kept
+
+
+def _carries_factors(choice: Choice, averages: Number | None) -> bool:
+    return averages is not None or not isinstance(choice, Rank | Compact)
 
 
 def _of_data(
@@ -579,7 +587,7 @@ def rescaled(
 
 
 def _learned(new: State, old: State) -> list[Tensor]:
-    """The tensors that the step would write into the state; a basis is always finite."""
+    """The tensors that the step would write into the state, but for the bases, which are finite whatever makes them."""
     written = [new.second_moments[name].value for name in new.second_moments]
     for name, factors in new.factors.items():
         if factors is not old.factors[name]:

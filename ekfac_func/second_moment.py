@@ -79,7 +79,7 @@ def moving_average(moment: Moment, new: Tensor, decay: Number) -> Moment:
     past = decay * moment.weight
     total = past + (1 - decay)
     value = (past * moment.value + (1 - decay) * new) / torch.where(total > 0, total, 1)
-    return Moment(value, total)
+    return Moment(value, total.to(moment.weight.dtype))
 
 
 def _intra_batch(moment: Moment, mean: Sums, n: int) -> Moment:

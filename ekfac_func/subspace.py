@@ -32,6 +32,7 @@ from .kronecker import (
     turn_outputs,
     written,
 )
+from .modes import transformed
 from .products import outer
 from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
 
@@ -118,14 +119,18 @@ def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Te
     H = turn_inputs(K, basis.Q_A)
     on_i = on_o = both = None
     if c_i:
-        on_i = (K - _out_inputs(H, basis)).square_().sum((0, 3)) / c_i
+        on_i = _squared(K - _out_inputs(H, basis)).sum((0, 3)) / c_i
     if c_o:
         L = turn_inputs(G, basis.Q_A)
-        on_o = (L - _out_outputs(H, basis)).square_().sum((0, 2)) / c_o
+        on_o = _squared(L - _out_outputs(H, basis)).sum((0, 2)) / c_o
     if c_i and c_o:
         rest = G - _out_outputs(K, basis)
-        both = (rest - _out_inputs(turn_inputs(rest, basis.Q_A), basis)).square_().sum((0, 2, 3)) / (c_i * c_o)
+        both = _squared(rest - _out_inputs(turn_inputs(rest, basis.Q_A), basis)).sum((0, 2, 3)) / (c_i * c_o)
     return H, on_i, on_o, both
+
+
+def _squared(new: Tensor) -> Tensor:
+    return new.square() if transformed() else new.square_()  # for which vmap has no rule
 
 
 def mean_outside(mean: Sums, basis: Basis) -> Sums:

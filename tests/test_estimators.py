@@ -258,6 +258,17 @@ def test_averages_over_batches_and_stale_bases(name: str, rules: Any) -> None:
                     close(state.second_moments[w].value, expected[w])
 
 
+@pytest.mark.parametrize("estimator", [averaged_intra_batch, running_average])
+def test_a_decay_of_another_dtype_leaves_that_of_the_state(estimator: Any) -> None:
+    params, batch, decay = {"w": torch.randn(3, 4).float()}, torch.randn(N, 4).float(), torch.tensor(0.5)
+    moving = {"second_moment": estimator(decay), "factor_decay": decay}
+    step = ekfac(lambda p, x: F.linear(x, p["w"]).sin().sum(), damping=1.0, **moving)
+    state = step.init(params, batch)
+    for x in (batch, batch * torch.nan, batch):
+        _, state, _ = step.precondition(params, x, state)
+        assert {t.dtype for t in pytree.tree_leaves(state)} == {torch.float32}
+
+
 def captured_positions(case: Case, batch: Any, layer: Layer, state: State, rules: Any) -> Any:
     terms = capture(case.loss_fn, case.params, batch, Options(rules)).terms[layer.weight]
     return mean_factors(factor_sums(terms, state.bases[layer.weight])).positions

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ekfac_func import (
     DIAGONAL,
@@ -159,7 +160,7 @@ def test_a_table_in_another_dtype_than_torchs_default(choice: Any) -> None:
         )
         expected, _, _ = step.precondition(params, ids, step.init(params, ids))
         natural, state, _ = step.precondition(single, ids, step.init(single, ids))
-        leaves = torch.utils._pytree.tree_leaves((natural, state))
+        leaves = pytree.tree_leaves((natural, state))
         assert {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)} == {torch.float32}
         if estimator is kfac or choice is FULL:  # else the basis is one of a subspace, and not determined so well
             close_trees({"t": natural["t"].double()}, expected, 1e-3)
@@ -299,7 +300,7 @@ def test_thin_is_the_full_basis(name: str, rules: Any) -> None:
     case = make(name)
     for n, sharing in ((1, expand), (2, reduce), (2, expand), (40, expand)):
         batch = case.batch(n)
-        batch = torch.utils._pytree.tree_map(lambda t: torch.cat([t, t]), batch)
+        batch = pytree.tree_map(lambda t: torch.cat([t, t]), batch)
         options = {"damping": 1e-2, "rules": rules, "weight_sharing": sharing}
         found = []
         for choice in (FULL, thin):
@@ -380,6 +381,28 @@ def test_a_gradient_that_is_not_finite_where_the_loss_is(choice: Any, of_curvatu
     assert torch.isfinite(info.loss)
     assert info.skipped
     assert natural["w"].abs().max() == 0
+
+
+@pytest.mark.parametrize("refresh", [eigh(), staggered(2)], ids=lambda how: how.name)
+@pytest.mark.parametrize("at_refresh", [reset, keep, transport])
+@pytest.mark.parametrize("choice", [FULL, rank(2), compact(4)], ids=str)
+def test_samples_that_are_not_finite_make_no_basis(choice: Any, at_refresh: Any, refresh: Any) -> None:
+    """Of a curvature loss, whose moment they do not reach: that of K-FAC, where it is carried on."""
+    params, batch = {"w": torch.randn(6, 5)}, torch.randn(3, 5)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]).sin().sum()
+
+    settings: dict[str, Any] = {"fisher": gradient(loss_at_its_kink), "second_moment": kfac, "refresh": refresh}
+    step = ekfac(loss_fn, damping=1e-2, basis_every=2, at_refresh=at_refresh, bases={"*": choice}, **settings)
+    state = step.init(params, batch)
+    for _ in range(2):
+        _, state, info = step.precondition(params, batch, state)
+        assert not info.skipped
+    batch[1] = 0
+    _, new, info = step.precondition(params, batch, state)
+    assert info.skipped
+    same_bits(pytree.tree_leaves(new), pytree.tree_leaves(state))
 
 
 def loss_at_its_kink(params: Params, x: Tensor) -> Tensor:
@@ -658,16 +681,18 @@ def test_what_is_no_refresh() -> None:
         ekfac(loss_fn, damping=1.0, refresh=eigh)  # type: ignore[arg-type]
 
 
-def test_vmap_over_states_of_every_refresh() -> None:
-    case = make("mlp")
+@pytest.mark.parametrize("name", ["mlp", "not views"])
+def test_vmap_over_states_of_every_refresh(name: str) -> None:
+    case = make(name)
     batch = case.batch(N)
+    params = [case.params, {name: 1.1 * p for name, p in case.params.items()}]
     for options in ({"refresh": adaptive(0.1)}, {"refresh": qr()}, {"bases": {"*": rank(2)}}, {"bases": {"*": thin}}):
         step = ekfac(case.loss_fn, damping=1e-2, **options)
         states = [step.precondition(case.params, case.batch(N), step.init(case.params, batch))[1] for _ in range(2)]
-        stacked = torch.utils._pytree.tree_map(lambda *leaves: torch.stack(leaves), *states)
-        together = torch.vmap(lambda s, step=step: step.precondition(case.params, batch, s)[0])(stacked)
+        stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *zip(params, states, strict=True))
+        together = torch.vmap(lambda p, s, step=step: step.precondition(p, batch, s)[0])(*stacked)
         for at, state in enumerate(states):
-            alone = step.precondition(case.params, batch, state)[0]
+            alone = step.precondition(params[at], batch, state)[0]
             close_trees({name: p[at] for name, p in together.items()}, alone, 1e-8)
 
 
@@ -744,7 +769,7 @@ def test_compact_over_an_ensemble_and_on_disk(tmp_path: Any) -> None:
     batch = case.batch(2)
     step = ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)}, basis_every=2)
     state = step.init(case.params, batch)
-    states = torch.utils._pytree.tree_map(lambda t: torch.stack([t, t]), state)
+    states = pytree.tree_map(lambda t: torch.stack([t, t]), state)
     params = {name: torch.stack([p, 1.1 * p]) for name, p in case.params.items()}
     both, _, _ = torch.func.vmap(step.precondition, (0, None, 0))(params, batch, states)
     for k in range(2):
