@@ -690,11 +690,11 @@ def _unless_batched(n: int | None) -> str:
 @contextlib.contextmanager
 def _buffers_kept(n: int | None) -> Iterator[None]:
     """Refuse a loss that leaves a tensor of its run in a buffer of a module, which has its own again."""
-    before: dict[nn.Module, dict[str, Tensor | None]] = {}
+    before: dict[tuple[nn.Module, str], tuple[Tensor | None, ...]] = {}  # of one that was not there none
     put: dict[tuple[nn.Module, str], Tensor | None] = {}
 
     def note(module: nn.Module, name: str, value: Tensor | None) -> None:
-        before.setdefault(module, module._buffers.copy())
+        before.setdefault((module, name), (module._buffers[name],) if name in module._buffers else ())
         put[module, name] = value
 
     hook = register_module_buffer_registration_hook(note)
@@ -705,10 +705,13 @@ def _buffers_kept(n: int | None) -> Iterator[None]:
         left = [
             (module, name)
             for (module, name), b in put.items()  # where functional_call has not put its own back
-            if module._buffers.get(name) is b and before[module].get(name) is not b
+            if module._buffers.get(name) is b and not any(old is b for old in before[module, name])
         ]
-        for module, _ in left:
-            module._buffers = before[module]
+        for module, name in left:
+            if before[module, name]:
+                (module._buffers[name],) = before[module, name]
+            else:
+                del module._buffers[name]
     for module, name in left:
         raise RuntimeError(
             f"loss_fn puts another tensor into the buffer {name!r} of {type(module).__name__}: if it is a cache that "

@@ -137,6 +137,30 @@ def test_the_loss_is_a_scalar(loss: Any, error: Any, message: str) -> None:
         per_example_gradients(loss, W, torch.randn(5, 4))
 
 
+def test_buffers_stay_those_of_the_model() -> None:
+    """Also where `functional_call` had put others in the places of some."""
+    net = Remembering(first=False)
+    net.register_buffer("other", torch.zeros(2))
+    before = dict(net.named_buffers())
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        return F.linear(functional_call(net, {"other": torch.ones(2)}, (x,))[None], params["w"]).sum()
+
+    with pytest.raises(RuntimeError, match="another tensor into the buffer 'seen'"):
+        per_example_gradients(loss, W, torch.randn(5, 4))
+    assert all(b is before[name] for name, b in net.named_buffers())
+    assert (
+        not per_example_gradients(
+            lambda p, x: F.linear(functional_call(net, {"seen": torch.ones(4)}, (x,))[None], p["w"]).sum(),
+            W,
+            torch.randn(5, 4),
+        )
+        .losses.isnan()
+        .any()
+    )
+    assert all(b is before[name] for name, b in net.named_buffers())
+
+
 def test_aux_is_of_tensors() -> None:
     loss = lambda p, x: (F.linear(x, p["w"]).sum(), {"correct": 3})  # noqa: E731
     with pytest.raises(TypeError, match="a int in aux"):
