@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch.utils import _pytree as pytree
 
@@ -298,3 +299,16 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytes
     saved = checkpoint.read(path)
     assert saved is not None
     assert torch.equal(saved["x"], torch.ones(3))
+
+
+def test_a_picture_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(figure: object, file: BinaryIO, **options: object) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "plot.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(KeyboardInterrupt):
+        report.plot([run.Curve("SGD", [run.Point(0, 0.0, 1.0, 1.0, None)])], "title", path)
+    assert path.read_bytes() == b"old"
