@@ -756,6 +756,20 @@ def test_a_scaled_loss() -> None:
     close_trees(scaled(found, 65536), expected, 1e-8)
 
 
+def test_a_model_moved_to_another_dtype() -> None:
+    net, loss, batches = net_and_loss()
+    optimizer = EKFACOptimizer(net, loss)
+    optimizer.step(batches[0])
+    net.float()
+    batch = pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, batches[1])
+    with pytest.raises(TypeError, match=r"dtype torch.float64 for the layer .0.weight., params of dtype torch.float32"):
+        optimizer.step(batch)
+    optimizer.ekfac_state = None
+    before = [p.clone() for p in net.parameters()]
+    optimizer.step(batch)
+    assert all((p != old).any() and p.dtype is torch.float32 for p, old in zip(net.parameters(), before, strict=True))
+
+
 def test_errors_of_the_optimizer() -> None:
     net, loss, batches = net_and_loss()
     with pytest.raises(ValueError, match=r"lr=-0.1.*at least 0"):

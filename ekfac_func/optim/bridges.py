@@ -72,7 +72,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
     params: parameters or groups of them with lr, momentum, weight_decay and nesterov of their own, as in
         `torch.optim`; by default those of the model. What the groups leave out is frozen, and what does not require
         gradients at a step. Where other parameters are trained than in the step before, the state of `ekfac` starts
-        anew.
+        anew; so it does after `optimizer.ekfac_state = None`, which a model moved to another dtype needs.
     lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor. Parameters that the loss
         does not reach decay too: leave them out of params.
     damping: as in `ekfac`; the attribute may be changed from step to step. Without one, `optim.DEFAULTS` are the
