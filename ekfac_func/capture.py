@@ -190,7 +190,7 @@ def _retried(
 
 
 class StalePlan(RuntimeError):
-    """The loss called other layers than discovery saw."""
+    """The loss called other layers than discovery saw, or than for other examples."""
 
 
 def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]:
@@ -199,6 +199,11 @@ def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]
         of_param = by_id.get(id(leaf))
         if of_param is not None:
             yield of_param, leaf.shape, leaf.stride(), leaf.storage_offset()
+
+
+def _deciding(seen: Sequence[Any]) -> list[Any]:
+    """What a plan depends on: the calls that were given parameters, and how layers were read."""
+    return [entry for entry in seen if len(entry) > 2]
 
 
 def _tapped(
@@ -284,7 +289,7 @@ def _tapped(
                 "same layers whatever device, mode or values it meets"
             )
         ways.append(seen)
-        if found.calls and seen != ways[0]:
+        if found.calls and _deciding(seen) != _deciding(ways[0]):
             raise StalePlan(
                 "the loss took another path for some of the examples than for others: draw what it depends on before "
                 "the call, into what the loss closes over"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
@@ -17,7 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import resolve_name
@@ -353,7 +360,7 @@ def _run(
                 return output
             if func not in rules:
                 note(func, (args, kwargs))
-                return _unless_mutating(func, args, kwargs, mutations, n)
+                return _unless_mutating(func, args, kwargs, mutations, n, level)
             at = len(counted)
             counted.append(func)
             # inside a transform of the user's own the output of a call is not all that the loss sees of it
@@ -361,7 +368,7 @@ def _run(
             if output is not NotImplemented:
                 return output
             note(func, (args, kwargs), skip.get(at, ""))
-            return _unless_mutating(func, args, kwargs, mutations, n)
+            return _unless_mutating(func, args, kwargs, mutations, n, level)
 
         def use(at: int, func: Any, args: Any, kwargs: Any) -> Any:
             """The output of a call of a layer, which is noted; NotImplemented of any other."""
@@ -377,7 +384,7 @@ def _run(
                 args, kwargs = _without_gradient((args, kwargs), call.weight, call.bias if biased else None)
                 note(func, (args, kwargs))
                 picked.enter_layer(at)
-                output = _unless_mutating(func, args, kwargs, mutations, n)
+                output = _unless_mutating(func, args, kwargs, mutations, n, level)
                 picked.leave_layer()
                 call = with_ids(call, picks) if view.picked else call
                 leaves = pytree.tree_leaves(call.input)
@@ -654,14 +661,16 @@ def _differentiates(level: int, outputs: Any, *_: Any, **__: Any) -> bool:
     return any(torch._C._functorch.maybe_get_level(leaf) <= level for leaf in pytree.tree_leaves(outputs))
 
 
-def _unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError], n: int | None) -> Any:
-    """Call func; note what is to be raised for changing a tensor from outside the loss.
+def _unless_mutating(
+    func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError], n: int | None, level: int
+) -> Any:
+    """Call func; note what is to be raised for changing a tensor from outside the loss, and raise it for its `out`.
 
     A BatchNorm counts its batches so, before it is seen that it uses their statistics.
     """
     for out in pytree.tree_leaves(kwargs.get("out")):
-        # which torch does not refuse
-        if isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < depth():
+        # torch refuses a captured tensor that is changed in place, but not as an output
+        if isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < level:
             raise _mutation(func, out, n)
     try:
         return func(*args, **kwargs)
@@ -690,34 +699,41 @@ def _unless_batched(n: int | None) -> str:
 @contextlib.contextmanager
 def _buffers_kept(n: int | None) -> Iterator[None]:
     """Refuse a loss that leaves a tensor of its run in a buffer of a module, which has its own again."""
-    before: dict[tuple[nn.Module, str], tuple[Tensor | None, ...]] = {}  # of one that was not there none
-    put: dict[tuple[nn.Module, str], Tensor | None] = {}
+    before: dict[tuple[weakref.ref[nn.Module], str], tuple[Tensor | None, ...]] = {}  # of a new one nothing
+    thread = threading.get_ident()
 
     def note(module: nn.Module, name: str, value: Tensor | None) -> None:
-        before.setdefault((module, name), (module._buffers[name],) if name in module._buffers else ())
-        put[module, name] = value
+        if threading.get_ident() == thread:
+            old = (module._buffers[name],) if name in module._buffers else ()
+            before.setdefault((weakref.ref(module), name), old)
 
     hook = register_module_buffer_registration_hook(note)
     try:
         yield
     finally:
         hook.remove()
-        left = [
-            (module, name)
-            for (module, name), b in put.items()  # where functional_call has not put its own back
-            if module._buffers.get(name) is b and not any(old is b for old in before[module, name])
-        ]
-        for module, name in left:
-            if before[module, name]:
-                (module._buffers[name],) = before[module, name]
+        left = []
+        for (reference, name), old in before.items():
+            module = reference()  # nothing is left in one that the loss made for itself
+            if module is None or not _of_a_run(module._buffers.get(name)):
+                continue
+            left.append((module, name))
+            if old:
+                (module._buffers[name],) = old
             else:
                 del module._buffers[name]
-    for module, name in left:
+    if left:
+        module, name = left[0]
         raise RuntimeError(
             f"loss_fn puts another tensor into the buffer {name!r} of {type(module).__name__}: if it is a cache that "
             "the first call fills, call the model once before; else keep it apart from the model, and return it as aux "
             f"(has_aux=True){_unless_batched(n)}"
         )
+
+
+def _of_a_run(t: Tensor | None) -> bool:
+    """Whether a tensor has no values, or is one of a transform."""
+    return t is not None and (isinstance(t, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
 def _refuse_checkpoint(error: RuntimeError) -> None:

@@ -14,9 +14,9 @@ def seed(text: str) -> int:
     try:
         number = int(text)
     except ValueError:
-        number = -1
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} will not do: give a whole number from 0 up to, but not, 2^63")
+        number = 2**64
+    if not -(2**63) <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r} will not do: give a whole number of 64 bits")
     return number
 
 

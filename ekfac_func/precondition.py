@@ -316,13 +316,13 @@ def ekfac(
         with no_autocast(leaf.device):
             started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
             carried, kept = started, None
-            samples: list[Tensor] = []  # of bases, that the state does not carry
+            samples: list[Tensor] = []
             if turn.refreshing:
                 factors = {name: mean_factors(seen[name].factors or ()) for name in turn.refreshing}
                 averages = None if not averaged else factor_decay
-                carried, kept = _refresh(started, factors, averages, second_moment, carry, refresh, turn.chosen)
-                passing = [factors[name][:2] for name in factors if not _carries_factors(turn.chosen[name], averages)]
-                samples = pytree.tree_leaves(passing)
+                carried, kept, samples = _refresh(
+                    started, factors, averages, second_moment, carry, refresh, turn.chosen
+                )
 
         again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
 
@@ -521,15 +521,20 @@ def _refresh(
     carry: AtRefresh,
     how: Refresh,
     chosen: Mapping[str, Choice],
-) -> tuple[State, Tensor]:
+) -> tuple[State, Tensor, list[Tensor]]:
     """The state with factors of this batch, their bases and the moments in them; how many bases could not be had.
+
+    And of what bases were made that the state does not carry.
 
     averages: the factors' decay, or None of those of one batch. Layers without factors stay as they are.
     """
     factors, second_moments = dict(state.factors), dict(state.second_moments)
+    samples: list[Tensor] = []
     for name, mean in means.items():
         check_samples(name, mean, state.bases[name])
-        if _carries_factors(chosen[name], averages):
+        if averages is None and isinstance(chosen[name], Rank | Compact):
+            samples += pytree.tree_leaves((mean.A, mean.B))
+        else:
             factors[name] = average_factors(state.factors[name], mean, 0.0 if averages is None else averages)
     used = {name: mean if averages is None else factors[name] for name, mean in means.items()}
     spans = [name for name in means if isinstance(chosen[name], Thin)]
@@ -538,11 +543,7 @@ def _refresh(
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
         second_moments[name] = carry_over(estimator, carry, moment, state.bases[name], basis, product)
-    return replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments), kept
-
-
-def _carries_factors(choice: Choice, averages: Number | None) -> bool:
-    return averages is not None or not isinstance(choice, Rank | Compact)
+    return replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments), kept, samples
 
 
 def _of_data(

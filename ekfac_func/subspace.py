@@ -130,7 +130,7 @@ def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Te
 
 
 def _squared(new: Tensor) -> Tensor:
-    return new.square() if transformed() else new.square_()  # for which vmap has no rule
+    return new.square() if transformed() else new.square_()  # vmap has no rule for square_
 
 
 def mean_outside(mean: Sums, basis: Basis) -> Sums:

@@ -46,10 +46,20 @@ def traced() -> Iterator[None]:
     flag = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
-        with torch.compiler.set_stance("force_eager"):  # a function compiled by itself is not traced again
+        with _as_written():
             yield
     finally:
         torch.compiler._is_compiling_flag = flag
+
+
+def _as_written() -> contextlib.AbstractContextManager[Any]:
+    """Where a function that is compiled by itself runs as it is written; within `torch.compile` Dynamo decides."""
+    if torch.compiler.is_dynamo_compiling():
+        return contextlib.nullcontext()
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError:  # between two graphs of a step that is compiled in parts
+        return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

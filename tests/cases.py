@@ -738,12 +738,8 @@ def make(name: str) -> Case:
     return CASES[name]()
 
 
-LOOPED = {
-    "forward mode",
-    "custom",
-    "custom apart",
-    "scattered",
-}  # vmap has no rule for them, so neither has a compiled step
+# vmap has no rule for them, so neither has a compiled step
+LOOPED = {"forward mode", "custom", "custom apart", "scattered"}
 every_case = pytest.mark.parametrize("name", CASES)
 BATCHED = [name for name in CASES if name not in LOOPED]
 every_batched_case = pytest.mark.parametrize("name", BATCHED)

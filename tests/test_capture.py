@@ -1,6 +1,7 @@
 """Captured per-example gradients equal a loop over the examples."""
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -458,6 +459,56 @@ def test_a_path_that_each_example_draws() -> None:
     path = iter([0, 1, 1, 2] * 9)  # discovery, and chunks of the same calls
     with pytest.raises(RuntimeError, match=r"another path for some of the examples.*before the call"):
         per_example_gradients(drawing(lambda: next(path) % 2), params, batch, chunk_size=2)
+
+
+class Switching(nn.Module):
+    """A buffer that is one or another of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("one", "other", "current"):
+            self.register_buffer(name, torch.full((4,), float(len(name))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.current = self.other if len(x) == 4 else self.one
+        return x * self.current
+
+
+def _written(like: Tensor) -> Tensor:
+    return torch.exp(torch.ones_like(like), out=torch.empty_like(like))
+
+
+SWITCHING = Switching()
+OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "module of a loss": lambda x, w: nn.BCEWithLogitsLoss(weight=w.detach().square())(w * x, x.sigmoid().expand(3, 4)),
+    "norm with statistics": lambda x, w: nn.BatchNorm1d(3).eval()(F.linear(x, w)[None]).sin().sum(),
+    "buffer of two": lambda x, w: F.linear(SWITCHING(x), w).sin().sum(),
+    "out": lambda x, w: (F.linear(x, w) * _written(w[:, 0].detach())).sin().sum(),
+    "out in forward mode": lambda x, w: torch.func.jvp(lambda t: F.linear(t * _written(x), w).tanh(), (x,), (x,))[
+        1
+    ].sum(),
+    "out in vmap": lambda x, w: torch.vmap(lambda row: (row * _written(x) * x).sum().sin())(w).sum(),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_what_a_loss_makes_it_may_change(kind: str) -> None:
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return OWN[kind](x, params["w"])
+
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(per_example_gradients(loss_fn, params, batch).dense(name), expected)
+
+
+def test_chunks_that_differ_in_no_layer() -> None:
+    params, batch, calls = {"w": torch.randn(3, 4)}, torch.randn(N, 4), itertools.count()
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x.clone() if next(calls) % 2 else x, params["w"]).sin().sum()
+
+    close(per_example_gradients(loss_fn, params, batch, chunk_size=2).dense("w"), loop(loss_fn, params, batch)[1]["w"])
 
 
 def test_a_tensor_kept_from_discovery_is_refused() -> None:

@@ -359,6 +359,20 @@ def test_per_example_gradients_compile() -> None:
     close_trees(compiled(norms)(case.params, batch), norms(case.params, batch))
 
 
+def test_a_step_compiled_in_parts() -> None:
+    """Where the loss branches on values Dynamo leaves the step to run as it is."""
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"])
+        return (h if h.sum() > 0 else 2 * h).sin().sum()
+
+    step = ekfac(loss_fn, damping=1.0)
+    state = step.init(params, batch)
+    found = torch.compile(step.precondition, backend="eager")(params, batch, state)
+    close_trees(found[0], step.precondition(params, batch, state)[0], 1e-8)
+
+
 def test_a_skipped_step() -> None:
     case = make("mlp")
     x, y = case.batch(N)

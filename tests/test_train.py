@@ -100,7 +100,7 @@ for name in {list(SECOND_MOMENTS)[1:]}:
         (["--batch-size", "5000"], "--batch-size", "1438"),
         (["--device", "abacus"], "--device", "give cpu"),
         (["--device", "meta"], "--device", "give cpu"),
-        (["--seed", str(2**64)], "--seed", "2^63"),
+        (["--seed", str(2**64)], "--seed", "64 bits"),
     ],
 )
 def test_a_bad_option_is_named_with_its_remedy(
