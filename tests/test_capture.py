@@ -464,6 +464,9 @@ def test_a_path_that_each_example_draws() -> None:
 class Switching(nn.Module):
     """A buffer that is one or another of its own."""
 
+    one: Tensor
+    other: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         for name in ("one", "other", "current"):
