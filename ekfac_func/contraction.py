@@ -25,7 +25,7 @@ from .kronecker import (
     turn_inputs,
     turn_outputs,
 )
-from .modes import one_by_one, transformed
+from .modes import one_by_one, squared, transformed
 from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves
 from .patches import Patches, patches_of
 from .products import matmul
@@ -114,7 +114,7 @@ def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
 
 def _squared(turned: Tensor, Q: Side) -> Tensor:
     """In place, but where the side turned nothing and gave back what it was given."""
-    return turned.square_() if Q.shape[-1] > 1 else turned.square()
+    return squared(turned) if Q.shape[-1] > 1 else turned.square()
 
 
 def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:

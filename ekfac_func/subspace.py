@@ -32,7 +32,7 @@ from .kronecker import (
     turn_outputs,
     written,
 )
-from .modes import transformed
+from .modes import squared
 from .products import outer
 from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
 
@@ -119,18 +119,14 @@ def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Te
     H = turn_inputs(K, basis.Q_A)
     on_i = on_o = both = None
     if c_i:
-        on_i = _squared(K - _out_inputs(H, basis)).sum((0, 3)) / c_i
+        on_i = squared(K - _out_inputs(H, basis)).sum((0, 3)) / c_i
     if c_o:
         L = turn_inputs(G, basis.Q_A)
-        on_o = _squared(L - _out_outputs(H, basis)).sum((0, 2)) / c_o
+        on_o = squared(L - _out_outputs(H, basis)).sum((0, 2)) / c_o
     if c_i and c_o:
         rest = G - _out_outputs(K, basis)
-        both = _squared(rest - _out_inputs(turn_inputs(rest, basis.Q_A), basis)).sum((0, 2, 3)) / (c_i * c_o)
+        both = squared(rest - _out_inputs(turn_inputs(rest, basis.Q_A), basis)).sum((0, 2, 3)) / (c_i * c_o)
     return H, on_i, on_o, both
-
-
-def _squared(new: Tensor) -> Tensor:
-    return new.square() if transformed() else new.square_()  # vmap has no rule for square_
 
 
 def mean_outside(mean: Sums, basis: Basis) -> Sums:

@@ -41,6 +41,7 @@ from ekfac_func import (
     refreshes,
     reset,
     running_average,
+    second_moments,
     staggered,
     thin,
     transport,
@@ -694,6 +695,18 @@ def test_vmap_over_states_of_every_refresh(name: str) -> None:
         for at, state in enumerate(states):
             alone = step.precondition(params[at], batch, state)[0]
             close_trees({name: p[at] for name, p in together.items()}, alone, 1e-8)
+
+
+def test_vmap_of_second_moments() -> None:
+    batch, weights = torch.randn(N, 5), torch.randn(3, 6, 5)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]).sin().sum()
+
+    bases = ekfac(loss_fn, damping=1.0).init({"w": weights[0]}, batch).bases
+    found = torch.vmap(lambda w: second_moments(loss_fn, {"w": w}, batch, bases)["w"])(weights)
+    for k, w in enumerate(weights):
+        close(found[k], second_moments(loss_fn, {"w": w}, batch, bases)["w"])
 
 
 # one position, several, groups, dilation, norms, a weight used twice: each with a side twice as wide as two examples
