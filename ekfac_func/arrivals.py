@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .discovery import Along, Plan, Tapped, Window
+from .discovery import Plan
+from .layout import Along, Tapped, Window
 from .patches import Patches
 from .rules import Call
 from .types import Factored, Layer, OneHot, Params, Terms, statistics_dtype

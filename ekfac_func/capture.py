@@ -24,10 +24,12 @@ from .arrivals import Arrivals, output_shape
 from .backward import Probe, Run, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode, check_loss
-from .discovery import DATA_DEPENDENT, Options, Plan, plan, spec
+from .discovery import DATA_DEPENDENT, Options, Plan, plan
+from .layout import spec
 from .modes import Draws, draws, no_autocast, transformed, undrawn
+from .refusals import refuse
 from .rules import RULES
-from .tap import Tap, name_of, readings, refuse, traced, unfused, with_ids
+from .tap import Tap, name_of, readings, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, statistics_dtype
 
 

@@ -17,7 +17,7 @@ from .discovery import checked_options
 from .kronecker import positions
 from .orders import DEFAULT, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
-from .subspace import compress, in_span
+from .spans import compress, in_span
 from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Number, Terms, statistics_dtype
 
 

@@ -18,7 +18,8 @@ from torch.distributions import Bernoulli, Binomial, Distribution, Independent, 
 from torch.utils import _pytree as pytree
 
 from .checks import check_count
-from .discovery import DATA_DEPENDENT, filled, spec
+from .discovery import DATA_DEPENDENT, filled
+from .layout import spec
 from .modes import undrawn
 from .types import Batch, LossFn, Params
 

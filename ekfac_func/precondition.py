@@ -4,7 +4,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -49,7 +49,6 @@ from .kronecker import (
     eigenvalue_product,
     expand,
     factor_sums,
-    gradient,
     into_basis,
     mean_factors,
     out_of_basis,
@@ -61,15 +60,11 @@ from .orders import DEFAULT, Contractions, budget, check_contractions, contracti
 from .passes import Seen, add_gradients, add_if_any, add_seen, read_gradient
 from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
 from .rules import RULES, Rules
-from .second_moment import AtRefresh, SecondMoment, carry_over, intra_batch, keep, reset
+from .second_moment import AtRefresh, SecondMoment, carry_over, intra_batch, keep
+from .spans import Span, check_thin, expand_span, in_span, into_span, into_spans, out_of_spans
 from .subspace import (
     Mean,
-    Span,
-    compress,
-    expand_span,
-    in_span,
     incomplete,
-    into_span,
     mean_outside,
     rescale,
     rescales_samples,
@@ -243,7 +238,7 @@ def ekfac(
     check_choices(choices)
     averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
     if any(isinstance(choice, Thin) for choice in choices.values()):
-        _check_thin(basis_every, averaged, factor_decay, second_moment, at_refresh)
+        check_thin(basis_every, averaged, factor_decay, second_moment, at_refresh)
     if averaged and any(isinstance(choice, Compact) for choice in choices.values()):
         raise ValueError(
             f"factor_decay={factor_decay!r} with compact bases: they are those of the samples of one batch, give "
@@ -314,15 +309,13 @@ def ekfac(
         folded = fold(curvature_loss, params, examples, of_curvature, first, add)
         layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
         with no_autocast(leaf.device):
-            started, spans, totals = _compressed(turn, state, layers, seen, weight_sharing)
-            carried, kept = started, None
-            samples: list[Tensor] = []
+            started, spans, totals = into_spans(turn.chosen, state, layers, seen, weight_sharing)
+            refreshed = _Refreshed(started)
             if turn.refreshing:
                 factors = {name: mean_factors(seen[name].factors or ()) for name in turn.refreshing}
                 averages = None if not averaged else factor_decay
-                carried, kept, samples = _refresh(
-                    started, factors, averages, second_moment, carry, refresh, turn.chosen
-                )
+                refreshed = _refresh(started, factors, averages, second_moment, carry, refresh, turn.chosen)
+        carried = refreshed.state
 
         again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
 
@@ -353,15 +346,13 @@ def ekfac(
                 slope = totals[name] / n if name in totals else means[name].gradient
                 few = terms if rescales_samples(terms, basis, n) else None
                 slopes[name] = Mean(slope, means[name].projected, few, n)
-            return finish(params, state, turn, carried, kept, samples, spans, folded, means, slopes, data)
+            return finish(params, state, turn, refreshed, spans, folded, means, slopes, data)
 
     def finish(
         params: Mapping[str, Tensor],
         state: State,
         turn: _Turn,
-        carried: State,
-        kept: Tensor | None,
-        samples: list[Tensor],
+        refreshed: _Refreshed,
         spans: Mapping[str, Span],
         folded: Folded,
         means: Mapping[str, Sums],
@@ -369,6 +360,7 @@ def ekfac(
         data: Folded | None,
     ) -> tuple[Params, State, Info]:
         losses, layers, _, aux, _ = folded
+        carried, kept, samples = refreshed
         bases, n, loss = carried.bases, len(losses), losses.mean()
         updated = {}
         for name in layers:
@@ -395,7 +387,7 @@ def ekfac(
                 natural_in[name] = natural_in[name] + rest * dampings[name] ** exponent
 
         new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
-        new = _out_of_spans(new, state, turn.chosen)
+        new = out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         natural = unpack_all(layers.values(), natural_in, params)  # half precision may not reach what is finite before
         good = _all_finite([loss, losses, *natural.values(), *found, *samples, *_learned(new, state)])
@@ -426,70 +418,16 @@ class _Turn(NamedTuple):
     estimators: dict[str, SecondMoment]
 
 
+class _Refreshed(NamedTuple):
+    """The state of a step once its bases are there."""
+
+    state: State
+    kept: Tensor | None = None  # bases that could not be had; None without a refresh
+    samples: Sequence[Tensor] = ()  # that bases were made of and the state does not carry
+
+
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
 """The estimator of a step between two updates."""
-
-
-def _check_thin(
-    basis_every: int, averaged: bool, factor_decay: Number, estimator: SecondMoment, at_refresh: AtRefresh | None
-) -> None:
-    """bases: `thin` with arguments that keep nothing from one batch to another."""
-    if basis_every != 1:
-        raise ValueError(
-            f"basis_every={basis_every!r} with thin bases: they span the samples of one batch alone, "
-            "give basis_every=1 or use rank(r)"
-        )
-    if averaged:
-        raise ValueError(
-            f"factor_decay={factor_decay!r} with thin bases: they span the samples of one batch alone, give "
-            "factor_decay=0 or use rank(r)"
-        )
-    if estimator.carries:
-        raise ValueError(
-            f"second_moment={estimator.name} with thin bases: it carries on what the next basis does not span, use "
-            "intra_batch, centred or kfac, or rank(r)"
-        )
-    if at_refresh is not None and at_refresh is not reset:
-        raise ValueError("at_refresh with thin bases: there is no moment to carry on, leave it out")
-
-
-def _compressed(
-    turn: _Turn, state: State, layers: Mapping[str, Layer], seen: dict[str, Seen], sharing: WeightSharing
-) -> tuple[State, dict[str, Span], dict[str, Tensor]]:
-    """The state with an empty layer of its span's size for each thin one, the spans, and the gradients' sums of these.
-
-    What was seen of a thin layer is from then on seen in its span.
-    """
-    spans, totals = {name: Span(None, None) for name in layers}, {}
-    factors, bases, moments = dict(state.factors), dict(state.bases), dict(state.second_moments)
-    for name, layer in layers.items():
-        if not isinstance(turn.chosen[name], Thin):
-            continue
-        whole = joined(seen[name].terms)
-        given, spans[name] = compress(whole)
-        totals[name] = gradient(whole)
-        b, o, i, k = in_span(layer.sizes, spans[name])
-        zero = state.second_moments[name].weight.new_zeros(())
-        Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
-        if layer.table:
-            Q_B = zero.new_ones(b, o, 1, 1)
-        else:
-            Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
-        factors[name] = Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)
-        bases[name], moments[name] = Basis(Q_A, Q_B), Moment(zero.new_zeros(b, o, i, k), zero)
-        seen[name] = Seen(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
-    return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
-
-
-def _out_of_spans(new: State, old: State, chosen: Mapping[str, Choice]) -> State:
-    """The state without what it does not carry of thin layers."""
-    thin = [name for name in old.bases if isinstance(chosen[name], Thin)]
-    return replace(
-        new,
-        factors={**new.factors, **{name: old.factors[name] for name in thin}},
-        bases={**new.bases, **{name: old.bases[name] for name in thin}},
-        second_moments={**new.second_moments, **{name: old.second_moments[name] for name in thin}},
-    )
 
 
 def _spectrum(moment: Moment, basis: Basis, layer: Layer) -> Spectrum:
@@ -521,10 +459,8 @@ def _refresh(
     carry: AtRefresh,
     how: Refresh,
     chosen: Mapping[str, Choice],
-) -> tuple[State, Tensor, list[Tensor]]:
-    """The state with factors of this batch, their bases and the moments in them; how many bases could not be had.
-
-    And of what bases were made that the state does not carry.
+) -> _Refreshed:
+    """With factors of this batch, their bases and the moments in them.
 
     averages: the factors' decay, or None of those of one batch. Layers without factors stay as they are.
     """
@@ -543,7 +479,8 @@ def _refresh(
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
         second_moments[name] = carry_over(estimator, carry, moment, state.bases[name], basis, product)
-    return replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments), kept, samples
+    state = replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments)
+    return _Refreshed(state, kept, samples)
 
 
 def _of_data(

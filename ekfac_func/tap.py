@@ -1,17 +1,16 @@
-"""What every run of a loss under the tap does alike: functions replaced, and what is not of one example refused."""
+"""The mode that every run of a loss is under, and what is alike in all of them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.backends import mha
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from .rules import Call, Rules
 
@@ -112,80 +111,9 @@ def depth() -> int:
     return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
 
 
-def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batched: bool) -> None:
-    """Refuse calls that mean something else on one example than on a batch, or that change parameters in place."""
-    if func not in _REFUSALS:
-        return
-    operands, check = _REFUSALS[func]
-    if not batched or check is _refuse_changed_table:
-        check(func, {**dict(zip(operands, args, strict=False)), **kwargs}, params)
-
-
-def _refuse_batch_statistics(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-    if given.get("training", False) or given.get("running_mean") is None:
-        owned = [_named(given.get(key), params) for key in ("weight", "bias")]
-        which = " and ".join(name.strip() for name in owned if name) or "no parameters"
-        raise ValueError(
-            f"batch_norm (with {which}, on an input of shape {tuple(given['input'].shape)}) uses the statistics of "
-            "its batch, which couple the examples: a gradient per example does not exist. Call eval() on a module "
-            "that tracks running statistics, use GroupNorm, or take the batch as it is with batched=True"
-        )
-
-
-def _refuse_running_statistics(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-    if given.get("running_mean") is not None and given.get("use_input_stats", True):
-        raise ValueError(
-            f"instance_norm (on an input of shape {tuple(given['input'].shape)}) updates running statistics, which "
-            "a gradient per example cannot: call eval() on the module, make it with track_running_stats=False, or "
-            "take the batch as it is with batched=True"
-        )
-
-
-def _refuse_changed_table(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-    if given.get("max_norm") is not None:
-        table = given["weight"]
-        raise ValueError(
-            f"{func.__name__} with max_norm={given['max_norm']!r} changes its table{_named(table, params)}, of shape "
-            f"{tuple(table.shape)}, in place: leave it out, and renormalise the table between steps"
-        )
-
-
-def _refuse_class_weights(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-    """The mean over one label divides by the weight that it was multiplied with."""
-    weight, target = given.get("weight"), given["target"]
-    mean = given.get("reduction", "mean") == "mean" and given.get("size_average") is given.get("reduce") is None
-    if weight is not None and mean and target.numel() == 1 and not target.is_floating_point():
-        raise ValueError(
-            f"{func.__name__} with weight of shape {tuple(weight.shape)} and reduction='mean' divides by the weight of "
-            "the labels, which leaves the loss of one example unweighted: use reduction='sum', times n over the sum of "
-            "the weights of the batch's labels for the weighted mean of a batch"
-        )
-
-
-_LABELLED = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
-_REFUSALS: dict[Any, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any], Mapping[str, Tensor]], None]]] = {
-    F.batch_norm: (("input", "running_mean", "running_var", "weight", "bias", "training"), _refuse_batch_statistics),
-    **dict.fromkeys(
-        (torch.batch_norm, torch.native_batch_norm),
-        (("input", "weight", "bias", "running_mean", "running_var", "training"), _refuse_batch_statistics),
-    ),
-    F.instance_norm: (
-        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),
-        _refuse_running_statistics,
-    ),
-    torch.instance_norm: (
-        ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats"),
-        _refuse_running_statistics,
-    ),
-    F.embedding: (("input", "weight", "padding_idx", "max_norm"), _refuse_changed_table),
-    F.embedding_bag: (("input", "weight", "offsets", "max_norm"), _refuse_changed_table),
-    F.cross_entropy: (_LABELLED, _refuse_class_weights),
-    F.nll_loss: (_LABELLED, _refuse_class_weights),
-}
-"""The names of the operands, and what is refused of them; under `batched=True` a changed table alone."""
-
-
-def _named(tensor: Any, params: Mapping[str, Tensor]) -> str:
-    """For a message, with a space before it; nothing of what is no parameter as it is."""
-    name = name_of(tensor, [(p, name) for name, p in params.items()])
-    return "" if name is None else f" {name!r}"
+def called(func: Any) -> str:
+    """The name of a torch function as a person writes it."""
+    name = getattr(func, "__name__", "")
+    if getattr(torch, name, None) is func:  # `resolve_name` takes torch.mm for an alias of it
+        return f"torch.{name}"
+    return str(resolve_name(func) or getattr(func, "__name__", func)).removeprefix("torch.nn.functional.")

@@ -1,5 +1,6 @@
-"""The README's code runs as it stands, block after block."""
+"""The README's code runs as it stands, block after block, and its order of reading is that of the imports."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -88,3 +89,16 @@ def test_the_loops_of_frameworks(names: dict[str, Any]) -> None:
     assert names["trainer"].global_step == 8
     assert torch.isfinite(names["trainer"].callback_metrics["loss"])
     assert names["lit"].optimizers().optimizer.ekfac_state.step == 8
+
+
+def test_the_order_of_reading_is_that_of_the_imports() -> None:
+    package = Path(__file__).parents[1] / "ekfac_func"
+    order = re.findall(r"`(\w+)`", README.split("Reading order is")[1].split("##")[0])
+    assert {file.stem for file in package.glob("*.py")} <= {*order, "__init__", "__main__"}
+    for at, name in enumerate(order):
+        files = [package / f"{name}.py", *(package / name).rglob("*.py")]
+        for file in filter(Path.exists, files):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == len(file.relative_to(package).parts):
+                    used = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+                    assert set(used) <= set(order[:at]), (file, used)

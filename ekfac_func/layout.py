@@ -1,0 +1,266 @@
+"""Layers from the calls that a run of the loss saw: where their axes lie in the parameter, and on which they agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import views
+from .rules import Call
+from .types import Layer, constants
+from .views import View
+
+
+class Spec(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
+    return Spec(constants(shape), tensor.dtype, tensor.device)
+
+
+class Along(NamedTuple):
+    """Where a tensor of a batched loss has its examples: `axis` has `entries` of each, one after another."""
+
+    axis: int
+    entries: int
+
+
+class Window(NamedTuple):
+    """Which entries along an axis of a layer a call uses: from `start` on, of `size` in all."""
+
+    start: int
+    length: int
+    size: int
+
+
+class Tapped(NamedTuple):
+    """A call of a layer. Constants only."""
+
+    at: int  # how many calls of functions that have a rule came before
+    reading: int  # which of its rule's readings
+    weight: str
+    output: Spec  # of one example; in a batched loss of a batch, whose axis of examples is open
+    along: tuple[Along, ...] | None  # in a batched loss: of the output, and of each tensor of the input
+    windows: tuple[Window, Window, Window]  # of b, o, i
+    turned: bool  # o and i are the layer's i and o
+    biased: bool  # the call adds the layer's bias
+    picked: bool  # ids, beside its input, say which block of the layer each block of the call is
+
+
+class Groups(NamedTuple):
+    """The axes of a parameter that a call has on b, o, i and k: size and stride of each, in their order."""
+
+    b: tuple[tuple[int, int], ...]
+    o: tuple[tuple[int, int], ...]
+    i: tuple[tuple[int, int], ...]
+    k: tuple[tuple[int, int], ...]
+
+    def turned(self) -> Groups:
+        return Groups(self.b, self.i, self.o, self.k)
+
+
+class Use(NamedTuple):
+    """A call of a layer, as one run of discovery sees it."""
+
+    at: int
+    reading: int
+    weight: str
+    bias: str | None
+    func: str
+    table: bool
+    groups: Groups
+    windows: tuple[Window, Window, Window]
+    picked: bool
+    output: Spec
+    inputs: tuple[Spec, ...]
+
+
+class Observed(NamedTuple):
+    """What one run of the loss saw."""
+
+    uses: list[Use]
+    reached: set[str]  # parameters with a path to the loss beside their uses
+    hidden_by: dict[str, dict[str, None]]  # the functions without a rule that took a parameter
+    nested: bool
+    picked: set[int]  # calls on rows that values picked
+    asked: dict[int, int]  # by call, how many truths the loss read before
+
+
+def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Window]] | None:
+    """The parameter's axes that a call has on each letter, and what it uses of them; None where that is no layer."""
+    shape = view.shape if call.split is None else call.split
+    named = isinstance(call.letters, str) and len(call.letters) == len(shape)
+    if not named or not set(call.letters) <= set("boik"):
+        raise ValueError(
+            f"the rule of a call of {view.name!r} names its axes {call.letters!r} where its shape is {tuple(shape)}: "
+            "give each axis one of the letters b, o, i, k"
+        )
+    if call.split is not None:
+        reshaped = views.reshape(view, call.split)
+        if reshaped is None:
+            return None
+        view = reshaped
+    shown = views.axes(view)
+    if shown is None:
+        return None
+    strides = views.contiguous(view.split)
+    groups: dict[str, list[tuple[int, int]]] = {letter: [] for letter in "boik"}
+    windows: dict[str, Window] = {}
+    for letter in "boik":
+        letters = [
+            (-1 if seen.position is None else seen.position, axis)
+            for axis, seen in enumerate(shown)
+            if (call.letters[seen.position] if seen.position is not None else "b") == letter and view.split[axis] != 1
+        ]
+        axes = [axis for _, axis in sorted(letters)]
+        partial = [axis for axis in axes if shown[axis].length < view.split[axis]]
+        if view.picked and 0 in axes:
+            if axes != [0] or letter != "b":
+                return None
+            partial = []
+        if partial and (len(axes) > 1 or letter == "k"):
+            return None
+        size = math.prod(view.split[axis] for axis in axes)
+        start, length = (shown[axes[0]].start, shown[axes[0]].length) if partial else (0, size)
+        windows[letter] = Window(start, length, size)
+        groups[letter] = _merged([(view.split[axis], strides[axis]) for axis in axes])
+    if call.table and (groups["b"] or groups["k"] or len(groups["o"]) > 1):
+        return None
+    return Groups(*(tuple(groups[letter]) for letter in "boik")), (windows["b"], windows["o"], windows["i"])
+
+
+def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for size, stride in axes:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
+    """Whether a bias holds an entry for each of `(b o)`, and the call uses those of it that it uses of the weight."""
+    shown = views.axes(bias)
+    in_a_row = math.prod(bias.shape[:-1]) == 1 or windows[1].length == 1  # or it may be added along positions
+    if shown is None or bias.picked or not in_a_row:
+        return False
+    positions = [axis.position for axis in shown if axis.position is not None]
+    if positions != sorted(positions):  # a turned one
+        return False
+    of_bias = [(axis.start, axis.length, size) for axis, size in zip(shown, bias.split, strict=True) if size != 1]
+    of_weight = [(w.start, w.length, w.size) for w in windows[:2] if w.size != 1]
+    if all(start == 0 and length == size for start, length, size in of_bias + of_weight):
+        return math.prod(bias.split) == windows[0].size * windows[1].size
+    return of_bias == of_weight
+
+
+def arrange(
+    param_specs: Mapping[str, Spec], found: Observed, places: Sequence[tuple[Along, ...] | None]
+) -> tuple[tuple[Layer, ...], tuple[Tapped, ...]]:
+    """A weight is a layer if its calls are its only paths and agree on its axes; a bias belongs to one weight."""
+    uses: dict[str, list[Use]] = {}
+    users: dict[str, set[str]] = {}
+    for use in found.uses:
+        uses.setdefault(use.weight, []).append(use)
+        if use.bias is not None:
+            users.setdefault(use.bias, set()).add(use.weight)
+    groups = {weight: _agreed(of_it) for weight, of_it in uses.items() if weight not in found.reached | users.keys()}
+    tapped = {weight: layout for weight, layout in groups.items() if layout is not None}
+    owned = {}
+    for weight, layout in tapped.items():
+        biases = {use.bias for use in uses[weight]} - {None}
+        turned = any(use.groups != layout and use.bias is not None for use in uses[weight])
+        bias = next(iter(biases), None)
+        if bias is None or len(biases) > 1 or turned or users[bias] != {weight}:
+            continue
+        if bias not in found.reached | uses.keys():
+            owned[weight] = bias
+    layers = []
+    for name, param in param_specs.items():
+        if name in tapped:
+            funcs = " + ".join(dict.fromkeys(use.func for use in uses[name]))
+            table = any(use.table for use in uses[name])
+            bias = owned.get(name)
+            bias_shape = () if bias is None else param_specs[bias].shape
+            layers.append(_layer(name, param.shape, bias, bias_shape, tapped[name], table, funcs))
+        elif name not in owned.values():
+            hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else "no call"]
+            layers.append(dense_layer(name, param.shape, " + ".join(hidden)))
+    calls = [
+        Tapped(
+            use.at,
+            use.reading,
+            use.weight,
+            use.output,
+            place,
+            use.windows,
+            use.groups != tapped[use.weight],
+            use.bias is not None and use.weight in owned,
+            use.picked,
+        )
+        for use, place in zip(found.uses, places, strict=True)
+        if use.weight in tapped
+    ]
+    return tuple(layers), tuple(calls)
+
+
+def _agreed(uses: Sequence[Use]) -> Groups | None:
+    """The axes on which all calls of a weight agree, in the orientation of the first, or of a lookup."""
+    first = next((use for use in uses if use.table), uses[0])
+    for use in uses:
+        same = use.groups == first.groups
+        if not same and (use.groups.turned() != first.groups or use.table or use.groups.k):
+            return None
+    if first.table and (first.groups.b or first.groups.k):
+        return None
+    return first.groups
+
+
+def _layer(
+    name: str,
+    shape: tuple[int, ...],
+    bias: str | None,
+    bias_shape: tuple[int, ...],
+    groups: Groups,
+    table: bool,
+    rule: str,
+) -> Layer:
+    b, o, i, k = (math.prod(size for size, _ in group) for group in groups)
+    axes = [axis for group in groups for axis in group]
+    by_stride = sorted(range(len(axes)), key=lambda axis: -axes[axis][1])
+    split = tuple(axes[axis][0] for axis in by_stride)
+    order = tuple(by_stride.index(axis) for axis in range(len(axes)))
+    return Layer(name, bias, (b, o, i + (bias is not None), k), split, order, shape, bias_shape, table, rule)
+
+
+def dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
+    """A vector or scalar is one block an element; of a matrix or more, o is the first axis and i the rest.
+
+    Axes of one entry in front of a matrix do not count: `[1, t, d]` is one.
+    """
+    elements, axes = math.prod(shape), list(shape)
+    while len(axes) > 2 and axes[0] == 1:
+        axes.pop(0)
+    sizes = (elements, 1, 1, 1) if len(axes) < 2 else (1, axes[0], elements // max(axes[0], 1), 1)
+    return Layer(name, None, sizes, sizes, (0, 1, 2, 3), shape, (), hidden_by=hidden_by)
+
+
+def places_of(use: Use, other: Use, few: int, more: int) -> tuple[Along, ...] | None:
+    """Where the tensors of a call have their examples; None where one of them has none."""
+    places: list[Along] = []
+    for one, two in zip((use.output, *use.inputs), (other.output, *other.inputs), strict=True):
+        axes = [axis for axis, (x, y) in enumerate(zip(one.shape, two.shape, strict=True)) if x != y]
+        if len(axes) != 1 or one.shape[axes[0]] * more != two.shape[axes[0]] * few or one.shape[axes[0]] % few:
+            return None
+        places.append(Along(axes[0], one.shape[axes[0]] // few))
+    return tuple(places)
