@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from ekfac_func import RULES, SUA
 from ekfac_func.types import LossFn, Params
 
 N = 6  # examples of a batch
@@ -741,5 +742,13 @@ def make(name: str) -> Case:
 # vmap has no rule for them, so neither has a compiled step
 LOOPED = {"forward mode", "custom", "custom apart", "scattered"}
 every_case = pytest.mark.parametrize("name", CASES)
+# whose layers are others by the table SUA
+SPATIAL = {"pairs of pixels", "batch norm eval", "group norm", "instance norm", "in place"}
+SPATIAL |= {name for name in CASES if "conv" in name and not name.startswith("transposed")}
+every_case_and_table = pytest.mark.parametrize(
+    ("name", "rules"),
+    [pytest.param(name, RULES, id=name) for name in CASES]
+    + [pytest.param(name, {**RULES, **SUA}, id=f"{name}-sua") for name in CASES if name in SPATIAL],
+)
 BATCHED = [name for name in CASES if name not in LOOPED]
 every_batched_case = pytest.mark.parametrize("name", BATCHED)

@@ -151,11 +151,12 @@ def test_batch_statistics_by_choice(name: str) -> None:
     assert all(torch.equal(b, before[k]) for k, b in net.named_buffers())
 
 
-def test_compiled_equals_eager_and_further_batch_sizes_cost_no_graph() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_equals_eager_and_further_batch_sizes_cost_no_graph(backend: str) -> None:
     net, params, batch = coupled("2d")
     step = ekfac(with_buffers(net), damping=1e-2, batched=True, has_aux=True)
     state = step.init(params, batch)
-    compiled = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step.precondition, fullgraph=True, backend=backend)
     for n in (6, 5, 4):
         part = batch[0][:n], batch[1][:n]
         natural, _, info = step.precondition(params, part, state)

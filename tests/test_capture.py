@@ -14,22 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import RULES, SUA, Call, Factored, ekfac, per_example_gradients
+from ekfac_func import RULES, SUA, Call, Factored, PerExampleGradients, ekfac, per_example_gradients
 from ekfac_func.capture import capture
-from ekfac_func.discovery import Options
+from ekfac_func.discovery import Options, plan
 from ekfac_func.types import Dense, Params
 
-from .cases import CASES, N, classifier, every_case, make
+from .cases import CASES, SPATIAL, Case, N, classifier, every_case, every_case_and_table, make
 from .oracles import close, loop
 
 
-@every_case
-@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}, {}], ids=["rules", "sua", "none"])
+@every_case_and_table
 def test_equal_to_the_loop(name: str, rules: Any) -> None:
     case = make(name)
     batch = case.batch(N)
+    equal_to_the_loop(case, batch, per_example_gradients(case.loss_fn, case.params, batch, rules=rules))
+
+
+@every_case
+def test_without_rules_equal_to_the_loop(name: str) -> None:
+    case = make(name)
+    batch = case.batch(N)
+    equal_to_the_loop(case, batch, per_example_gradients(case.loss_fn, case.params, batch, rules={}))
+
+
+def equal_to_the_loop(case: Case, batch: Any, found: PerExampleGradients) -> None:
     losses, expected = loop(case.loss_fn, case.params, batch)
-    found = per_example_gradients(case.loss_fn, case.params, batch, rules=rules)
     close(found.losses, losses)
     for p in case.params:
         close(found.dense(p), expected[p])
@@ -37,6 +46,14 @@ def test_equal_to_the_loop(name: str, rules: Any) -> None:
     squares = [g.reshape(N, -1).square().sum(1) for g in expected.values()]
     close(found.norms(), torch.stack(squares).sum(0).sqrt())
     assert list(found.mean()) == list(case.params)
+
+
+def test_the_cases_that_another_table_reads_otherwise() -> None:
+    for name in CASES:
+        case = make(name)
+        batch = case.batch(2)
+        plain, sua = (plan(case.loss_fn, case.params, batch, Options(rules)) for rules in (RULES, {**RULES, **SUA}))
+        assert (plain != sua) == (name in SPATIAL), name
 
 
 @every_case

@@ -1,4 +1,4 @@
-"""The command `python -m ekfac_func study`, run as a user runs it, and its page in a real browser."""
+"""The command `python -m ekfac_func study`, in a process of its own too, and its page in a real browser."""
 
 import csv
 import html
@@ -153,24 +153,24 @@ def test_the_page_in_a_browser(out: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["cnn", "autoencoder"])
 def test_other_models_from_saved_parameters(model: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
     net = make(model, load("digits", 0).train[0], 3).net
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    done = study(
-        "--model", model, "--examples", "32", "--batch-size", "16", "--stages", "0", "--load", str(tmp_path / "net.pt"),
-        "--estimators", "intra_batch", "kfac", "sampled", "--out", str(tmp_path / "new"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    main([
+        "study", "--model", model, "--examples", "32", "--batch-size", "16", "--stages", "0",
+        "--load", str(tmp_path / "net.pt"), "--estimators", "intra_batch", "kfac", "sampled",
+        "--out", str(tmp_path / "new"),
+    ])  # fmt: skip
     assert {row["stage"] for row in rows(tmp_path / "new")} == {"0"}
     assert "--load" in (tmp_path / "new" / "report.html").read_text()
 
 
 def test_a_transformer_on_text(tmp_path: Path) -> None:
-    done = study(
-        "--model", "transformer", "--data", "text", "--examples", "24", "--batch-size", "12", "--stages", "0",
+    main([
+        "study", "--model", "transformer", "--data", "text", "--examples", "24", "--batch-size", "12", "--stages", "0",
         "--estimators", "intra_batch", "kfac", "sampled", "--step-sizes", "--stride", "2", "--refresh-batch", "8",
         "--out", str(tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ])  # fmt: skip
     found = rows(tmp_path)
     assert {row["examples"] for row in found if row["part"] == "refresh"} == {"8"}
     assert {row["decrease"] for row in found} == {"0.0"}
