@@ -58,10 +58,11 @@ def rank(r: int) -> Rank:
     no part in.
 
     With `factor_decay=0` the state keeps no factor, and none is formed but that of a convolution's patches: `C U` is
-    `X^T (X U)` of the samples X. An average needs it in full, `[i i]`. Of fewer samples than r, the basis holds them
-    all (after a few refreshes where they are others than before), and the rest of its columns is arbitrary, as the null
-    space of a full basis is. The rows of a lookup table stay diagonal. A side of no more than r + 1 dimensions is full:
-    a complement of one dimension is a direction like any other.
+    `X^T (X U)` of the samples X. An average needs it in full, `[i i]`. No more samples than all these columns are not
+    iterated but, outside of graphs, orthonormalised themselves, and their eigenvectors exact. Of fewer than r the basis
+    holds them all (in graphs after a few refreshes where they are others than before), and the rest of its columns is
+    arbitrary, as the null space of a full basis is. The rows of a lookup table stay diagonal. A side of no more than
+    r + 1 dimensions is full: a complement of one dimension is a direction like any other.
     """
     check_count("r", r)
     return Rank(r)

@@ -517,7 +517,7 @@ def rescaled(
     """`Q_B [ projected (m2 + damping)^exponent ] Q_A^T`; zero while there is no estimate of m2."""
     damped = moment.value + torch.where(moment.weight > 0, damping, torch.inf)
     if incomplete(basis):
-        return rescale(mean, damped**exponent, basis, sizes)
+        return rescale(mean, damped**exponent, basis)
     room = None if transformed() else damped  # new memory costs more than the arithmetic
     if not isinstance(exponent, Tensor) and exponent == -1:  # a division is one pass over memory less than a power
         return out_of_basis(torch.div(mean.projected, damped, out=room), basis, sizes)

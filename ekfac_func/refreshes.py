@@ -291,17 +291,25 @@ def _reflected(x: Tensor, old: Reflections, how: Refresh) -> Problem:
 
 
 def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
-    """The leading eigenvectors by subspace iteration from the old ones and a few beside them, in descending order.
+    """The leading eigenvectors in descending order, by subspace iteration from the old ones and a few beside them.
 
-    Those beside them find what the old ones have no part in: of other inputs than before all `C U` may be zero.
+    Those beside them find what the old ones have no part in: of other inputs than before all `C U` may be zero. Of
+    samples no more than all these columns no iteration is needed, for the eigenvectors lie in their span; what else
+    there is room for stays.
     """
     x, largest = _scaled(C.x if isinstance(C, Gram) else (C + C.mT) / 2)
     U, (d, r) = old[..., :-1], (old.shape[-2], old.shape[-1] - 1)
-    fresh = _noise(d, min(max(LEAST_FRESH, r // 8), d - r), U)
-    U = torch.cat([U, fresh - U @ (U.mT @ fresh)], -1)
-    for _ in range(iterations):
-        U = torch.linalg.qr(_times(C, x, U)).Q
-    T = (U.mT @ _times(C, x, U)).to(old.dtype if x.device.type == "mps" else torch.float64)
+    beside, samples = min(max(LEAST_FRESH, r // 8), d - r), x.shape[-2]
+    if isinstance(C, Gram) and not torch.compiler.is_compiling() and samples <= r + beside:
+        U, R = torch.linalg.qr(torch.cat([x.mT, U[..., : max(r - samples, 0)]], -1))
+        y = R[..., :samples].mT
+    else:
+        fresh = _noise(d, beside, U)
+        U = torch.cat([U, fresh - U @ (U.mT @ fresh)], -1)
+        for _ in range(iterations):
+            U = torch.linalg.qr(x.mT @ (x @ U) if isinstance(C, Gram) else x @ U).Q
+        y = x @ U
+    T = (y.mT @ y if isinstance(C, Gram) else U.mT @ y).to(old.dtype if x.device.type == "mps" else torch.float64)
     nothing = largest == 0  # then the old basis is as good as any, and nothing failed
 
     def read(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,14 +326,10 @@ def _noise(d: int, columns: int, like: Tensor) -> Tensor:
     return (2 * (k**3 % PRIME) / PRIME - 1).to(like.dtype).reshape(d, columns)
 
 
-def _times(C: Factor, x: Tensor, U: Tensor) -> Tensor:
-    return x.mT @ (x @ U) if isinstance(C, Gram) else x @ U
-
-
 def _scaled(C: Tensor) -> tuple[Tensor, Tensor]:
     """Finite, and with a largest entry of 1; and what that was, `[... 1 1]`."""
     C = torch.where(torch.isfinite(C), C, 0)
-    largest = C.abs().amax((-2, -1), keepdim=True)
+    largest = C.abs().amax((-2, -1), keepdim=True) if C.numel() else C.new_zeros(*C.shape[:-2], 1, 1)
     return C / torch.where(largest > 0, largest, 1), largest
 
 

@@ -25,7 +25,6 @@ from .kronecker import (
     add_up,
     coalesce,
     look_up,
-    out_of_basis,
     project_inputs,
     project_outputs,
     turn_inputs,
@@ -237,58 +236,53 @@ def rescales_samples(terms: Terms, basis: Basis, n: int) -> bool:
     match terms:
         case (Factored(a=a, g=g),) if a.shape[4] == 1 and incomplete(basis):
             samples = g.shape[2] * (NOMINAL_N if torch.compiler.is_compiling() else n)
-            return 2 * basis.Q_B.shape[-1] + basis.Q_A.shape[-1] >= 2 * samples
+            i, o, r, q = a.shape[3], g.shape[3], basis.Q_A.shape[-1], basis.Q_B.shape[-1]
+            c_i, c_o = map(outside, basis)
+            of_gradient = 2 * o * i * ((q if c_i else 0) + (r if c_o else 0))
+            return o * i * (samples + (r if c_i else q)) + 2 * samples * (o * q + i * r) <= of_gradient
     return False
 
 
-def rescale(mean: Mean, scale: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> Tensor:
+def rescale(mean: Mean, scale: Tensor, basis: Basis) -> Tensor:
     """The gradient times scale in the basis and outside of it, `[b o i k]`.
+
+    With P = Q_B^T G Q_A, K = Q_B^T G and L = G Q_A, and what scale is outside on i, on o and on both, it is
+    `Q_B [ P (scale - on_i) Q_A^T + K (on_i - both) ] + [ (L - Q_B P) (on_o - both) ] Q_A^T + both G`.
 
     scale: `[b O I k]`.
     """
     c_i, c_o = map(outside, basis)
-    inside = mean.projected * scale
+    G, P, on_i, on_o, both = mean.gradient, mean.projected, scale[:, :, -1:], scale[:, -1:], scale[:, -1:, -1:]
     match mean.terms:
         case (Factored(g=g) as term,) if rescales_samples(mean.terms, basis, mean.n):
-            return _rescaled_samples(g, term.inputs / mean.n, scale, inside, basis)
-    G = mean.gradient
-    found = out_of_basis(inside, basis, sizes)
-    if c_i:
-        K = turn_outputs(G, basis.Q_B)
-        K_p = K - turn_inputs(mean.projected, basis.Q_A.mT)
-        found = found + turn_outputs(K_p * scale[:, :, -1:], basis.Q_B.mT)
-    if c_o:
-        L_p = turn_inputs(G, basis.Q_A) - turn_outputs(mean.projected, basis.Q_B.mT)
-        found = found + turn_inputs(L_p * scale[:, -1:], basis.Q_A.mT)
-    if c_i and c_o:
-        G_p = G - turn_outputs(K, basis.Q_B.mT) - turn_inputs(L_p, basis.Q_A.mT)
-        found = found + G_p * scale[:, -1:, -1:]
-    return found
+            return _rescaled_samples(g, term.inputs / mean.n, scale, P * scale, basis)
+    if not c_o:
+        rows = turn_inputs(P * (scale - on_i), basis.Q_A.mT) + turn_outputs(G, basis.Q_B) * on_i
+        return turn_outputs(rows, basis.Q_B.mT)
+    if not c_i:
+        columns = turn_outputs(P * (scale - on_o), basis.Q_B.mT) + turn_inputs(G, basis.Q_A) * on_o
+        return turn_inputs(columns, basis.Q_A.mT)
+    rows = turn_inputs(P * (scale - on_i), basis.Q_A.mT) + turn_outputs(G, basis.Q_B) * (on_i - both)
+    columns = (turn_inputs(G, basis.Q_A) - turn_outputs(P, basis.Q_B.mT)) * (on_o - both)
+    return turn_outputs(rows, basis.Q_B.mT) + turn_inputs(columns, basis.Q_A.mT) + both * G
 
 
 def _rescaled_samples(g: Tensor, a: Tensor, scale: Tensor, inside: Tensor, basis: Basis) -> Tensor:
-    """One product `left^T right` in place of one for each part of the sum, where there are few samples. k is 1."""
+    """One product `left^T right`: of the samples, and of what lies inside of a side. k is 1."""
     g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
     g_p, a_p = _rest_outputs(g, g_O, basis), _rest_inputs(a, a_I, basis)
-    left, right = [], []  # of [b samples o] and [b samples i]
-    if outside(basis.Q_A):
-        h = g_O * scale[None, :, None, :, -1, 0]
-        h = turn_inputs(h[..., None], basis.Q_B.mT)[..., 0]
-        if outside(basis.Q_B):
-            h = h + scale[:, -1:, -1:, 0][None] * g_p
-        left.append(_samples(h))
-        right.append(_samples(a_p[..., 0]))
+    on_i, on_o = scale[None, :, None, :, -1, 0], scale[None, :, None, -1, :, 0]
+    if not outside(basis.Q_A):
+        x = turn_inputs(a_I * on_o[..., None], basis.Q_A.mT)[..., 0]
+        left = [_samples(g_p), basis.Q_B.mT]
+        right = [_samples(x), turn_inputs(inside, basis.Q_A.mT)[..., 0]]
+        return outer(torch.cat(left, 1), torch.cat(right, 1))[..., None]
+    h = turn_inputs((g_O * on_i)[..., None], basis.Q_B.mT)[..., 0]
+    columns = turn_outputs(inside, basis.Q_B.mT)[..., 0]  # of Q_A, `[b o I]`
     if outside(basis.Q_B):
-        x = a_I[..., 0] * scale[None, :, None, -1, :, 0]
-        x = turn_inputs(x[..., None], basis.Q_A.mT)[..., 0]
-        left.append(_samples(g_p))
-        right.append(_samples(x))
-    if outside(basis.Q_A):  # Q_B inside, then Q_A^T; or the other way round
-        left.append(turn_outputs(inside, basis.Q_B.mT)[..., 0].mT)
-        right.append(basis.Q_A.mT)
-    else:
-        left.append(basis.Q_B.mT)
-        right.append(turn_inputs(inside, basis.Q_A.mT)[..., 0])
+        h = h + scale[None, :, None, -1:, -1, 0] * g_p
+        columns = columns + outer(_samples(g_p), _samples(a_I[..., 0] * on_o))
+    left, right = [_samples(h), columns.mT], [_samples(a_p[..., 0]), basis.Q_A.mT]
     return outer(torch.cat(left, 1), torch.cat(right, 1))[..., None]
 
 

@@ -244,6 +244,23 @@ def test_rank_finds_the_leading_eigenvectors() -> None:
             close(state.factors["w"].A[0], A)
 
 
+@pytest.mark.parametrize("n", [3, 12, 20])
+def test_rank_of_no_more_samples_than_columns(n: int) -> None:
+    """Their eigenvectors at once, and what else there is room for of the basis before."""
+    loss_fn, params, before = wide(30)
+    step = ekfac(loss_fn, damping=1e-2, bases={"*": rank(12)})
+    _, state, _ = step.precondition(params, before, step.init(params, before))
+    old = state.bases["w"].Q_A[0, :, :12]
+    batch = torch.randn(n, 1, 40)
+    _, state, _ = step.precondition(params, batch, state)
+    Q = state.bases["w"].Q_A[0, :, :12]
+    x = torch.cat([batch[:, 0], torch.ones(n, 1)], 1)
+    leading = torch.linalg.svd(x)[2][: min(n, 12)].T
+    close((leading.T @ Q[:, : min(n, 12)]).abs(), torch.eye(min(n, 12)), 1e-8)
+    for kept in old[:, : max(12 - n, 0)].T:
+        close(Q @ (Q.T @ kept), kept, 1e-8)
+
+
 @pytest.mark.parametrize("factor_decay", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["mlp", "positions", "conv groups", "tied padded"])
 def test_eigenvalue_product_of_a_rank(name: str, factor_decay: float) -> None:
