@@ -92,7 +92,8 @@ def reduce(term: Factored) -> Factored:
     """
     x = None if term.x is None else term.x.mean(2, keepdim=True)
     if term.counted is None:
-        return Factored(term.inputs.mean(2, keepdim=True), term.g.sum(2, keepdim=True), x)
+        a = term.inputs.sum(2, keepdim=True) / max(term.g.shape[2], 1)
+        return Factored(a, term.g.sum(2, keepdim=True), x)
     used = term.counted.sum(2, keepdim=True)
     a = term.inputs.sum(2, keepdim=True) / used.clamp(min=1)[..., None, None]
     return Factored(a, term.g.sum(2, keepdim=True), x, used > 0)
@@ -219,6 +220,7 @@ def mean_factors(sums: Sequence[FactorSums]) -> Means:
 def _ratio(C: Factor, by: Number) -> Factor:
     """A quotient, zero where there was nothing; of each block b where there are several numbers."""
     if not isinstance(by, Tensor):
+        by = by or 1
         return Gram(C.x / by**0.5) if isinstance(C, Gram) else C / by
     return _times(C, 1 / torch.where(by > 0, by, 1))
 

@@ -80,7 +80,7 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor | None]:
     A sample that is not finite has no finite coordinates, for the step to be skipped, and no part in the columns.
     """
     n, b, s, d = x.shape
-    if n * s >= d:
+    if n * s >= d or n * s == 0:
         return x, None
     X = x.movedim(1, 0).flatten(1, 2)
     finite = torch.isfinite(X)

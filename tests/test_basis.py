@@ -9,7 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ekfac_func import RULES, SUA, SecondMoment, ekfac, intra_batch, kfac, refreshes
+from ekfac_func import (
+    FULL,
+    RULES,
+    SUA,
+    SecondMoment,
+    compact,
+    ekfac,
+    expand,
+    intra_batch,
+    kfac,
+    rank,
+    reduce,
+    refreshes,
+    thin,
+)
 from ekfac_func import basis as eigenbasis
 from ekfac_func.kronecker import symmetric
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
@@ -188,13 +202,31 @@ def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monke
     assert (5 in solved) == (factor_decay == 0)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("choice", "sharing"),
+    [(FULL, expand), (FULL, reduce), (rank(2), expand), (thin, expand), (compact(5), expand)],
+    ids=["full", "full, reduce", "rank", "thin", "compact"],
+)
 @pytest.mark.parametrize("i", [3, 300])
-def test_a_layer_that_no_position_uses(i: int) -> None:
-    params, batch = {"w": torch.randn(4, i)}, torch.randn(5, 0, i)
-    step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-2)
-    natural, state, _ = step.precondition(params, batch, step.init(params, batch))
+def test_a_layer_that_no_position_uses(i: int, choice: Any, sharing: Any, compiled: bool) -> None:
+    """The others step as without it."""
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        unused, used = example
+        return F.linear(unused, params["w"]).cos().sum() + F.linear(used, params["v"]).cos().sum()
+
+    params, batch = {"w": torch.randn(4, i), "v": torch.randn(2, 3)}, (torch.randn(5, 0, i), torch.randn(5, 3))
+    step = ekfac(loss_fn, damping=1e-2, bases={"w": choice}, weight_sharing=sharing)
+    call = torch.compile(step.precondition, fullgraph=True, backend="eager") if compiled else step.precondition
+    natural, state, info = call(params, batch, step.init(params, batch))
+    assert not info.skipped
     assert natural["w"].abs().max() == 0
-    assert torch.equal(state.bases["w"].Q_A[0], torch.eye(i))
+    if choice is FULL and sharing is expand:  # there are no samples, not even zeros
+        assert torch.equal(state.bases["w"].Q_A[0], torch.eye(i))
+    alone = ekfac(lambda p, x: F.linear(x, p["v"]).cos().sum(), damping=1e-2)
+    only = {"v": params["v"]}
+    close(natural["v"], alone.precondition(only, batch[1], alone.init(only, batch[1]))[0]["v"])
 
 
 def test_a_wide_layer_under_vmap() -> None:
