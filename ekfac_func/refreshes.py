@@ -267,10 +267,10 @@ def _spanned(x: Tensor, old: Tensor, how: Refresh) -> Problem:
 
     def read(U: Tensor) -> tuple[Tensor, Tensor]:
         good, U = _good(U), U.to(x.dtype)
-        outside, inside = outer(-V.mT, W[:, k:].mT), outer(-V.mT, W[:, :k].mT @ U)
-        outside.diagonal(-k, -2, -1).add_(1)
-        inside[:, :k] += U
-        return where(good, torch.cat([outside, inside], dim=-1), old), (~good).sum()
+        Q = outer(-V.mT, torch.cat([W[:, k:].mT, W[:, :k].mT @ U], -1))  # outside of their span, and inside
+        Q.diagonal(-k, -2, -1).add_(1)
+        Q[:, :k, Q.shape[-1] - k :] += U
+        return where(good, Q, old), (~good).sum()
 
     R = R.to(_solved_in(how, x))
     return Problem(R @ R.mT, None, read)
