@@ -186,7 +186,7 @@ def check_samples(name: str, mean: Means, old: Basis) -> None:
 class Problem(NamedTuple):
     """What a side of a layer asks of an eigensolver."""
 
-    C: Tensor  # [... d d] symmetric, the largest entry 1
+    C: Tensor  # [... d d] symmetric, of entries near 1
     old: Tensor | None  # [... d d] its eigenvectors of last time; None of a problem in a span of its own
     read: Callable[[Tensor], tuple[Side, Tensor]]  # its eigenvectors -> the side, and how many blocks kept theirs
 
@@ -294,8 +294,8 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
     """The leading eigenvectors in descending order, by subspace iteration from the old ones and a few beside them.
 
     Those beside them find what the old ones have no part in: of other inputs than before all `C U` may be zero. Of
-    samples no more than all these columns no iteration is needed, for the eigenvectors lie in their span; what else
-    there is room for stays.
+    samples no more than all these columns no iteration is needed, for the eigenvectors lie in their span; the old ones
+    fill up what room they leave.
     """
     x, largest = _scaled(C.x if isinstance(C, Gram) else (C + C.mT) / 2)
     U, (d, r) = old[..., :-1], (old.shape[-2], old.shape[-1] - 1)

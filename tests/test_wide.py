@@ -48,6 +48,7 @@ from ekfac_func import (
 )
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import positions, written
+from ekfac_func.subspace import rescale, rescales_samples
 from ekfac_func.types import Basis, Layer, Params, Reflections, outside
 
 from .cases import Case, N, make
@@ -195,9 +196,30 @@ def test_rank_of_a_layer_with_few_samples(choice: Any, s: int, monkeypatch: pyte
 
 
 def _by_mean(mean: Any, *rest: Any) -> Tensor:
-    from ekfac_func.subspace import rescale
-
     return rescale(mean._replace(terms=None), *rest)
+
+
+@pytest.mark.parametrize(("sizes", "r"), [((40, 50), 12), ((29, 60), 29), ((60, 29), 29)], ids=["both", "o", "i"])
+def test_samples_and_their_mean_in_a_stale_basis(
+    sizes: tuple[int, int], r: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two blocks, whose moments outside differ: what other samples have outside of a side, or of both."""
+    i, o = sizes
+    params, batches = {"w": torch.randn(2, i, o) / i**0.5}, torch.randn(2, 2, 2, 2, i)
+    weights = torch.tensor([1.0, 3.0])[:, None, None]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return (weights * torch.bmm(x, params["w"])).sin().sum()
+
+    step = ekfac(loss_fn, damping=1e-2, bases={"*": rank(r)}, basis_every=2)
+    _, state, _ = step.precondition(params, batches[0], step.init(params, batches[0]))
+    few = rescales_samples(
+        per_example_gradients(loss_fn, params, batches[1]).captured.terms["w"], state.bases["w"], len(batches[1])
+    )
+    assert few
+    of_samples = step.precondition(params, batches[1], state)[0]
+    monkeypatch.setattr("ekfac_func.precondition.rescale", lambda mean, *rest: _by_mean(mean, *rest))
+    close_trees(of_samples, step.precondition(params, batches[1], state)[0])
 
 
 @pytest.mark.parametrize("name", KINDS)
