@@ -109,6 +109,25 @@ def check_state(
             raise ValueError(f"state has a layer {name!r} that params has not: make it with init(params, batch)")
 
 
+def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
+    """tree: the names and shapes of params, or the same axes in front of every tensor."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in layers:
+        shapes[layer.weight] = layer.shape
+        if layer.bias is not None:
+            shapes[layer.bias] = layer.bias_shape
+    if tree.keys() != shapes.keys():
+        raise KeyError(f"the tree has the names {sorted(tree)}, params has {sorted(shapes)}: give one tensor for each")
+    first = next(iter(shapes))
+    ahead = tree[first].shape[: max(tree[first].dim() - len(shapes[first]), 0)]
+    for name, shape in shapes.items():
+        if tree[name].shape != (*ahead, *shape):
+            raise ValueError(
+                f"{name!r} of the tree has shape {tuple(tree[name].shape)}, of params {tuple(shape)}: give that shape, "
+                f"or the same axes in front of every tensor ({first!r} has {tuple(ahead)})"
+            )
+
+
 def check_positive(name: str, value: Number) -> None:
     """Refuse a Python number that is not positive; a tensor cannot be checked and shows in `info`."""
     if not _unknown(name, value) and not value > 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .basis import fills_up, real
-from .checks import check_not_negative
+from .checks import check_not_negative, check_tree
 from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
 from .types import Basis, Layer, Number, Params, State
@@ -64,7 +64,7 @@ class Curvature:
 
         KeyError or ValueError for a tree that does not have the names and shapes of params.
         """
-        _check_tree(self.layers, tree)
+        check_tree(self.layers, tree)
         products = {}
         for layer in self.layers:
             values, basis = self.values[layer.weight], self.bases[layer.weight]
@@ -210,22 +210,4 @@ def _refuse_few_columns(layer: Layer, basis: Basis) -> None:
             raise ValueError(
                 f"the basis of {layer.weight!r} has {Q.shape[-1]} columns on a side of {dim}, as rank(r) and thin "
                 "leave it: an operator needs a full basis, or one of blocks(max_dim)"
-            )
-
-
-def _check_tree(layers: tuple[Layer, ...], tree: Mapping[str, Tensor]) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in layers:
-        shapes[layer.weight] = layer.shape
-        if layer.bias is not None:
-            shapes[layer.bias] = layer.bias_shape
-    if tree.keys() != shapes.keys():
-        raise KeyError(f"the tree has the names {sorted(tree)}, params has {sorted(shapes)}: give one tensor for each")
-    first = next(iter(shapes))
-    ahead = tree[first].shape[: max(tree[first].dim() - len(shapes[first]), 0)]
-    for name, shape in shapes.items():
-        if tree[name].shape != (*ahead, *shape):
-            raise ValueError(
-                f"{name!r} of the tree has shape {tuple(tree[name].shape)}, of params {tuple(shape)}: give that shape, "
-                f"or the same axes in front of every tensor ({first!r} has {tuple(ahead)})"
             )

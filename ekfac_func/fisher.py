@@ -7,6 +7,7 @@ is the mean over pseudo-examples of `G G^T`. So every stage after capture stays 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from .checks import check_count
 from .discovery import DATA_DEPENDENT, filled
 from .layout import spec
 from .modes import undrawn
-from .types import Batch, LossFn, Params
+from .types import Batch, LossFn, Params, statistics_dtype
 
 Model = Callable[[Params, Any], Any]
 """(params, example) -> output of one example, a tensor or a tree of tensors"""
@@ -65,8 +66,9 @@ def sampled(model: Model, likelihood: Likelihood, samples: int = 1) -> Fisher:
         of many elements or positions is as many independent labels, a tree of distributions likewise.
     samples: draws for each example; the pseudo-examples are `n samples`, so cost and memory grow with it.
 
-    The draws come from torch's generator, so its seed reproduces them. The loss is the sum over all labels of an
-    example: of a data loss that is their mean over T positions the moment is T^2 times smaller.
+    The draws come from torch's generator, so its seed reproduces them; those of distributions that `vmap` does not
+    know, such as MultivariateNormal and Laplace, are made in a loop over the examples. The loss is the sum over all
+    labels of an example: of a data loss that is their mean over T positions the moment is T^2 times smaller.
     Martens & Grosse 2015, https://arxiv.org/abs/1503.05671, section 5.
     """
     check_count("samples", samples)
@@ -95,7 +97,8 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
 
     This is the generalised Gauss-Newton matrix of `-log p`: with `Normal(output, 1)` that of half the squared error
     (Martens 2020, https://arxiv.org/abs/1412.1193). An example becomes as many pseudo-examples as its distributions
-    have values: classes times positions, elements of a Normal or Bernoulli.
+    have values: classes times positions, elements of a Normal or Bernoulli. A step whose outputs make no distribution,
+    by negative probabilities or scales, is skipped.
     """
 
     def loss(params: Params, example: Any) -> Tensor:
@@ -143,16 +146,19 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
                 "likelihood gave distributions that do not depend on the output of the model: their Fisher is zero, "
                 "make them of the output"
             )
-        like = next(iter(params.values()))
-        row = torch.tensor(rows, device=like.device).expand(n, len(rows)).flatten()
-        weight = torch.full_like(row, math.sqrt(len(rows)), dtype=like.dtype)
+        row = torch.tensor(rows, device=next(iter(params.values())).device).expand(n, len(rows)).flatten()
+        dtype = functools.reduce(torch.promote_types, map(statistics_dtype, params.values()))
+        weight = torch.full_like(row, math.sqrt(len(rows)), dtype=dtype)
         return pytree.tree_map(lambda leaf: _repeated(leaf, len(rows)), batch), row, weight
 
     return Fisher("exact", loss, examples, draws=False)
 
 
 def _rows(distributions: Any) -> list[Tensor]:
-    """Flat tensors whose gradients w.r.t. the output make its Fisher: `F = sum_r grad r grad r^T`."""
+    """Flat tensors whose gradients w.r.t. the output make its Fisher: `F = sum_r grad r grad r^T`.
+
+    NaN for parameters that a distribution cannot have, which torch's own checks are not there to refuse.
+    """
     return [part for distribution in _distributions(distributions) for part in _rows_of(distribution)]
 
 
@@ -162,15 +168,19 @@ def _rows_of(distribution: Distribution) -> list[Tensor]:
             return _rows_of(distribution.base_dist)
         case Normal():
             loc, scale = distribution.loc, distribution.scale
+            scale = torch.where(scale > 0, scale, torch.nan)
             return [(loc / scale.detach()).flatten(), (math.sqrt(2) * scale.log()).flatten()]
         case Bernoulli() | Binomial():  # every value's gradient is a multiple of that of the logits
             logits = distribution.logits
             count = distribution.total_count if isinstance(distribution, Binomial) else 1
             variance = count * logits.sigmoid() * (-logits).sigmoid()  # torch's is 0 where p rounds to 1
+            p = distribution.probs
+            variance = torch.where((p >= 0) & (p <= 1), variance, torch.nan)
             return [(variance.detach().sqrt() * logits).flatten()]
         case Distribution(has_enumerate_support=True):
             logs = distribution.log_prob(distribution.enumerate_support())
             p = logs.detach().exp()
+            p = torch.where((getattr(distribution, "probs", p) >= 0).all(), p, torch.nan)
             return [torch.where(p > 0, p.sqrt() * logs, 0).flatten()]
     raise TypeError(
         f"likelihood gave a {type(distribution).__name__}, whose Fisher is not known in closed form: use "

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .capture import capture
-from .checks import check_batch, check_params, check_positive
+from .checks import check_batch, check_loss, check_params, check_positive, check_tree
 from .discovery import Options, checked_options
 from .fisher import Fisher, Model, empirical
 from .kronecker import count, dense, pack, unpack_all
@@ -42,11 +42,15 @@ class DenseBlocks:
         return DenseBlocks(self.layers, inverses)
 
     def multiply(self, tree: Mapping[str, Tensor]) -> Params:
-        """The matrix times a tree like params, in the dtypes of the tree."""
+        """The matrix times a tree like params, or many, in the dtypes of the tree.
+
+        KeyError or ValueError for a tree that does not have the names and shapes of params.
+        """
+        check_tree(self.layers.values(), tree)
         products: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             v = pack(layer, tree)
-            Fv = torch.einsum("bde,be->bd", self.matrices[name], v.flatten(1).to(torch.float64))
+            Fv = torch.einsum("bde,...be->...bd", self.matrices[name], v.flatten(-3).to(torch.float64))
             products[name] = Fv.reshape(v.shape)
         return unpack_all(self.layers.values(), products, tree)
 
@@ -89,6 +93,8 @@ def ggn_blocks(
 
     model: `(params, example) -> output`, one tensor; J is its Jacobian.
     loss: `(output, example) -> scalar`; H is its Hessian w.r.t. the output.
+
+    TypeError or ValueError where these return anything else.
     """
     check_params(params)
     n = check_batch(batch)
@@ -99,7 +105,13 @@ def ggn_blocks(
 
     def hessian(example: Any) -> Tensor:
         output = model(dict(params), example)
-        return torch.func.hessian(lambda z: loss(z.reshape(output.shape), example))(output.flatten())
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model returned a {type(output).__name__}: return one tensor")
+
+        def scalar(z: Tensor) -> Tensor:
+            return check_loss(loss(z.reshape(output.shape), example), False, None)[0]
+
+        return torch.func.hessian(scalar)(output.flatten())
 
     H = torch.func.vmap(hessian)(batch).to(torch.float64)  # [n e f]
     outputs = H.shape[1]

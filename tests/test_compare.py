@@ -138,6 +138,14 @@ def test_ggn_blocks_are_the_exact_fisher_and_the_explicit_product() -> None:
             close(of_fisher.matrices[name][0], total[name])
 
 
+def test_ggn_blocks_of_one_tensor_and_one_number() -> None:
+    params, x = {"w": torch.randn(3, 2)}, torch.randn(4, 2)
+    with pytest.raises(TypeError, match="model returned a tuple: return one tensor"):
+        ggn_blocks(lambda p, x: (F.linear(x, p["w"]),), lambda z, x: z.sum(), params, x)
+    with pytest.raises(ValueError, match=r"returned a tensor of shape \(3,\).*scalar"):
+        ggn_blocks(lambda p, x: F.linear(x, p["w"]), lambda z, x: z.square(), params, x)
+
+
 def test_blocks_that_are_too_large_are_refused() -> None:
     params, batch = {"w": torch.zeros(200, 100)}, torch.randn(2, 100)
     with pytest.raises(ValueError, match=r"'w' have shape \(1, 20000, 20000\) and need 3.0 GiB .* use compare"):

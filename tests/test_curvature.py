@@ -141,6 +141,13 @@ def test_dense_is_a_matrix_on_trees(name: str) -> None:
     estimate = curvature(stepped(case, case.batch(5), bases={"*": blocks(4)})).damped(DAMPING)
     tree = {key: torch.randn_like(p) for key, p in case.params.items()}
     close_trees(estimate.dense().multiply(tree), estimate @ tree)
+    many = {key: torch.randn(2, *p.shape) for key, p in case.params.items()}
+    close_trees(estimate.dense().multiply(many), estimate @ many)
+    with pytest.raises(KeyError, match="give one tensor for each"):
+        estimate.dense().multiply({})
+    name = next(iter(tree))
+    with pytest.raises(ValueError, match=f"'{name}' of the tree has shape"):
+        estimate.dense().multiply({**tree, name: tree[name].flatten()})
 
 
 def test_the_step_is_the_damped_inverse_times_the_gradient() -> None:

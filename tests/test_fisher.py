@@ -19,6 +19,7 @@ from torch.distributions import (
     Independent,
     Laplace,
     Normal,
+    OneHotCategorical,
 )
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -395,6 +396,48 @@ def test_a_batch_that_is_not_finite_is_skipped(name: str) -> None:
     same_bits(pytree.tree_leaves(new), pytree.tree_leaves(state))
     assert all(p.abs().max() == 0 for p in natural.values())
     same_bits(step.init(params, (bad, y)), step.init(params, (x, y)))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        lambda z: Categorical(probs=z),
+        lambda z: OneHotCategorical(probs=z),
+        lambda z: Bernoulli(probs=z),
+        lambda z: Binomial(3, probs=z),
+        lambda z: Normal(z, -1.0),
+        lambda z: Normal(z, z),
+        lambda z: Independent(Normal(z, -1.0), 1),
+    ],
+    ids=["categorical", "one hot", "bernoulli", "binomial", "normal", "scale", "independent"],
+)
+def test_outputs_that_make_no_distribution_are_skipped(likelihood: Any, compiled: bool) -> None:
+    """Raw outputs in the place of probabilities, which torch's checks would refuse where values can be looked at."""
+    params, x = {"w": torch.eye(3)}, torch.tensor([[0.5, 0.3, 0.2], [0.7, 0.7, -0.4]])
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"])
+
+    step = ekfac(lambda p, x: model(p, x).sum(), damping=1e-2, fisher=exact(model, likelihood))
+    call = torch.compile(step.precondition, fullgraph=True, backend="eager") if compiled else step.precondition
+    assert call(params, x, step.init(params, x))[2].skipped
+    if not isinstance(likelihood(x[0].abs()), Independent | Normal):
+        assert not call(params, x[:1], step.init(params, x))[2].skipped
+
+
+def test_the_weight_of_a_row_is_not_rounded_to_the_dtype_of_another_parameter() -> None:
+    weights = {"a": torch.randn(10, 5).bfloat16(), "w": torch.randn(10, 5)}
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]) + F.linear(x.bfloat16(), params["a"]).double()
+
+    fisher, x = exact(model, lambda z: Categorical(logits=z)), torch.randn(16, 5)
+    found = []
+    for names in ("aw", "wa"):
+        params = {name: weights[name] for name in names}
+        found.append(fisher_blocks(lambda p, x: model(p, x).sum(), params, x, fisher=fisher).matrices["w"])
+    close(found[0], found[1])
 
 
 def test_a_running_average_of_draws_starts_at_the_eigenvalues_and_tends_to_the_moment() -> None:

@@ -329,6 +329,7 @@ def test_states_survive_a_checkpoint() -> None:
         (lambda: learning_rate(-0.1), ValueError, "value=-0.1.*positive"),
         (lambda: cosine(0.1, 0), ValueError, "steps=0.*at least 1"),
         (lambda: warm_up(0, constant(0.1)), ValueError, "steps=0.*at least 1"),
+        (lambda: warm_up(3, 0.1), TypeError, r"schedule=0.1 .* constant\(value\)"),  # type: ignore[arg-type]
         (lambda: relative(0.0), ValueError, "fraction=0.0.*positive"),
         (lambda: levenberg_marquardt(*torch.ones(3), factor=1.5), ValueError, "factor=1.5.*0 < factor < 1"),
         (lambda: chain(momentum), TypeError, r"chain was given .*Transform, as momentum\(0.9\)"),  # type: ignore[arg-type]

@@ -34,6 +34,8 @@ def warm_up(steps: int, schedule: Schedule) -> Schedule:
     `LinearLR(start_factor=1 / steps, total_iters=steps - 1)` of torch, in sequence.
     """
     check_count("steps", steps)
+    if not callable(schedule):
+        raise TypeError(f"schedule={schedule!r} is no function of the step: give constant(value), cosine(start, steps)")
 
     def warmed(step: Tensor) -> Tensor:
         return schedule((step - steps).clamp(min=0)) * ((step + 1) / steps).clamp(max=1)
