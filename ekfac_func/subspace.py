@@ -223,7 +223,7 @@ def _out_outputs(M: Tensor, basis: Basis) -> Tensor:
 
 
 class Mean(NamedTuple):
-    """A mean gradient, and the samples that it is the sum of where they are at hand."""
+    """A mean gradient, and the samples that it is the sum of where `rescales_samples`."""
 
     gradient: Tensor  # [b o i k]
     projected: Tensor  # [b O I k]
@@ -254,7 +254,7 @@ def rescale(mean: Mean, scale: Tensor, basis: Basis) -> Tensor:
     c_i, c_o = map(outside, basis)
     G, P, on_i, on_o, both = mean.gradient, mean.projected, scale[:, :, -1:], scale[:, -1:], scale[:, -1:, -1:]
     match mean.terms:
-        case (Factored(g=g) as term,) if rescales_samples(mean.terms, basis, mean.n):
+        case (Factored(g=g) as term,):
             return _rescaled_samples(g, term.inputs / mean.n, scale, P * scale, basis)
     if not c_o:
         rows = turn_inputs(P * (scale - on_i), basis.Q_A.mT) + turn_outputs(G, basis.Q_B) * on_i

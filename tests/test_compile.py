@@ -349,8 +349,8 @@ def test_every_kind_of_loss_inside_a_compiled_step(backend: str) -> None:
             return ekfac(loss_fn, damping=1e-2).precondition(params, batch, state)[0]
 
         close_trees(compiled(step, backend)(case.params, batch, state), expected, 1e-8)
-    whole = compiled(ekfac(module, damping=1e-2).precondition, backend)
-    close_trees(whole(case.params, batch, state)[0], expected, 1e-8)
+        whole = compiled(ekfac(loss_fn, damping=1e-2).precondition, backend)
+        close_trees(whole(case.params, batch, state)[0], expected, 1e-8)
 
 
 def test_per_example_gradients_compile() -> None:

@@ -215,8 +215,7 @@ def test_a_checkpoint_stays_until_all_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """But not beside the metrics of another training."""
-    torch.set_default_dtype(torch.float32)
-    program = ["train", "--model", "mlp", "--steps", "6", "--metrics-every", "1", "--out", str(tmp_path)]
+    program = ("--model", "mlp", "--steps", "6", "--metrics-every", "1")
     saved, metrics = tmp_path / "digits-mlp.checkpoint.pt", tmp_path / "digits-mlp-metrics.csv"
 
     def interrupt(*arguments: object) -> None:
@@ -227,7 +226,7 @@ def test_a_checkpoint_stays_until_all_is_written(
         killed.setattr(report, "plot", interrupt)
         for _ in range(2):
             with pytest.raises(SystemExit, match="130"):
-                main([*program, "--checkpoint-every", "6"])
+                train_here(*program, "--checkpoint-every", "6", out=tmp_path)
             runs.append((metrics.read_bytes(), "EKFAC" in capsys.readouterr().err))
     expected, _ = runs[0]
     assert runs == [(expected, True), (expected, False)]  # no bar of it: its steps are done
@@ -235,9 +234,9 @@ def test_a_checkpoint_stays_until_all_is_written(
     with monkeypatch.context() as killed:
         killed.setattr(torch.optim, "SGD", None)  # after the steps of EKFAC, before a checkpoint
         with pytest.raises(TypeError):
-            main([*program, "--lr", "0.5", "--restart"])
+            train_here(*program, "--lr", "0.5", "--restart", out=tmp_path)
     assert not saved.exists()
-    main([*program, "--checkpoint-every", "6"])
+    train_here(*program, "--checkpoint-every", "6", out=tmp_path)
     assert metrics.read_bytes() == expected
     assert not saved.exists()
 
@@ -245,16 +244,15 @@ def test_a_checkpoint_stays_until_all_is_written(
 def test_a_training_that_diverged_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.set_default_dtype(torch.float32)
-    options = ["train", "--model", "mlp", "--steps", "6", "--sgd-lr", "1e30", "--checkpoint-every", "1"]
-    main([*options, "--out", str(tmp_path / "whole")])
+    options = ("--model", "mlp", "--steps", "6", "--sgd-lr", "1e30", "--checkpoint-every", "1")
+    train_here(*options, out=tmp_path / "whole")
     expected = capsys.readouterr().out
     with monkeypatch.context() as killed:
         killed.setattr(torch.optim, "AdamW", None)  # after the end of SGD
         with pytest.raises(TypeError):
-            main([*options, "--out", str(tmp_path / "parts")])
+            train_here(*options, out=tmp_path / "parts")
     capsys.readouterr()
-    main([*options, "--out", str(tmp_path / "parts")])
+    train_here(*options, out=tmp_path / "parts")
     resumed = capsys.readouterr().out
     assert str(losses(resumed)) == str(losses(expected))  # with NaN in it
     found, whole = ((tmp_path / part / "digits-mlp-metrics.csv").read_text() for part in ("parts", "whole"))
