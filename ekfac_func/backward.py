@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from .arrivals import Arrivals
@@ -38,48 +40,36 @@ def _copies(tree: Any, n: int) -> Any:
 class _Tap(torch.autograd.Function):
     """The identity, which hands on the gradient of its output as soon as it is known.
 
-    start: requires a gradient, so that the output does; under `vmap` it is one an example, so that the output is too.
+    start: requires a gradient, so that the output does.
     """
 
     @staticmethod
-    def forward(start: Tensor, output: Tensor, k: int, arrived: Callable[[int, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, start: Tensor, output: Tensor, k: int, arrived: Callable[[int, Tensor], None]) -> Tensor:
+        ctx.k, ctx.arrived = k, arrived
         return output.data  # neither a view, which could not be changed in place, nor a copy
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, _, ctx.k, ctx.arrived = inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
         ctx.arrived(ctx.k, gradients[0])
         return None, gradients[0], None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, start: Tensor, output: Tensor, k: int, arrived: Any) -> tuple[Tensor, int]:
-        if in_dims[1] is None:
-            output = output.expand(info.batch_size, *output.shape).contiguous()
-        else:
-            output = output.movedim(in_dims[1], 0)
-        return _Tap.apply(start, output, k, arrived), 0
-
 
 def _freed(
     f: Callable[[Tensor, Params, Batch], tuple[Tensor, Run]],
-    start: Tensor,
     free: Params,
     examples: Batch,
     begin: Callable[[list[Any]], None],
 ) -> tuple[Params, Run]:
-    """The gradient of f w.r.t. free; those w.r.t. tapped outputs are handed on within a pass that frees its graph.
+    """The gradient of `f(start, free, examples)` w.r.t. free, of a start for taps, in a pass that frees its graph.
 
     One of `torch.func` can be differentiated again: it keeps every activation, and what the backward pass made of it,
     to the end.
     """
     with torch.enable_grad():
-        leaves, tree = pytree.tree_flatten((start, free))
+        leaves, tree = pytree.tree_flatten((torch.zeros(()), free))
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        at, copies = pytree.tree_unflatten(leaves, tree)
-        value, run = f(at, copies, _detached(examples))
+        start, copies = pytree.tree_unflatten(leaves, tree)
+        value, run = f(start, copies, _detached(examples))
         run = _detached(run)
         begin(run.inputs)
         if value.requires_grad:
@@ -99,6 +89,21 @@ def _taps(arrived: Callable[[int, Tensor], None], start: Tensor) -> Probe:
     return tap
 
 
+def _batched_taps(arrived: Callable[[int, Tensor], None], start: Tensor, n: int) -> Probe:
+    """The same inside one `vmap`: of the batch that it maps over, past `torch.func`, whose own way takes far longer."""
+    tap = _taps(arrived, start)
+
+    def tap_batch(k: int, output: Tensor) -> Tensor:
+        level = functorch.current_level()
+        whole, axis = functorch._unwrap_batched(output, level)
+        with temporarily_pop_interpreter_stack():
+            whole = whole.expand(n, *whole.shape).contiguous() if axis is None else whole.movedim(axis, 0)
+            tapped = tap(k, whole)
+        return functorch._add_batch_dim(tapped, 0, level)
+
+    return tap_batch
+
+
 def _adds(probes: list[Tensor]) -> Probe:
     """Zeros added to the outputs, w.r.t. which `torch.func` differentiates."""
     return lambda k, output: output + probes[k]
@@ -114,10 +119,12 @@ def summed(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n:
         losses, run = torch.func.vmap(of_one, randomness=randomness)(at, free, examples)
         return losses.sum(), run
 
+    def of_taps(start: Tensor, free: Params, examples: Batch) -> tuple[Tensor, Run]:
+        return total(lambda _: _batched_taps(arrivals.arrived, start, n), [], free, examples)
+
     copies = _copies(free, n)
     if not transformed():
-        of_taps = functools.partial(total, functools.partial(_taps, arrivals.arrived))
-        dense, run = _freed(of_taps, torch.zeros(n), copies, examples, arrivals.start)
+        dense, run = _freed(of_taps, copies, examples, arrivals.start)
         return dense, run.losses, run.aux
     of_f: Callable[..., Any] = torch.func.grad(functools.partial(total, _adds), argnums=(0, 1), has_aux=True)
     (outputs, dense), run = of_f(_copies(arrivals.probes(), n), copies, examples)
@@ -156,7 +163,7 @@ def looped(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n:
         # a copy, for discovery may not have seen whether the loss changes it in place
         example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)
         outputs = arrivals.probes()
-        dense, run = _freed(functools.partial(of_one, outputs), torch.zeros(()), free, example, lambda inputs: None)
+        dense, run = _freed(functools.partial(of_one, outputs), free, example, lambda inputs: None)
         parts.append((outputs, dense, run))
     outputs, dense, run = pytree.tree_map(lambda *t: torch.stack(t), *parts)
     arrivals.all(run.inputs, outputs)
@@ -174,7 +181,7 @@ def batched(probed: Probed, arrivals: Arrivals, free: Params, batch: Batch, n: i
         return total(_taps(arrivals.arrived, start), free, batch)
 
     if len(free) == 0 and not transformed():
-        _, run = _freed(of_taps, torch.zeros(()), free, batch, arrivals.start)
+        _, run = _freed(of_taps, free, batch, arrivals.start)
         return {}, run.losses, run.aux
 
     def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], Run]]:
