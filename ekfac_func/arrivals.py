@@ -64,7 +64,11 @@ class Arrivals:
     def _term(self, k: int) -> Factored | OneHot:
         call, x, g, planned = self.calls[k], self.inputs[k], self.gradients.pop(k), self.planned[k]
         self.calls[k] = self.inputs[k] = None
-        return _picked(call, x, g, planned) if planned.picked else call.read(x, g)
+        if planned.picked:
+            return _picked(call, x, g, planned)
+        term = call.read(x, g)
+        _check_term(term, planned)
+        return term
 
     def probes(self) -> list[Tensor]:
         """Zeros in the shapes of the outputs."""
@@ -85,6 +89,23 @@ class Arrivals:
             shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.output.shape)
             self.arrived(k, torch.zeros(shape, dtype=planned.output.dtype, device=planned.output.device))
         self.take, self.inputs = _refuse, []
+
+
+def _check_term(term: Any, planned: Tapped) -> None:
+    """What a rule made of a call: a term on the axes that it named."""
+    if not isinstance(term, Factored | OneHot):
+        raise TypeError(
+            f"the rule of a call of {planned.weight!r} gave a {type(term).__name__}: let its term return Factored(a, g)"
+        )
+    if isinstance(term, OneHot):
+        return
+    b, o, i = (window.length for window in planned.windows)
+    a, g = tuple(term.a.shape), tuple(term.g.shape)
+    if len(a) != 5 or len(g) != 4 or a[:3] != g[:3] or (a[1], a[3], g[3]) != (b, i, o):
+        raise ValueError(
+            f"the rule of a call of {planned.weight!r} gave a of shape {a} and g of shape {g}: let its term return "
+            f"a [n b s i k] and g [n b s o], of the letters that it gave the weight's axes b = {b}, i = {i}, o = {o}"
+        )
 
 
 def _refuse(layer: Layer, terms: Terms, held: int) -> None:
@@ -118,7 +139,7 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
     if b.length < b.size:
         counted = _within(torch.ones_like(g[..., 0], dtype=torch.bool), b, 1)
     g = _within(_within(g, o, 3), b, 1)
-    x = None if x is None else _within(x.to(dtype), i, 3)
+    x = None if x is None else _within(_within(x.to(dtype), i, 3), b, 1)
     if isinstance(a, Patches):
         if b.length == b.size and i.length == i.size and not planned.turned:
             return Factored(replace(a, last=last) if one else a, g, x, counted)
@@ -157,7 +178,8 @@ def _added(terms: Sequence[Factored | OneHot]) -> Terms:
     tables = [term for term in terms if isinstance(term, OneHot)]
     added: list[Factored | OneHot] = []
     if len(factored) > 0:
-        samples = [term.x for term in factored if term.x is not None]
+        own = any(term.x is not None for term in factored)
+        samples = [term.inputs[..., 0] if term.x is None else term.x for term in factored] if own else []
         a, g = factored[0].a, _cat([term.g for term in factored], 2)
         if len(factored) > 1:
             a = torch.cat([term.inputs for term in factored], 2)
@@ -167,7 +189,7 @@ def _added(terms: Sequence[Factored | OneHot]) -> Terms:
                 torch.ones_like(t.g[..., 0], dtype=torch.bool) if t.counted is None else t.counted for t in factored
             ]
             counted = _cat(every, 2)
-        added.append(Factored(a, g, _cat(samples, 2) if len(samples) > 0 else None, counted))
+        added.append(Factored(a, g, _cat(samples, 2) if own else None, counted))
     if len(tables) > 0:
         ids = _cat([term.ids for term in tables], 1)
         g, counted = _cat([term.g for term in tables], 1), _cat([term.counted for term in tables], 1)

@@ -155,16 +155,22 @@ def looped(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n:
     def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
         return probed(_taps(outputs.__setitem__, start), free, example)
 
-    before = draws(pytree.tree_leaves((free, examples))) if randomness == "same" else None
+    leaves = pytree.tree_leaves((free, examples))
+    before = draws(leaves)
     parts = []
     for k in range(n):
-        if before is not None:
+        if randomness == "same":
             before.repeat()
         # a copy, for discovery may not have seen whether the loss changes it in place
         example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)
         outputs = arrivals.probes()
         dense, run = _freed(functools.partial(of_one, outputs), free, example, lambda inputs: None)
         parts.append((outputs, dense, run))
+    if randomness == "error" and before.followed(leaves):
+        raise RuntimeError(
+            "loss_fn draws random numbers, which randomness='error' refuses: give 'same' or 'different', or draw "
+            "before the call"
+        )
     outputs, dense, run = pytree.tree_map(lambda *t: torch.stack(t), *parts)
     arrivals.all(run.inputs, outputs)
     return dense, run.losses, run.aux

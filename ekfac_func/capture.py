@@ -160,7 +160,12 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
     return _captured(folded)
 
 
-UNMAPPED = ("Batching rule not implemented", "does not have vmap support", "does not yet have a batching rule")
+UNMAPPED = (
+    "Batching rule not implemented",
+    "does not have vmap support",
+    "does not yet have a batching rule",
+    "setup_context",
+)
 """What torch says of an operator and of an `autograd.Function` that `vmap` does not know."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Layer, Number, State, statistics_dtype
+from .types import Batch, Layer, Moment, Number, State, statistics_dtype
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:
@@ -156,6 +156,21 @@ def check_dampings(dampings: Mapping[str, Number], layers: Iterable[str]) -> Non
         check_positive(f"damping of {name!r}", dampings[name])
 
 
+def check_moment(name: str, estimator: str, new: object, old: Moment) -> None:
+    """second_moment, as an estimator: a moment of the shape that it was given."""
+    if not isinstance(new, Moment) or not all(isinstance(t, Tensor) for t in new):
+        raise TypeError(
+            f"second_moment={estimator}, as an estimator, gave a {type(new).__name__} for the layer {name!r}: let its "
+            "update return Moment(value, weight) of two tensors"
+        )
+    if new.value.shape != old.value.shape or new.weight.shape != old.weight.shape:
+        raise ValueError(
+            f"second_moment={estimator}, as an estimator, gave a moment of shape {tuple(new.value.shape)} and a weight "
+            f"of shape {tuple(new.weight.shape)} for the layer {name!r}: let its update return them as they are given, "
+            f"{tuple(old.value.shape)} and {tuple(old.weight.shape)}"
+        )
+
+
 def check_decay(name: str, decay: Number) -> None:
     """Refuse a Python number that is no weight of the past, and a tensor that is no number."""
     if not _unknown(name, decay) and not 0 <= decay < 1:
@@ -174,7 +189,7 @@ def _unknown(name: str, value: Number) -> bool:
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: give a Python number or a 0-d tensor")
         return True
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is a {type(value).__name__}: give a Python number or a 0-d tensor")
     return False
 
@@ -218,7 +233,7 @@ def check_inference_mode() -> None:
 
 def check_count(name: str, count: int) -> None:
     """Refuse what is not a positive whole number."""
-    if not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{name}={count!r}: give a whole number, at least 1")
 
 

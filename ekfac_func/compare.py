@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .basis import choose
-from .capture import Captured, capture
+from .capture import UNMAPPED, Captured, capture
 from .checks import check_batch, check_count, check_decay, check_params, check_positive
 from .contraction import add_sums, exact_sums, mean_sums
 from .discovery import Options, checked_options
@@ -187,6 +187,10 @@ def compare(
     With SUA rules a layer's block is that of its weight alone, its bias a block of its own. Differences of norms are
     taken in float64 from gradients in the dtype of params: errors below 1e-3 need float64 params and data.
     """
+    if not isinstance(estimators, Mapping):
+        raise TypeError(f"estimators is a {type(estimators).__name__}: pass a dict from names to estimators")
+    if not isinstance(batches, Sequence) or (isinstance(batches, tuple) and isinstance((*batches, None)[0], Tensor)):
+        raise TypeError(f"batches is a {type(batches).__name__}, as one batch is: pass a list of batches")
     chosen = {name: _checked(name, estimator) for name, estimator in estimators.items()}
     trajectory = [params] * len(batches) if isinstance(params, Mapping) else list(params)
     check_positive("damping", damping)
@@ -579,7 +583,7 @@ def _losses(loss_fn: LossFn, params: Params, batch: Batch, randomness: str, chun
         each = torch.func.vmap(loss_fn, (None, 0), randomness=randomness, chunk_size=chunk_size)
         return each(params, batch)
     except RuntimeError as error:
-        if "Batching rule not implemented" not in str(error) and not str(error).startswith("vmap: "):
+        if not str(error).startswith("vmap: ") and not any(said in str(error) for said in UNMAPPED):
             raise
         examples = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(check_batch(batch)))
         return torch.stack([loss_fn(params, example) for example in examples])

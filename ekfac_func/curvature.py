@@ -16,7 +16,7 @@ from .reference import DenseBlocks, refuse_large
 from .types import Basis, Layer, Number, Params, State
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Curvature:
     """A symmetric linear operator `Q diag(v) Q^T` on trees like params, block-diagonal in the layers.
 
@@ -34,6 +34,9 @@ class Curvature:
     bases: Mapping[str, Basis]
     values: Mapping[str, Tensor]  # [b O I k] of each layer; 1 where a block of a basis is filled up
     real: Mapping[str, Tensor]  # [b O I 1] bool: which coordinates are none that fill up a block
+
+    def __repr__(self) -> str:
+        return f"Curvature(values of shapes { {name: tuple(v.shape) for name, v in self.values.items()} })"
 
     def damped(self, damping: Number | Mapping[str, Number]) -> Curvature:
         """`F + damping I`.

@@ -48,6 +48,13 @@ def checked_options(rules: Rules, randomness: str, chunk_size: int | None, has_a
         if not callable(rule):
             raise TypeError(f"rules[{func!r}] is {rule!r}: give a function of the arguments of the call, as RULES has")
     check_randomness(randomness)
+    for name, flag in (("has_aux", has_aux), ("batched", batched)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r} is a {type(flag).__name__}: give True or False")
+    if batched and randomness != "different":
+        raise ValueError(
+            f"randomness={randomness!r} with batched=True: the loss draws for the batch as it is written, leave it out"
+        )
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
         if batched:

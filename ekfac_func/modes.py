@@ -73,6 +73,12 @@ class Draws(NamedTuple):
         for set_state, state in self.states:
             set_state(state)
 
+    def followed(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether a generator of torch has been used since, on the CPU or where these tensors are."""
+        now = draws(tensors).states
+        pairs = [(old, new) for (_, old), (_, new) in zip(self.states, now, strict=False) if isinstance(old, Tensor)]
+        return any(not torch.equal(old, new) for old, new in pairs)
+
 
 def draws(tensors: Iterable[Tensor]) -> Draws:
     """Of the CPU and the accelerators that these tensors are on; of Python and numpy, by which a loss may branch."""

@@ -12,9 +12,10 @@ from .checks import check_batch, check_params
 from .contraction import exact_squares
 from .discovery import checked_options
 from .kronecker import dense, gradient, square_norms, unpack, unpack_all
+from .modes import transformed
 from .orders import DEFAULT, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
-from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Params, Terms
+from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Params, Terms, outside
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,16 @@ def second_moments(
     """The exact second moments of a batch in known bases: `mean_n (Q_B^T G[n] Q_A)^2`, `[b O I k]`, of each layer.
 
     George et al. 2018, https://arxiv.org/abs/1806.03884. bases: by the name of each layer's weight, as `State.bases`
-    has them; ValueError where a layer has none or one of other axes. The rest as in `ekfac`. In eager mode each layer
-    is summed within the backward pass and freed.
+    has them; ValueError where a layer has none or one of other axes. A side of fewer columns than rows is one of
+    `rank`: its last column, of zeros, is for all that the others leave out. The rest as in `ekfac`. In eager mode each
+    layer is summed within the backward pass and freed.
     """
     options = checked_options(rules, randomness, chunk_size, has_aux, batched)
     check_contractions(contractions)
     check_params(params)
     check_batch(batch)
+    if not isinstance(bases, Mapping):
+        raise TypeError(f"bases is a {type(bases).__name__}: pass a dict from names of layers to bases, state.bases")
 
     def begin(layers: dict[str, Layer]) -> Reading:
         for name, layer in layers.items():
@@ -132,4 +136,10 @@ def _check_basis(layer: Layer, basis: Basis | None) -> None:
             raise ValueError(
                 f"the basis of {layer.weight!r} has a side of shape {tuple(Q.shape)} for {b} blocks of {size} {of}: "
                 "take that of a state that init made of these params; one of thin bases has none"
+            )
+        looked_at = isinstance(Q, Tensor) and Q.device.type == "cpu" and not transformed()
+        if outside(Q) and (Q.shape[-1] == 1 or (looked_at and Q[..., -1].any())):
+            raise ValueError(
+                f"the basis of {layer.weight!r} has a side of shape {tuple(Q.shape)} whose last column is not of "
+                "zeros: a side of fewer columns than rows ends with one, for all that the others leave out"
             )

@@ -36,6 +36,7 @@ from .checks import (
     check_dampings,
     check_decay,
     check_exponent,
+    check_moment,
     check_params,
     check_positive,
     check_state,
@@ -368,6 +369,7 @@ def ekfac(
             if estimator.reads_mean and incomplete(bases[name]):
                 mean = mean_outside(mean, bases[name])
             updated[name] = estimator.update(carried.second_moments[name], mean, n)
+            check_moment(name, estimator.name, updated[name], carried.second_moments[name])
         if data is not None:
             aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
         if callable(damping):

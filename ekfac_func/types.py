@@ -148,8 +148,8 @@ class Basis(NamedTuple):
     them, in the moment for its mean. Of a `thin` layer the state has no columns. A side of `compact(samples)` is full.
     """
 
-    Q_A: Any  # Side: [b i I] or [b m d D]
-    Q_B: Any  # Side: [b o O] or [b m d D]
+    Q_A: Any  # Side, any but `compact` a tensor: [b i I] or [b m d D]
+    Q_B: Any  # [b o O] or [b m d D]
 
 
 def constants(sizes: Iterable[int]) -> tuple[int, ...]:
@@ -175,7 +175,7 @@ class Sums(NamedTuple):
     square: Tensor | None  # [b O I k] of (Q_B^T G Q_A)^2, where the estimator asks for it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class State:
     """What one step hands to the next, by the name of each layer's weight. Never mutated."""
 
@@ -184,6 +184,10 @@ class State:
     bases: dict[str, Basis]
     second_moments: dict[str, Moment]
     layers: tuple[Layer, ...] = ()  # constants, for who reads a state: `precondition` finds them anew
+
+    def __repr__(self) -> str:
+        moments = {name: tuple(moment.value.shape) for name, moment in self.second_moments.items()}
+        return f"State(step={self.step}, second_moments of shapes {moments})"
 
 
 class Info(NamedTuple):

@@ -15,6 +15,8 @@ from ekfac_func import (
     RULES,
     SUA,
     Blocks,
+    Call,
+    Factored,
     averaged_intra_batch,
     blocks,
     ekfac,
@@ -158,6 +160,47 @@ def test_weight_sharing_with_sua(sharing: Any) -> None:
     close(state.factors["w"].B[0], B)
     product = g.shape[2] * torch.outer(torch.linalg.eigvalsh(B), torch.linalg.eigvalsh(A))
     close(state.second_moments["w"].value[0], product[..., None].expand(3, 2, 4))
+
+
+def test_the_inputs_of_every_call_are_samples_where_one_has_its_own() -> None:
+    """A kernel of one pixel, in SUA's table with the pixels as samples, that is a linear layer too."""
+    params = {"w": torch.randn(3, 2, 1, 1)}
+    batch = torch.randn(N, 2, 4, 4), torch.randn(N, 5, 2)
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, z = example
+        of_pixels, of_rows = F.conv2d(x[None], params["w"]), F.linear(z, params["w"].flatten(1))
+        return of_pixels.cos().sum() + of_rows.cos().sum()
+
+    step = ekfac(loss_fn, damping=1e-2, rules={**RULES, **SUA})
+    _, state, _ = step.precondition(params, batch, step.init(params, batch))
+    samples = torch.cat([batch[0].flatten(2).mT, batch[1]], 1)  # [n s i]
+    close(state.factors["w"].A[0], torch.einsum("nsi,nsj->ij", samples, samples) / samples[..., 0].numel())
+
+
+@torch.overrides.wrap_torch_function(lambda x, weight: (x, weight))
+def stacked(x: Tensor, weight: Tensor) -> Tensor:  # [s i], [b o i]
+    return torch.einsum("si,boi->bso", x, weight)
+
+
+def test_own_samples_of_some_blocks() -> None:
+    """A rule of the user's own that gives samples of the factor beside the inputs, of a slice of the blocks."""
+
+    def read(x: Tensor, weight: Tensor) -> Call:
+        def term(x: Tensor, g: Tensor) -> Factored:
+            a = x[:, None].expand(-1, g.shape[1], -1, -1)
+            return Factored(a[..., None], g, x=a)
+
+        return Call(weight, "boi", x, term)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return stacked(x, params["w"][1:3]).cos().sum()
+
+    params, x = {"w": torch.randn(4, 3, 5)}, torch.randn(N, 2, 5)
+    step = ekfac(loss_fn, damping=1e-2, rules={stacked: read})
+    _, state, _ = step.precondition(params, x, step.init(params, x))
+    A = torch.einsum("nsi,nsj->ij", x, x) / N / 2
+    close(state.factors["w"].A, torch.stack([A * 0, A, A, A * 0]))
 
 
 def test_the_factors_of_a_table_count_ids_and_leave_padding_out() -> None:

@@ -182,6 +182,12 @@ def test_norm_and_natural_gradient_by_identities(name: str, monkeypatch: pytest.
         close(sliced.natural, natural, 1e-8)
 
 
+def test_losses_that_vmap_cannot_run() -> None:
+    case = make("custom")
+    records = compare(case.loss_fn, case.params, [case.batch(3)], damping=DAMPING, progress=False)
+    assert all(math.isfinite(record.decrease) for record in records)
+
+
 def seen_by(case: Case, batches: list[Any], estimators: Any, **options: Any) -> tuple[list[Record], dict[Any, Seen]]:
     seen: dict[Any, Seen] = {}
 
@@ -445,6 +451,11 @@ def test_bad_arguments() -> None:
         run(x="kfac")
     with pytest.raises(ValueError, match="batches is empty"):
         run(batches=())
+    for one in (batch, {"x": batch}):
+        with pytest.raises(TypeError, match=f"batches is a {type(one).__name__}, as one batch is: pass a list"):
+            run(batches=one)
+    with pytest.raises(TypeError, match="estimators is a list: pass a dict"):
+        compare(case.loss_fn, case.params, [batch], damping=1.0, estimators=["kfac"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="params has 2 trees for 1 batches"):
         run(params=[case.params, case.params])
     with pytest.raises(ValueError, match="damping=-1"):

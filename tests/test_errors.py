@@ -18,14 +18,22 @@ from torch.utils.checkpoint import checkpoint
 from ekfac_func import (
     RULES,
     SUA,
+    Basis,
     Blocks,
+    Call,
     Contractions,
+    Factored,
+    Moment,
     Order,
+    SecondMoment,
     averaged_intra_batch,
     ekfac,
+    exact_sums,
+    keep,
     per_example_gradients,
     rank,
     running_average,
+    second_moments,
 )
 from ekfac_func.types import Params
 
@@ -84,8 +92,12 @@ def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, messa
         ({"damping": float("nan")}, ValueError, "damping=nan.*positive"),
         ({"damping": torch.ones(2)}, ValueError, r"damping has shape \(2,\).*0-d"),
         ({"damping": "1"}, TypeError, "damping.*str.*number"),
+        ({"damping": True}, TypeError, "damping is a bool.*number"),
         ({"basis_every": 0}, ValueError, "basis_every=0.*at least 1"),
         ({"basis_every": 1.5}, ValueError, "basis_every=1.5.*whole"),
+        ({"basis_every": True}, ValueError, "basis_every=True.*whole"),
+        ({"batched": "yes"}, TypeError, "batched='yes' is a str: give True or False"),
+        ({"batched": True, "randomness": "same"}, ValueError, "randomness='same' with batched=True.*leave it out"),
         ({"second_moment": "kfac"}, TypeError, "second_moment='kfac'.*intra_batch"),
         ({"second_moment": averaged_intra_batch}, TypeError, "second_moment.*averaged_intra_batch"),
         ({"at_refresh": "keep"}, TypeError, "at_refresh='keep'.*transport"),
@@ -397,8 +409,74 @@ def test_dropout_modes() -> None:
         torch.manual_seed(0)
         per_example_gradients(noisy, W, batch, randomness="same")
         assert after == torch.rand(())  # what is drawn next is that of the batch at once
-    with pytest.raises(RuntimeError, match="randomness"):
-        per_example_gradients(noisy, W, batch, randomness="error")
+    for loss_fn in (noisy, in_a_loop):
+        with pytest.raises(RuntimeError, match="randomness"):
+            per_example_gradients(loss_fn, W, batch, randomness="error")
+    per_example_gradients(lambda p, x: in_a_loop(p, x - 2), W, batch, randomness="error")  # draws nothing
+
+
+@pytest.mark.parametrize(
+    ("term", "error", "message"),
+    [
+        (lambda x, g: (x, g), TypeError, r"rule of a call of 'w' gave a tuple: .* Factored\(a, g\)"),
+        (lambda x, g: Factored(x, g), ValueError, r"'w' gave a of shape \(5, 4\) and g of shape \(5, 3\)"),
+        (
+            lambda x, g: Factored(g[:, None, None, :, None], x[:, None, None]),
+            ValueError,
+            r"a \[n b s i k\] and g \[n b s o\], of the letters .* b = 1, i = 4, o = 3",
+        ),
+    ],
+)
+def test_a_rule_that_gives_other_axes_than_it_named(term: Any, error: Any, message: str) -> None:
+    rules = {F.linear: lambda x, weight: Call(weight, "oi", x, term)}
+    with pytest.raises(error, match=message):
+        per_example_gradients(loss_fn, W, torch.randn(5, 4), rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("update", "error", "message"),
+    [
+        (lambda moment, mean, n: mean.square, TypeError, "second_moment=own.*gave a Tensor for the layer 'w'.*Moment"),
+        (lambda moment, mean, n: Moment(mean.square, None), TypeError, "gave a Moment.*of two tensors"),  # type: ignore[arg-type]
+        (
+            lambda moment, mean, n: Moment(mean.square.sum(1), moment.weight),
+            ValueError,
+            r"moment of shape \(1, 4, 1\) and a weight of shape \(\).*as they are given, \(1, 3, 4, 1\) and \(\)",
+        ),
+    ],
+)
+def test_an_estimator_that_gives_no_moment(update: Any, error: Any, message: str) -> None:
+    own, batch = SecondMoment("own", exact_sums, update, keep), torch.randn(5, 4)
+    step = ekfac(loss_fn, damping=1e-2, second_moment=own)
+    with pytest.raises(error, match=message):
+        step.precondition(W, batch, step.init(W, batch))
+
+
+def test_bases_of_second_moments() -> None:
+    batch = torch.randn(5, 4)
+    state = ekfac(loss_fn, damping=1e-2).init(W, batch)
+    with pytest.raises(TypeError, match=r"bases is a State: pass .* state\.bases"):
+        second_moments(loss_fn, W, batch, state)  # type: ignore[arg-type]
+    whole = state.bases["w"]
+    for columns in (1, 2):
+        cut = {"w": Basis(whole.Q_A[..., :columns], whole.Q_B)}
+        with pytest.raises(ValueError, match=rf"side of shape \(1, 4, {columns}\).*ends with one"):
+            second_moments(loss_fn, W, batch, cut)
+
+
+def test_the_check_weighs_each_parameter_by_its_own_gradient() -> None:
+    """A rule that is wrong on a parameter whose gradients are far below another's."""
+
+    def seven_times(x: Tensor, weight: Tensor) -> Call:
+        return Call(weight, "oi", x, lambda x, g: Factored(7 * x[:, None, None, :, None], g[:, None, None]))
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        return 3e4 * (params["w"] * x).square().sum() + F.linear(x, params["v"]).sum()
+
+    params = {"w": torch.randn(3, 4).float(), "v": torch.randn(2, 4).float()}
+    step = ekfac(loss, damping=1e-2, rules={F.linear: seven_times})
+    with pytest.raises(ValueError, match=r"gradients captured of 'v', of shape \(4, 2, 4\)"):
+        step.init(params, torch.randn(4, 4).float(), check=True)
 
 
 def test_a_packed_sequence_is_refused_with_the_remedy() -> None:

@@ -63,14 +63,14 @@ class EKFACOptimizer(torch.optim.Optimizer):
     `ignore_index`, contrasts between examples, statistics of the batch. README, "A mean over the batch", has what to
     write.
 
-    model: the module; its parameters that require gradients, in place, are those of `params`.
+    model: the module, whose parameters are changed in place.
     loss: `(model, batch) -> scalar`, called on batches of one example, each tensor with a leading axis of 1. With the
         option `batched=True` it meets the whole batch and returns the losses `[n]`; the buffers of a step that is not
         skipped, such as the running statistics of BatchNorm, are then the model's. An axis that holds several inputs
         of each example then has those of an example one after another, `(n s)`: `torch.stack([x, y], 1).flatten(0, 1)`,
         not `torch.cat([x, y])`.
     params: parameters or groups of them with lr, momentum, weight_decay and nesterov of their own, as in
-        `torch.optim`; by default those of the model. What the groups leave out is frozen, and what does not require
+        `torch.optim`; by default all of the model. What the groups leave out is frozen, and what does not require
         gradients at a step. Where other parameters are trained than in the step before, the state of `ekfac` starts
         anew; so it does after `optimizer.ekfac_state = None`, which a model moved to another dtype needs.
     lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor. Parameters that the loss
@@ -104,6 +104,12 @@ class EKFACOptimizer(torch.optim.Optimizer):
             raise TypeError(f"loss is {named}: pass a function (model, batch) -> scalar loss")
         if params is not None and not isinstance(params, Iterable):
             raise TypeError(f"params is a {type(params).__name__}: pass parameters or groups of them, and lr by name")
+        for option in options:
+            if option not in inspect.signature(ekfac).parameters:
+                raise TypeError(
+                    f"options has {option!r}, which ekfac does not take: give some of its arguments, such as damping, "
+                    "basis_every or second_moment"
+                )
         if damping is None:
             options = {**DEFAULTS, **options}
             damping = options.pop("damping")
@@ -114,7 +120,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         self.info: Info | None = None
         self._bind()
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
+        super().__init__(model.parameters() if params is None else params, defaults)
 
     def _bind(self) -> None:
         """Make what the module and the loss decide, and no copy or pickle carries."""
@@ -184,7 +190,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         params, batch = self._trainable(), _plain(batch)
-        if self.ekfac_state is None or _trained(self.ekfac_state) != params.keys():
+        if self.ekfac_state is None or _trained(self.ekfac_state).keys() != params.keys():
             self.ekfac_state = self._init(params, batch)
         self.natural, self.ekfac_state, self.info = self.precondition(params, batch, self.ekfac_state, self.damping)
         if self.options.get("batched", False):
@@ -240,17 +246,25 @@ class EKFACOptimizer(torch.optim.Optimizer):
             if key not in state_dict:
                 raise ValueError(f"state_dict has no {key!r}: pass what EKFACOptimizer.state_dict() returned")
         saved = state_dict["ekfac"], state_dict["damping"]
-        others = set() if saved[0] is None else _trained(saved[0]) - set(self.names.values())
+        shapes = {name: tuple(p.shape) for p, name in self.names.items()}
+        others = {} if saved[0] is None else dict(_trained(saved[0]).items() - shapes.items())
         if others:
             raise ValueError(
-                f"state_dict is of a model with {sorted(others)}, this one has {sorted(self.names.values())}: load it "
-                "into an optimizer of a model with those names"
+                f"state_dict is of a model with {others}, this one {shapes}: load it into an optimizer of a model "
+                "with those names and shapes"
+            )
+        own = "a rule" if callable(self.damping) else self.damping
+        if callable(self.damping) != (saved[1] is None):
+            known = "a rule as damping" if saved[1] is None else f"damping={saved[1]!r}"
+            raise ValueError(
+                f"state_dict has {known}, this optimizer {own}: set its damping, as an attribute, to one of that kind "
+                "before"
             )
         rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
         super().load_state_dict(rest)
         device = self.param_groups[0]["params"][0].device
         self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), saved)
-        if not callable(self.damping) and damping is not None:  # which is that of a rule
+        if damping is not None:  # which is that of a rule
             self.damping = damping
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,9 +285,14 @@ def _plain(batch: Batch) -> Batch:
     return batch.data if isinstance(batch, UserDict) else batch  # of a collator of `transformers`
 
 
-def _trained(state: State) -> set[str]:
-    """The names of its parameters."""
-    return {name for layer in state.layers for name in (layer.weight, layer.bias) if name is not None}
+def _trained(state: State) -> dict[str, tuple[int, ...]]:
+    """The names of its parameters, with their shapes."""
+    found = {}
+    for layer in state.layers:
+        found[layer.weight] = tuple(layer.shape)
+        if layer.bias is not None:
+            found[layer.bias] = tuple(layer.bias_shape)
+    return found
 
 
 def _places(bound: nn.Module) -> dict[str, str]:

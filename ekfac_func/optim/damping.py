@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_positive
+from ..checks import check_not_negative, check_positive
 from ..precondition import Damping
 from ..types import Batch, LossFn, Number, Params, Spectrum
 from .norms import Scope, dots, each, total
@@ -57,8 +57,9 @@ def levenberg_marquardt(
     """The next damping, `[]`, from how much of the predicted decrease of the loss came.
 
     Where `actual / predicted` is above 3/4 the damping is multiplied by factor, below 1/4 divided by it. Martens &
-    Grosse 2015, section 6.5, https://arxiv.org/abs/1503.05671, whose factor of every fifth step is the default. A loss
-    that is not finite counts as no decrease; a decrease that was not predicted (a skipped step) changes nothing.
+    Grosse 2015, section 6.5, https://arxiv.org/abs/1503.05671, who do so every fifth step, for which the default factor
+    is; give `factor=0.95` at every step. A loss that is not finite counts as no decrease; a decrease that was not
+    predicted (a skipped step) changes nothing.
 
     damping: `[]`, in loss^2 / parameter^2.
     actual: `[]`, loss before minus loss after the step, on the same batch.
@@ -107,10 +108,9 @@ def fisher_quadratic(
     momentum and weight decay too. F is what EKFAC approximates. A loss that forward mode cannot differentiate raises.
 
     loss_fn, params, batch: as in `ekfac`, the loss without aux; one with dropout draws anew.
-    damping: a number or `[]`, in loss^2 / parameter^2; ValueError for one of each layer.
+    damping: one for all parameters, a number or `[]`, in loss^2 / parameter^2.
     """
-    if isinstance(damping, Tensor) and damping.dim() > 0:
-        raise ValueError(f"damping has shape {tuple(damping.shape)}: give one for all parameters, a number or []")
+    check_not_negative("damping", damping)
     check_like(params, updates, "updates")
     tangents: Params = {name: updates[name].to(p.dtype) for name, p in params.items()}
 
