@@ -6,8 +6,10 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -212,12 +214,17 @@ def _run(
         given = make_examples()  # here, or a change in place would be one of a captured tensor
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
-            with traced(), unfused(), buffers_kept(n), Tap(watch.handle):
+            with traced(), unfused(), buffers_kept(n), _unlogged(), Tap(watch.handle):
                 loss = loss_fn(marked, given)
-        except RuntimeError as error:
-            refuse_checkpoint(error)
-            if "setup_context" in str(error):
-                raise _WithoutContext from error
+        except Exception as error:
+            if isinstance(error, RuntimeError):
+                refuse_checkpoint(error)
+                if "setup_context" in str(error):
+                    raise _WithoutContext from error
+            error.add_note(
+                f"loss_fn was called on {'one example' if n is None else f'a batch of {n}'}, whose tensors have the "
+                f"shapes {[tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]}"
+            )
             raise
         if watch.mutations:
             raise watch.mutations[0]
@@ -235,6 +242,17 @@ def _run(
             "torch.no_grad() in between"
         )
     return Observed(watch.uses, watch.reached, watch.hidden_by, watch.nested, watch.picked.calls, watch.picked.asked)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without the traceback that tensors without values log of an error that is raised as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _Watch:

@@ -127,6 +127,13 @@ def test_decays() -> None:
                 estimator(decay)
 
 
+def test_an_error_of_the_loss_says_what_it_was_called_on(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        ekfac(loss_fn, damping=1e-2).init(W, torch.randn(5, 7))
+    assert raised.value.__notes__ == ["loss_fn was called on one example, whose tensors have the shapes [(7,)]"]
+    assert capfd.readouterr().err == ""  # where torch logs what its tensors without values raise
+
+
 def test_loss_fn_must_be_callable() -> None:
     with pytest.raises(TypeError, match="loss_fn is a int"):
         ekfac(3, damping=1e-2)  # type: ignore[arg-type]
