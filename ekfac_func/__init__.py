@@ -29,6 +29,7 @@ from .compare import (
 from .contraction import exact_squares, exact_sums, gradient_sums
 from .curvature import Curvature, curvature
 from .describe import Description, Row, describe
+from .distributed import Ranks, ranks
 from .fisher import Fisher, empirical, exact, gradient, sampled
 from .kronecker import WeightSharing, expand, reduce
 from .optim import EKFACOptimizer, set_grads
@@ -102,6 +103,7 @@ __all__ = [
     "Order",
     "PerExampleGradients",
     "Rank",
+    "Ranks",
     "Record",
     "Reflections",
     "Refresh",
@@ -144,6 +146,7 @@ __all__ = [
     "per_example_gradients",
     "qr",
     "rank",
+    "ranks",
     "reduce",
     "reset",
     "running_average",

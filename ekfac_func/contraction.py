@@ -39,7 +39,7 @@ from .subspace import (
     sample_squares,
     single_sums,
 )
-from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
+from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, outside
 
 
 def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
@@ -140,7 +140,7 @@ def add_sums(sums: Sums, more: Sums) -> Sums:
     return Sums(sums.gradient + more.gradient, sums.projected + more.projected, square)
 
 
-def mean_sums(sums: Sums, n: int, own: bool = False) -> Sums:
+def mean_sums(sums: Sums, n: Number, own: bool = False) -> Sums:
     """The one division of the sums over examples; in place where they are the caller's own, new and each by itself."""
     tensors = [t for t in sums if t is not None]
     own = own and not transformed() and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)

@@ -43,6 +43,7 @@ from .checks import (
 )
 from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import checked_options, plan
+from .distributed import Ranks, of_first, total, total_factors
 from .fisher import Fisher, empirical
 from .kronecker import (
     WeightSharing,
@@ -136,6 +137,7 @@ def ekfac(
     randomness: str = "different",
     chunk_size: int | None = None,
     contractions: Contractions = DEFAULT,
+    ranks: Ranks | None = None,
 ) -> EKFAC:
     """Natural gradients in the Kronecker-factored eigenbasis, from exact per-example gradients.
 
@@ -183,6 +185,8 @@ def ekfac(
         costs graphs of its own.
     contractions: how the moments are summed, `Contractions(max_bytes, orders, costs)`: the memory that it may take, and
         the order of the products, which changes the cost alone.
+    ranks: the processes that step together, each on its share of the batch: `ranks()` of a process group. Factors are
+        then formed, and `thin` and `compact` bases refused, for both are of the samples of one process.
 
     Parameters in half precision have their statistics, and so the state, in float32.
 
@@ -238,6 +242,12 @@ def ekfac(
     choices = {} if bases is None else bases
     check_choices(choices)
     averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise TypeError(f"ranks is a {type(ranks).__name__}: pass ranks(), or ranks(group), called")
+    if ranks is not None and any(isinstance(choice, Thin | Compact) for choice in choices.values()):
+        raise ValueError(
+            "ranks with thin or compact bases: these are of the samples of one process, give rank(r) or FULL"
+        )
     if any(isinstance(choice, Thin) for choice in choices.values()):
         check_thin(basis_every, averaged, factor_decay, second_moment, at_refresh)
     if averaged and any(isinstance(choice, Compact) for choice in choices.values()):
@@ -271,7 +281,7 @@ def ekfac(
         refreshing = due(layers, refresh, state.step, basis_every)
         every = len(refreshing) == len(layers) or state.step % moment_every == 0  # a guard, and so a graph, the fewer
         estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
-        return _Turn(chosen, refreshing, estimators)
+        return _Turn(layers, chosen, refreshing, estimators)
 
     def sums_in(basis: Basis, turn: _Turn, layer: Layer, terms: Terms, held: int) -> Sums:
         how = contraction_of(layer.weight, terms, basis, contractions, held)
@@ -283,11 +293,14 @@ def ekfac(
         if isinstance(turn.chosen[name], Thin):
             return Seen(terms=(terms,))
         if name in turn.refreshing:
-            factors = factor_sums(terms, basis, weight_sharing, averaged)
+            factors = factor_sums(terms, basis, weight_sharing, averaged or ranks is not None)
             room = chunk_size is None or held * n <= budget(contractions, held * chunk_size)
             return Seen(factors=factors, terms=(terms,) if room or torch.compiler.is_compiling() else ())
-        samples = (terms,) if rescales_samples(terms, basis, n) else ()
+        samples = (terms,) if of_samples(terms, basis, n) else ()
         return Seen(sums_in(basis, turn, layer, terms, held), terms=samples)
+
+    def of_samples(terms: Terms, basis: Basis, n: int) -> bool:
+        return ranks is None and rescales_samples(terms, basis, n)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
@@ -313,9 +326,10 @@ def ekfac(
             started, spans, totals = into_spans(turn.chosen, state, layers, seen, weight_sharing)
             refreshed = _Refreshed(started)
             if turn.refreshing:
-                factors = {name: mean_factors(seen[name].factors or ()) for name in turn.refreshing}
+                factors = total_factors({name: seen[name].factors or () for name in turn.refreshing}, ranks)
+                of_batch = {name: mean_factors(of_layer) for name, of_layer in factors.items()}
                 averages = None if not averaged else factor_decay
-                refreshed = _refresh(started, factors, averages, second_moment, carry, refresh, turn.chosen)
+                refreshed = _refresh(started, of_batch, averages, second_moment, carry, refresh, turn.chosen, ranks)
         carried = refreshed.state
 
         again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
@@ -336,18 +350,28 @@ def ekfac(
             data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
 
         with no_autocast(leaf.device):
-            means, slopes = {}, {}
+            found: dict[str, Sums] = {}
+            few: dict[str, Terms] = {}
             for name, layer in layers.items():
-                found, basis = seen.pop(name), carried.bases[name]
-                terms: Terms = joined(found.terms) if found.terms else ()
-                total = sums.pop(name, None) if found.sums is None else found.sums
-                total = sums_in(basis, turn, layer, terms, folded.held) if total is None else total
+                of_layer, basis = seen.pop(name), carried.bases[name]
+                terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
+                read = sums.pop(name, None) if of_layer.sums is None else of_layer.sums
+                found[name] = sums_in(basis, turn, layer, terms, folded.held) if read is None else read
+                if of_samples(terms, basis, n):
+                    few[name] = terms
+            found, curvature, n = total((found, folded.losses.sum(), n), ranks)
+            means, slopes = {}, {}
+            for name in layers:
                 own = turn.estimators[name].sums in (exact_sums, gradient_sums)
-                means[name] = mean_sums(total, n, own)
+                means[name] = mean_sums(found.pop(name), n, own)
                 slope = totals[name] / n if name in totals else means[name].gradient
-                few = terms if rescales_samples(terms, basis, n) else None
-                slopes[name] = Mean(slope, means[name].projected, few, n)
-            return finish(params, state, turn, refreshed, spans, folded, means, slopes, data)
+                slopes[name] = Mean(slope, means[name].projected, few.get(name), n)
+            loss, aux = curvature / n, folded.aux
+            if data is not None:
+                loss, slopes = _of_data(data, layers, carried.bases, spans, params, ranks)
+                aux = data.aux
+            seen_of_all = _Observed(loss, curvature, n, means, slopes, aux)
+            return finish(params, state, turn, refreshed, spans, seen_of_all)
 
     def finish(
         params: Mapping[str, Tensor],
@@ -355,14 +379,11 @@ def ekfac(
         turn: _Turn,
         refreshed: _Refreshed,
         spans: Mapping[str, Span],
-        folded: Folded,
-        means: Mapping[str, Sums],
-        slopes: Mapping[str, Mean],
-        data: Folded | None,
+        observed: _Observed,
     ) -> tuple[Params, State, Info]:
-        losses, layers, _, aux, _ = folded
+        loss, curvature, n, means, slopes, aux = observed
         carried, kept, samples = refreshed
-        bases, n, loss = carried.bases, len(losses), losses.mean()
+        layers, bases = turn.layers, carried.bases
         updated = {}
         for name in layers:
             estimator, mean = turn.estimators[name], means[name]
@@ -370,8 +391,6 @@ def ekfac(
                 mean = mean_outside(mean, bases[name])
             updated[name] = estimator.update(carried.second_moments[name], mean, n)
             check_moment(name, estimator.name, updated[name], carried.second_moments[name])
-        if data is not None:
-            aux, (loss, slopes) = data.aux, _of_data(data, layers, bases, spans, params)
         if callable(damping):
             ruled = damping({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
             check_dampings(ruled, layers)
@@ -392,7 +411,7 @@ def ekfac(
         new = out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         natural = unpack_all(layers.values(), natural_in, params)  # half precision may not reach what is finite before
-        good = _all_finite([loss, losses, *natural.values(), *found, *samples, *_learned(new, state)])
+        good = _all_finite([loss, curvature, *natural.values(), *found, *samples, *_learned(new, state)])
         # without a moment in any layer, after a first step that was skipped, there is no natural gradient
         good = good & torch.stack([updated[name].weight for name in layers]).any()
         nothing = loss.new_zeros(())
@@ -415,6 +434,7 @@ def ekfac(
 class _Turn(NamedTuple):
     """What a step does to each layer."""
 
+    layers: Mapping[str, Layer]
     chosen: dict[str, Choice]
     refreshing: list[str]
     estimators: dict[str, SecondMoment]
@@ -426,6 +446,17 @@ class _Refreshed(NamedTuple):
     state: State
     kept: Tensor | None = None  # bases that could not be had; None without a refresh
     samples: Sequence[Tensor] = ()  # that bases were made of and the state does not carry
+
+
+class _Observed(NamedTuple):
+    """What the whole batch said, of all processes."""
+
+    loss: Tensor  # [] mean of the data's
+    curvature: Tensor  # [] sum of the curvature's
+    n: Number  # examples, or pseudo-examples of a Fisher
+    means: Mapping[str, Sums]
+    slopes: Mapping[str, Mean]  # the mean gradient of the data
+    aux: Any
 
 
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
@@ -461,6 +492,7 @@ def _refresh(
     carry: AtRefresh,
     how: Refresh,
     chosen: Mapping[str, Choice],
+    ranks: Ranks | None,
 ) -> _Refreshed:
     """With factors of this batch, their bases and the moments in them.
 
@@ -476,7 +508,7 @@ def _refresh(
             factors[name] = average_factors(state.factors[name], mean, 0.0 if averages is None else averages)
     used = {name: mean if averages is None else factors[name] for name, mean in means.items()}
     spans = [name for name in means if isinstance(chosen[name], Thin)]
-    new, kept = refresh_bases(used, state.bases, how, state.step == 0, spans)
+    new, kept = of_first(refresh_bases(used, state.bases, how, state.step == 0, spans), ranks)
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
@@ -491,15 +523,16 @@ def _of_data(
     bases: Mapping[str, Basis],
     spans: Mapping[str, Span],
     params: Mapping[str, Tensor],
+    ranks: Ranks | None,
 ) -> tuple[Tensor, dict[str, Mean]]:
     """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
-    n = len(data.losses)
-    means = {name: total / n for name, total in data.kept.items()}
+    gradients, loss, n = total((data.kept, data.losses.sum(), len(data.losses)), ranks)
+    means = {name: gradient / n for name, gradient in gradients.items()}
     exact = {name: p.new_empty(0, dtype=statistics_dtype(p)) for name, p in params.items()}
     tree = unpack_all(data.layers.values(), means, exact)
     packed = {name: pack(layer, tree) for name, layer in layers.items()}
     slopes = {name: Mean(M, into_basis(into_span(M, spans[name]), bases[name]), None, n) for name, M in packed.items()}
-    return data.losses.mean(), slopes
+    return loss / n, slopes
 
 
 def _as_scalar(number: Number, like: Tensor) -> Tensor:

@@ -23,17 +23,19 @@ AtRefresh = Callable[[Moment, Basis, Basis, Callable[[], Tensor]], Moment]
 class SecondMoment(NamedTuple):
     """An estimator of the second moment of the gradient's coordinates in the eigenbasis.
 
-    `sums(terms, basis, how)` is what it needs of a batch, `how` being the order that sums the moment; `update(moment,
-    mean, n)` takes that as means over the n examples. Before the first observation it `starts_from_eigenvalues` of the
-    factors or from nothing. One that `reads_mean` takes the mean gradient for that of independent draws, which not
-    every Fisher has; for all that lies outside of a basis of some rank its `mean.projected` has the root of the mean
-    square there, others' has zero. One that `carries` nothing from step to step, once its basis is of the step itself,
-    may be used with `thin` bases.
+    sums: `(terms, basis, how) -> Sums`, what it needs of a batch; how is the order of the products.
+    update: `(moment, mean, n) -> moment` of the same shapes, from these as means over the n examples; n is a number,
+        or `[]` of several processes.
+    at_refresh: what becomes of the moment when the basis changes: `reset`, `keep` or `transport`.
+    starts_from_eigenvalues: whether the product of the factors' eigenvalues is the moment before any observation.
+    reads_mean: whether update takes `mean.projected` for the mean of independent draws, which is refused where
+        `Fisher.draws` is false. Outside of a basis of `rank(r)` it then holds the root mean square, for others zero.
+    carries: whether anything of one step is used at the next, which `thin` bases refuse.
     """
 
     name: str
     sums: Callable[[Terms, Basis, Contraction], Sums]
-    update: Callable[[Moment, Sums, int], Moment]
+    update: Callable[[Moment, Sums, Number], Moment]
     at_refresh: AtRefresh
     starts_from_eigenvalues: bool = False
     reads_mean: bool = False
@@ -82,12 +84,12 @@ def moving_average(moment: Moment, new: Tensor, decay: Number) -> Moment:
     return Moment(value, total.to(moment.weight.dtype))
 
 
-def _intra_batch(moment: Moment, mean: Sums, n: int) -> Moment:
+def _intra_batch(moment: Moment, mean: Sums, n: Number) -> Moment:
     assert mean.square is not None
     return Moment(mean.square, torch.ones_like(moment.weight))
 
 
-def _eigenvalues(moment: Moment, mean: Sums, n: int) -> Moment:
+def _eigenvalues(moment: Moment, mean: Sums, n: Number) -> Moment:
     return moment
 
 
@@ -105,7 +107,7 @@ Until a first basis exists (its batch was skipped) there is no estimate, and eve
 """
 
 
-def _variance(moment: Moment, mean: Sums, n: int) -> Moment:
+def _variance(moment: Moment, mean: Sums, n: Number) -> Moment:
     assert mean.square is not None
     return Moment((mean.square - mean.projected.square()).clamp(min=0), torch.ones_like(moment.weight))
 
@@ -126,7 +128,7 @@ def averaged_intra_batch(decay: Number) -> SecondMoment:
     return SecondMoment("averaged_intra_batch", exact_sums, functools.partial(_averaged, decay), transport)
 
 
-def _averaged(decay: Number, moment: Moment, mean: Sums, n: int) -> Moment:
+def _averaged(decay: Number, moment: Moment, mean: Sums, n: Number) -> Moment:
     assert mean.square is not None
     return moving_average(moment, mean.square, decay)
 
@@ -144,5 +146,5 @@ def running_average(decay: Number) -> SecondMoment:
     return SecondMoment("running_average", gradient_sums, update, reset, starts_from_eigenvalues=True, reads_mean=True)
 
 
-def _running(decay: Number, moment: Moment, mean: Sums, n: int) -> Moment:
+def _running(decay: Number, moment: Moment, mean: Sums, n: Number) -> Moment:
     return moving_average(moment, n * mean.projected.square(), decay)

@@ -33,7 +33,7 @@ from .kronecker import (
 )
 from .modes import squared
 from .products import outer
-from .types import Basis, Dense, Factored, OneHot, Side, Sums, Terms, outside
+from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, outside
 
 
 def incomplete(basis: Basis) -> bool:
@@ -228,7 +228,7 @@ class Mean(NamedTuple):
     gradient: Tensor  # [b o i k]
     projected: Tensor  # [b O I k]
     terms: Terms | None
-    n: int
+    n: Number
 
 
 def rescales_samples(terms: Terms, basis: Basis, n: int) -> bool:

@@ -42,7 +42,7 @@ from ekfac_func import (
 )
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options
-from ekfac_func.types import Basis, Layer, Params
+from ekfac_func.types import Basis, Layer, Number, Params
 
 from .cases import Case, every_case, make
 from .oracles import blocks, close, examples, loop, side
@@ -402,7 +402,7 @@ def test_where_the_dense_does_not_fit_the_target_is_ekfac_on_all_the_data() -> N
 
 
 def test_an_estimator_of_ones_own_takes_part() -> None:
-    def shrunk(moment: Moment, mean: Any, n: int) -> Moment:
+    def shrunk(moment: Moment, mean: Any, n: Number) -> Moment:
         level = mean.square.mean()
         return Moment((mean.square + level) / 2, torch.ones_like(moment.weight))
 

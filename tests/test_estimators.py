@@ -44,7 +44,7 @@ from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
 from ekfac_func.orders import contraction, convolves
 from ekfac_func.patches import Patches
-from ekfac_func.types import Layer, Params
+from ekfac_func.types import Layer, Number, Params
 
 from .cases import Case, N, classifier, every_case, every_case_and_table, make
 from .oracles import blocks, close, close_trees, loop, side
@@ -391,7 +391,7 @@ def test_factors_are_means_over_examples_and_positions(name: str) -> None:
 
 
 def test_an_estimator_of_ones_own() -> None:
-    def variance(moment: Moment, mean: Any, n: int) -> Moment:
+    def variance(moment: Moment, mean: Any, n: Number) -> Moment:
         return Moment(mean.square - mean.projected**2, torch.ones_like(moment.weight))
 
     centred = SecondMoment("centred", exact_sums, variance, keep)

@@ -1,7 +1,6 @@
 """The README's code runs as it stands, block after block, and its order of reading is that of the imports."""
 
 import ast
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the README's Python blocks define."""
     torch.set_default_dtype(torch.float32)
     defined: dict[str, Any] = {}
-    here = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("readme"))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)  # as torchrun does
         for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
             exec(compile(block, "README.md", "exec"), defined)
-    finally:
-        os.chdir(here)
     return defined
 
 

@@ -1,0 +1,79 @@
+"""The one place where processes meet that step together, each on its share of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .kronecker import FactorSums
+
+
+class Ranks(NamedTuple):
+    """Processes that step together. See `ranks`.
+
+    sum: one tensor of each process to the sum of them, `[m]`, the same bits in all.
+    first: whether this process is the one whose eigenbases all take.
+    """
+
+    sum: Callable[[Tensor], Tensor]
+    first: bool
+
+
+def ranks(group: dist.ProcessGroup | None = None) -> Ranks:
+    """The processes of a group of `torch.distributed`, by default of the world, for `ekfac(..., ranks=ranks())`.
+
+    Each steps on its own share of a batch, of any size, and all have the natural gradient, state and info of the whole
+    batch to rounding, with `info.aux` of the share. A step is one collective, and one for the factors and one for the
+    bases where any is refreshed. RuntimeError where there is no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("there is no process group: call torch.distributed.init_process_group before ranks()")
+
+    def all_reduce(t: Tensor) -> Tensor:
+        dist.all_reduce(t, group=group)
+        return t
+
+    return Ranks(all_reduce, dist.get_rank(group) == 0)
+
+
+def total(tree: Any, among: Ranks | None) -> Any:
+    """The sums over the processes of a tree of tensors and numbers, which become tensors; of one process as it is."""
+    if among is None:
+        return tree
+    leaves, spec = pytree.tree_flatten(tree)
+    like = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    tensors = {k: like.new_full((), leaf) if isinstance(leaf, int | float) else leaf for k, leaf in enumerate(leaves)}
+    kinds: dict[Any, list[int]] = {}
+    for k, t in tensors.items():
+        if t is not None:
+            kinds.setdefault((t.dtype, t.device), []).append(k)
+    for members in kinds.values():
+        shapes = [tensors[k].shape for k in members]
+        sums = among.sum(torch.cat([tensors[k].flatten() for k in members]))
+        parts = sums.split([shape.numel() for shape in shapes])
+        tensors |= {k: part.reshape(shape) for k, part, shape in zip(members, parts, shapes, strict=True)}
+    return pytree.tree_unflatten(tensors.values(), spec)
+
+
+def total_factors(
+    sums: Mapping[str, tuple[FactorSums, ...]], among: Ranks | None
+) -> Mapping[str, tuple[FactorSums, ...]]:
+    """Those of all processes, by layer."""
+    if among is None:
+        return sums
+    # uses of the weight add up, positions are their mean
+    uses = {name: tuple(s._replace(positions=s.positions * s.n) for s in terms) for name, terms in sums.items()}
+    found: dict[str, tuple[FactorSums, ...]] = total(uses, among)
+    return {name: tuple(s._replace(positions=s.positions / s.n) for s in terms) for name, terms in found.items()}
+
+
+def of_first(tree: Any, among: Ranks | None) -> Any:
+    """The tensors of the first process, for others may be of another machine, whose eigenvectors are others."""
+    if among is None or among.first:
+        return total(tree, among)
+    return total(pytree.tree_map_only(Tensor, torch.zeros_like, tree), among)

@@ -1,0 +1,182 @@
+"""Processes of uneven shares step as one process does on the whole batch."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.func import functional_call
+from torch.multiprocessing.spawn import spawn
+from torch.utils import _pytree as pytree
+
+from ekfac_func import (
+    RULES,
+    SUA,
+    EKFACOptimizer,
+    Fisher,
+    Ranks,
+    averaged_intra_batch,
+    blocks,
+    compact,
+    ekfac,
+    exact,
+    kfac,
+    qr,
+    rank,
+    ranks,
+    reduce,
+    running_average,
+    staggered,
+    thin,
+)
+from ekfac_func.distributed import of_first
+from ekfac_func.optim import relative
+from ekfac_func.types import Params, State
+
+from .cases import Case, classifier, make
+from .oracles import close_trees, same_bits
+
+N, STEPS = 64, 5  # samples enough for factors of full rank, whose eigenbases are the same in every program
+SHARES = (27, 37)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "averages": {"second_moment": averaged_intra_batch(0.8), "factor_decay": 0.7, "refresh": qr(), "moment_every": 2},
+    "running": {"second_moment": running_average(0.8), "damping": relative(0.1), "exponent": -0.5},
+    "kfac": {"second_moment": kfac, "weight_sharing": reduce, "bases": {"*": blocks(3)}},
+    "rank": {"bases": {"*": rank(2)}, "refresh": staggered(2)},
+    "chunks": {"chunk_size": 5, "rules": {**RULES, **SUA}},
+}
+CASES = ("positions", "conv", "tied", "experts by ids", "layer norm", "penalty", "einsum")
+SINGULAR = ("deep", "conv groups", "conv depthwise")  # whose null spaces are a matter of rounding: with new bases
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def of_loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def batches(case: Case) -> list[Any]:
+    torch.manual_seed(1)
+    return [case.batch(N) for _ in range(STEPS)]
+
+
+def shared(batch: Any, of: int | None) -> Any:
+    """What a process sees of a batch; None is all."""
+    start = 0 if of is None else sum(SHARES[:of])
+    length = N if of is None else SHARES[of]
+    return pytree.tree_map(lambda leaf: leaf[start : start + length], batch)
+
+
+def steps(
+    case: Case, of: int | None, options: dict[str, Any], compiled: bool = False, nan_at: int | None = None
+) -> tuple[list[Any], State]:
+    """Naturals, gradients, losses and second moments of some steps."""
+    step = ekfac(case.loss_fn, **{"damping": 0.1, "basis_every": 2, **options}, ranks=None if of is None else ranks())
+    precondition = torch.compile(step.precondition, fullgraph=True, backend="eager") if compiled else step.precondition
+    params, found = case.params, []
+    state = step.init(params, shared(batches(case)[0], of))
+    for t, batch in enumerate(batches(case)):
+        share = shared(batch, of)
+        if t == nan_at and of == 1:
+            share = pytree.tree_map(lambda leaf: leaf * torch.nan if leaf.is_floating_point() else leaf, share)
+        natural, state, info = precondition(params, share, state)
+        found.append((natural, info.gradient, info.loss, info.skipped, state.second_moments))
+        params = {name: p - 0.01 * natural[name] for name, p in params.items()}
+    return found, state
+
+
+def exact_fisher() -> Fisher:
+    module = net()
+
+    def model(params: Params, example: Any) -> Tensor:
+        logits: Tensor = functional_call(module, params, (example[0],))
+        return logits
+
+    return exact(model, lambda z: Categorical(logits=z))
+
+
+def everything(of: int | None) -> dict[str, Any]:
+    """All that the tests look at, from one process of several or from one alone."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    pairs = [*zip(CASES, itertools.cycle(OPTIONS)), *zip(reversed(CASES), itertools.cycle(OPTIONS))]
+    for name, key in pairs:
+        found[f"{name}, {key}"] = steps(make(name), of, OPTIONS[key])[0]
+    for name in SINGULAR:
+        found[name] = steps(make(name), of, {"basis_every": 1})[0]
+    case = classifier(net(), 4)
+    found["exact"] = steps(case, of, {"fisher": exact_fisher(), "chunk_size": 8})[0]
+    found["compiled"] = steps(case, of, {"second_moment": averaged_intra_batch(0.9)}, compiled=of is not None)[0]
+    found["skipped"] = steps(case, of, {}, nan_at=2)
+    model = net()
+    optimizer = EKFACOptimizer(model, of_loss, lr=0.1, damping=0.1, ranks=None if of is None else ranks())
+    found["optimizer"] = [optimizer.step(shared(batch, of)) for batch in batches(case)], dict(model.named_parameters())
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), found)
+
+
+def process(of: int, at: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{at}/meeting", rank=of, world_size=len(SHARES))
+    torch.save(everything(of), f"{at}/{of}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    at = tmp_path_factory.mktemp("ranks")
+    spawn(process, (str(at),), nprocs=len(SHARES))
+    return [torch.load(at / f"{of}.pt", weights_only=False) for of in range(len(SHARES))]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return everything(None)
+
+
+def test_every_process_has_what_one_has_of_the_whole_batch(found: list[Any], alone: dict[str, Any]) -> None:
+    for key, expected in alone.items():
+        if key != "skipped":
+            for one in found:
+                close_trees(one[key], expected, 1e-8)
+
+
+def test_a_share_that_is_not_finite_skips_the_step_in_every_process(found: list[Any], alone: dict[str, Any]) -> None:
+    for one in found:
+        at_steps, state = one["skipped"]
+        assert [bool(skipped) for *_, skipped, _ in at_steps] == [False, False, True, False, False]
+        assert state.step == STEPS
+        close_trees(at_steps[:2], alone["skipped"][0][:2], 1e-8)
+        natural, *_, moments = at_steps[2]
+        assert not any(p.any() for p in natural.values())
+        same_bits(moments, at_steps[1][-1])
+
+
+def test_all_processes_have_the_same_bits(found: list[Any]) -> None:
+    same_bits(*(pytree.tree_map_only(Tensor, torch.nan_to_num, one) for one in found))
+
+
+def test_bases_are_those_of_the_first_process() -> None:
+    tree = {"Q": torch.randn(2, 3), "kept": torch.tensor(1)}
+    same_bits(of_first(tree, Ranks(lambda t: t, first=True)), tree)
+    same_bits(of_first(tree, Ranks(lambda t: t, first=False)), pytree.tree_map(torch.zeros_like, tree))
+
+
+def test_refusals() -> None:
+    case = make("deep")
+    with pytest.raises(RuntimeError, match=r"no process group: call torch\.distributed\.init_process_group"):
+        ranks()
+    with pytest.raises(TypeError, match=r"ranks is a function: pass ranks\(\)"):
+        ekfac(case.loss_fn, damping=0.1, ranks=ranks)  # type: ignore[arg-type]
+    one = Ranks(lambda t: t, first=True)
+    for choice in (thin, compact(4)):
+        with pytest.raises(ValueError, match=r"thin or compact bases: .*of one process"):
+            ekfac(case.loss_fn, damping=0.1, bases={"*": choice}, ranks=one)
