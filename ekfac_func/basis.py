@@ -243,7 +243,8 @@ def _start(shape: tuple[int, ...], like: Tensor, choice: Choice) -> Side:
     if columns == rows or columns == 0:
         one = torch.eye(rows, columns, dtype=like.dtype, device=like.device)
         return one.repeat(b, *between, 1, 1)
-    sketch = torch.randn(rows, columns - 1, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    sketch = torch.randn(rows, columns - 1, dtype=torch.float64, device="cpu", generator=generator)
     U = torch.linalg.qr(sketch.to(like.dtype)).Q.to(like.device)
     return F.pad(U, (0, 1)).repeat(b, 1, 1)
 

@@ -29,7 +29,7 @@ from .layout import spec
 from .modes import Draws, draws, no_autocast, transformed, undrawn
 from .refusals import refuse
 from .rules import RULES
-from .tap import Tap, name_of, readings, traced, unfused, with_ids
+from .tap import Tap, beneath, name_of, readings, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, statistics_dtype
 
 
@@ -288,7 +288,7 @@ def _tapped(
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())
 
-        with contextlib.nullcontext() if compiling else traced(), unfused(), Tap(handle):
+        with contextlib.nullcontext() if compiling else traced(), unfused(), beneath(Tap(handle)):
             loss = loss_fn({name: fixed[name] if name in fixed else free[name] for name in params}, example)
         if len(calls) != len(found.calls):
             raise StalePlan(

@@ -1,6 +1,8 @@
 """Bad input gets an error that names the argument, its shape and the remedy, before anything is computed."""
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +21,8 @@ def check_params(params: Mapping[str, Tensor]) -> None:
     if not params:
         raise ValueError("params is empty: pass at least one tensor to differentiate")
     for name, p in params.items():
+        if not isinstance(name, str):
+            raise TypeError(f"params has the name {name!r}, a {type(name).__name__}: give each tensor a string")
         if not isinstance(p, Tensor):
             raise TypeError(f"params[{name!r}] is a {type(p).__name__}: pass tensors")
         if not p.is_floating_point():
@@ -26,11 +30,23 @@ def check_params(params: Mapping[str, Tensor]) -> None:
                 f"params[{name!r}] of shape {tuple(p.shape)} has dtype {p.dtype}: params must be real floating-point; "
                 "leave buffers and indices out of params, and view a complex tensor as real"
             )
+        if not torch.compiler.is_compiling() and _overrides(type(p)):
+            raise TypeError(
+                f"params[{name!r}] of shape {tuple(p.shape)} is a {type(p).__name__}, which overrides what torch "
+                "functions do with it, unseen by the rules: pass p.as_subclass(torch.Tensor)"
+            )
         if p.is_meta:
             raise ValueError(
                 f"params[{name!r}] of shape {tuple(p.shape)} is on the meta device and has no values: materialise it "
                 "with to_empty() and initialise it first"
             )
+
+
+@functools.cache
+def _overrides(kind: type) -> bool:
+    """Whether a kind of tensor has a `__torch_function__` of its own."""
+    plain = Tensor.__dict__["__torch_function__"], torch._C._disabled_torch_function_impl
+    return inspect.getattr_static(kind, "__torch_function__") not in plain
 
 
 def check_batch(batch: Batch) -> int:
@@ -43,6 +59,11 @@ def check_batch(batch: Batch) -> int:
             raise TypeError(
                 f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
                 + ("pass dict(batch)" if isinstance(leaf, Mapping) else _remedy(leaf))
+            )
+        if not torch.compiler.is_compiling() and _overrides(type(leaf)):
+            raise TypeError(
+                f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is a {type(leaf).__name__}, which overrides "
+                "what torch functions do with it, unseen by the rules: pass as_subclass(torch.Tensor) of it"
             )
         if leaf.dim() == 0:
             raise ValueError(

@@ -27,7 +27,7 @@ from .modes import undrawn
 from .picked import READS, Picked
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
-from .tap import Tap, called, depth, readings, traced, unfused, with_ids
+from .tap import Tap, beneath, called, depth, readings, traced, unfused, with_ids
 from .types import Batch, Layer, LossAuxFn, LossFn, Params
 from .views import View
 
@@ -184,6 +184,7 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
     return Plan(*arrange(param_specs, one, [places[use.at] for use in one.uses]), nested=False, open=False)
 
 
+DATA: Any = Tensor.data
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
@@ -214,7 +215,7 @@ def _run(
         given = make_examples()  # here, or a change in place would be one of a captured tensor
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
-            with traced(), unfused(), buffers_kept(n), _unlogged(), Tap(watch.handle):
+            with traced(), unfused(), buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
                 loss = loss_fn(marked, given)
         except Exception as error:
             if isinstance(error, RuntimeError):
@@ -229,12 +230,13 @@ def _run(
         if watch.mutations:
             raise watch.mutations[0]
         loss = check_loss(loss, has_aux, n)[0]
-        refuse_changed(watch.inputs, versions)
+        refuse_changed(watch.given, watch.inputs, versions)
         return loss if n is None else loss.sum()
 
     with FakeTensorMode(allow_non_fake_inputs=True) if values is None else watch.picked:
         params = filled(dict(param_specs)) if values is None else values[0]
-        torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
+        with torch.autograd.set_detect_anomaly(False):  # which would look for NaN in tensors without values
+            torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
     if not watch.reached and not watch.of_uses and values is None:
         raise ValueError(
             "loss_fn returned a loss that does not depend on params, as autograd sees it: its gradient would be zero. "
@@ -261,7 +263,8 @@ class _Watch:
     def __init__(self, rules: Rules, n: int | None, skip: Mapping[int, str], without_values: bool) -> None:
         self.rules, self.n, self.skip, self.without_values = rules, n, skip, without_values
         self.uses: list[Use] = []
-        self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, with the versions that they had
+        self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
+        self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
         self.picked = Picked()
         self.picks: list[tuple[Tensor, Tensor]] = []  # parameters by ids
         self.reached: set[str] = set()
@@ -278,6 +281,7 @@ class _Watch:
         self.zero = _Mark.apply(zero, "", self.of_uses)
         # by the id of a tensor, which is held so that no id is reused, and its version: a changed copy is no view
         self.known = {id(p): (p, p._version, views.whole(name, p.shape)) for name, p in self.params.items()}
+        self.given = [(name, p, p._version) for name, p in self.params.items()]
         return self.params
 
     def handle(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -310,7 +314,11 @@ class _Watch:
             if output is not NotImplemented:
                 return output
         self.note(func, (args, kwargs), why)
-        return self.call(func, args, kwargs)
+        output = self.call(func, args, kwargs)
+        view = self.view_of(args[0]) if func == DATA.__get__ else None
+        if view is not None:  # the same memory, with a version of its own
+            self.given.append((view.name, output, output._version))
+        return output
 
     def use(self, at: int, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a call of a layer, which is noted; NotImplemented of any other."""

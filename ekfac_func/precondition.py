@@ -71,6 +71,7 @@ from .subspace import (
     rescale,
     rescales_samples,
 )
+from .tap import depth
 from .types import (
     Basis,
     Batch,
@@ -306,6 +307,8 @@ def ekfac(
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         check_batch(batch)
+        if not torch.compiler.is_compiling() and depth():  # nor one in forward mode
+            params, batch, state = pytree.tree_map_only(Tensor, Tensor.detach, (dict(params), batch, state))
         examples = fisher.examples(params, batch)
         leaf = pytree.tree_leaves(examples)[0]
         in_one = chunk_size is None or torch.compiler.is_compiling()
@@ -536,7 +539,9 @@ def _of_data(
 
 
 def _as_scalar(number: Number, like: Tensor) -> Tensor:
-    if isinstance(number, Tensor) or torch.compiler.is_compiling():  # where what is filled in would cost a graph
+    if isinstance(number, Tensor):
+        return number.detach() + like.new_zeros(())
+    if torch.compiler.is_compiling():  # where what is filled in would cost a graph
         return number + like.new_zeros(())
     return like.new_full((), number)
 

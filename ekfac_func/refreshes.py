@@ -323,7 +323,7 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
 def _noise(d: int, columns: int, like: Tensor) -> Tensor:
     """`[d columns]` in [-1, 1], the same every time: cubes modulo a prime, for a graph takes no generator."""
     k = (torch.arange(d * columns, device=like.device) + FIRST) % PRIME
-    return (2 * (k**3 % PRIME) / PRIME - 1).to(like.dtype).reshape(d, columns)
+    return (2 * (k**3 % PRIME).to(like.dtype) / PRIME - 1).reshape(d, columns)
 
 
 def _scaled(C: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,8 +132,18 @@ def _unless_batched(n: int | None) -> str:
     return ", or if it is a buffer of a model call model.eval(), or take the batch as it is with batched=True"
 
 
-def refuse_changed(inputs: Sequence[tuple[str, Tensor, int]], examples: Sequence[tuple[Tensor, int]]) -> None:
-    """Refuse what was changed in place after its version was noted: inputs of layers, and tensors of an example."""
+def refuse_changed(
+    params: Sequence[tuple[str, Tensor, int]],
+    inputs: Sequence[tuple[str, Tensor, int]],
+    examples: Sequence[tuple[Tensor, int]],
+) -> None:
+    """Refuse what was changed in place after its version was noted: params, inputs of layers, tensors of an example."""
+    for name, p, version in params:
+        if p._version != version:
+            raise RuntimeError(
+                f"loss_fn changes the parameter {name!r}, of shape {tuple(p.shape)}, in place: params are not its own "
+                "to change, compute another tensor in the loss, or change them between steps"
+            )
     for name, x, version in inputs:
         if x._version != version:
             raise RuntimeError(

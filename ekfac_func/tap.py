@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack
 from torch.autograd import forward_ad
 from torch.backends import mha
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
 
 from .rules import Call, Rules
 
@@ -30,6 +31,26 @@ class Tap(TorchFunctionMode):
         if func is torch.Tensor.data_ptr:
             return _address(args[0])
         return self.handle(plain(func), args, kwargs or {})
+
+
+@contextlib.contextmanager
+def beneath(tap: Tap) -> Iterator[None]:
+    """A tap under the function modes of the caller, which may make other calls of those that the loss makes."""
+    modes = []
+    if not torch.compiler.is_dynamo_compiling():
+        modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    try:
+        with tap:
+            for mode in reversed(modes):
+                _push_mode(mode)
+            try:
+                yield
+            finally:
+                for _ in modes:
+                    _pop_mode()
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def _address(t: Tensor) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import pack_sequence
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
 from ekfac_func import (
@@ -488,6 +489,83 @@ def test_the_check_weighs_each_parameter_by_its_own_gradient() -> None:
     step = ekfac(loss, damping=1e-2, rules={F.linear: seven_times})
     with pytest.raises(ValueError, match=r"gradients captured of 'v', of shape \(4, 2, 4\)"):
         step.init(params, torch.randn(4, 4).float(), check=True)
+
+
+def changed_in_place(how: Callable[[Tensor], Any]) -> Callable[[Params, Tensor], Tensor]:
+    def loss(params: Params, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            how(params["w"])
+        return loss_fn(params, x)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda w: w.clamp_(-0.1, 0.1),
+        lambda w: w.data.clamp_(-0.1, 0.1),
+        lambda w: w.detach().add_(1),
+        lambda w: w.view(-1)[:2].zero_(),
+        lambda w: nn.init.zeros_(w),
+    ],
+)
+def test_a_loss_that_changes_params(how: Any) -> None:
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(5, 4)
+    before = params["w"].clone()
+    with pytest.raises(RuntimeError, match=r"changes the parameter 'w', of shape \(3, 4\), in place: params are not"):
+        per_example_gradients(changed_in_place(how), params, batch)
+    assert torch.equal(params["w"], before)
+
+
+class Twice(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * out if func is F.linear else out
+
+
+def test_tensors_that_override_torch_functions() -> None:
+    batch = torch.randn(5, 4)
+    with pytest.raises(TypeError, match=r"params\['w'\] of shape \(3, 4\) is a Twice.*as_subclass"):
+        per_example_gradients(loss_fn, {"w": W["w"].as_subclass(Twice)}, batch)
+    with pytest.raises(TypeError, match=r"batch of shape \(5, 4\) is a Twice.*as_subclass"):
+        per_example_gradients(loss_fn, W, batch.as_subclass(Twice))
+
+
+def test_names_are_strings() -> None:
+    with pytest.raises(TypeError, match="params has the name 0, a int"):
+        per_example_gradients(loss_fn, {0: W["w"]}, torch.randn(5, 4))  # type: ignore[dict-item]
+
+
+class Altered(TorchFunctionMode):
+    """Of the caller, around the call: it makes other layers of those that the loss calls."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return 2 * func(3 * args[0], args[1].tanh(), **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_of_the_caller() -> None:
+    batch = torch.randn(5, 4)
+    with Altered():
+        losses, expected = loop(loss_fn, W, batch)
+        found = per_example_gradients(loss_fn, W, batch)
+        assert isinstance(_get_current_function_mode(), Altered)
+    close(found.losses, losses)
+    close(found.dense("w"), expected["w"])
+
+
+def test_anomaly_mode_changes_nothing() -> None:
+    batch = torch.randn(5, 4)
+    step = ekfac(loss_fn, damping=1e-2)
+    natural, state, _ = step.precondition(W, batch, step.init(W, batch))
+    with torch.autograd.set_detect_anomaly(True):
+        anew = ekfac(lambda params, x: loss_fn(params, x), damping=1e-2)
+        found, of_anew, _ = anew.precondition(W, batch, anew.init(W, batch))
+    close_trees(found, natural)
+    assert of_anew.layers == state.layers
 
 
 def test_a_packed_sequence_is_refused_with_the_remedy() -> None:

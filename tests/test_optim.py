@@ -216,6 +216,16 @@ def test_schedules_are_those_of_torch() -> None:
     close(constant(0.3)(steps[7]), torch.tensor(0.3), TIGHT)
 
 
+def test_schedules_do_not_depend_on_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [warm_up(10, cosine(0.1, 1000))(torch.tensor(step)) for step in (3, 500, 1000)]
+    finally:
+        torch.set_default_dtype(torch.float64)
+    for value, step in zip(found, (3, 500, 1000), strict=True):
+        assert value.item() == pytest.approx(warm_up(10, cosine(0.1, 1000))(torch.tensor(step)).item(), rel=1e-3)
+
+
 def test_a_schedule_in_a_chain() -> None:
     params, gradients = params_and_gradients()
     expected = dict(params)

@@ -52,6 +52,22 @@ def test_pure_and_repeatable(name: str) -> None:
     assert first[1].step == 2
 
 
+def test_no_derivative_goes_through_a_step_in_any_mode() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]).cos().sum()
+
+    def natural(params: Params, batch: Tensor, state: State, damping: Tensor) -> Params:
+        return ekfac(loss_fn, damping=damping).precondition(params, batch, state)[0]
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    arguments = params, batch, ekfac(loss_fn, damping=0.1).init(params, batch), torch.tensor(0.1)
+    tangents = pytree.tree_map_only(Tensor, torch.ones_like, arguments)
+    primal, tangent, *_ = torch.func.jvp(natural, arguments, tangents)
+    assert not tangent["w"].any()
+    close_trees(primal, natural(*arguments))
+    assert not torch.func.jacrev(natural, argnums=3)(*arguments)["w"].any()
+
+
 def test_init_reads_shapes_alone() -> None:
     case = make("conv")
     x, y = case.batch(N)

@@ -245,6 +245,20 @@ def test_rank_of_a_table_that_a_convolution_uses() -> None:
     close_trees(naturals[0], naturals[1], 1e-8)
 
 
+def test_rank_does_not_depend_on_the_defaults_of_torch() -> None:
+    params, batch = {"w": torch.randn(40, 60)}, torch.randn(200, 60)
+    step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-2, bases={"*": rank(3)})
+    state = step.init(params, batch)
+    natural, _, _ = step.precondition(params, batch, state)
+    torch.set_default_dtype(torch.float16)
+    try:
+        same_bits(step.precondition(params, batch, state)[0], natural)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    with torch.device("meta"):
+        same_bits(step.init(params, batch), state)
+
+
 def test_rank_finds_the_leading_eigenvectors() -> None:
     """Of an average of the factors too, from any start, in descending order; as fast as the spectrum decays."""
     Q = torch.linalg.qr(torch.randn(30, 30)).Q

@@ -15,7 +15,7 @@ Schedule = Callable[[Tensor], Tensor]
 
 def constant(value: Number) -> Schedule:
     """The same value at every step."""
-    return lambda step: value + 0.0 * step
+    return lambda step: value + 0.0 * _real(step)
 
 
 def cosine(start: Number, steps: int, end: Number = 0.0) -> Schedule:
@@ -25,7 +25,7 @@ def cosine(start: Number, steps: int, end: Number = 0.0) -> Schedule:
     its last step.
     """
     check_count("steps", steps)
-    return lambda step: end + (start - end) * (1 + torch.cos(math.pi * (step / steps).clamp(max=1))) / 2
+    return lambda step: end + (start - end) * (1 + torch.cos(math.pi * (_real(step) / steps).clamp(max=1))) / 2
 
 
 def warm_up(steps: int, schedule: Schedule) -> Schedule:
@@ -38,7 +38,7 @@ def warm_up(steps: int, schedule: Schedule) -> Schedule:
         raise TypeError(f"schedule={schedule!r} is no function of the step: give constant(value), cosine(start, steps)")
 
     def warmed(step: Tensor) -> Tensor:
-        return schedule((step - steps).clamp(min=0)) * ((step + 1) / steps).clamp(max=1)
+        return schedule((step - steps).clamp(min=0)) * ((_real(step) + 1) / steps).clamp(max=1)
 
     return warmed
 
@@ -46,3 +46,8 @@ def warm_up(steps: int, schedule: Schedule) -> Schedule:
 def value_at(value: Number | Schedule, step: Tensor) -> Number | Tensor:
     """A schedule's value at the step; a number as it is."""
     return value(step) if callable(value) else value
+
+
+def _real(step: Tensor) -> Tensor:
+    """In float32 at least, whatever the default dtype is."""
+    return step.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
