@@ -54,6 +54,30 @@ class _Tap(torch.autograd.Function):
         return None, gradients[0], None, None
 
 
+class StalePlan(RuntimeError):
+    """The loss called other layers than discovery saw, or than for other examples."""
+
+
+class _Mark(torch.autograd.Function):
+    """A parameter of tapped calls, whose gradient comes from these alone: none may arrive here."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, p: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return p.data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise StalePlan(
+            f"params[{ctx.name!r}] has a path to the loss beside the calls that discovery saw: let the loss use it "
+            "alike whatever device, mode or values it meets"
+        )
+
+
+def _marked(start: Tensor, fixed: Params) -> Params:
+    return {name: _Mark.apply(start, p, name) for name, p in fixed.items()}
+
+
 def _freed(
     f: Callable[[Tensor, Params, Batch], tuple[Tensor, Run]],
     free: Params,
@@ -109,24 +133,29 @@ def _adds(probes: list[Tensor]) -> Probe:
     return lambda k, output: output + probes[k]
 
 
-def summed(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n: int, randomness: str) -> Part:
+def summed(
+    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, n: int, randomness: str
+) -> Part:
     """The gradient of the sum of the losses: of each example w.r.t. its own outputs and copies."""
 
-    def total(probe_at: Callable[[Any], Probe], at: Any, free: Params, examples: Batch) -> tuple[Tensor, Run]:
+    def total(
+        probe_at: Callable[[Any], Probe], fixed: Params, at: Any, free: Params, examples: Batch
+    ) -> tuple[Tensor, Run]:
         def of_one(at: Any, free: Params, example: Any) -> tuple[Tensor, Run]:
-            return probed(probe_at(at), free, example)
+            return probed(probe_at(at), fixed, free, example)
 
         losses, run = torch.func.vmap(of_one, randomness=randomness)(at, free, examples)
         return losses.sum(), run
 
     def of_taps(start: Tensor, free: Params, examples: Batch) -> tuple[Tensor, Run]:
-        return total(lambda _: _batched_taps(arrivals.arrived, start, n), [], free, examples)
+        tap = _batched_taps(arrivals.arrived, start, n)
+        return total(lambda _: tap, _marked(start, fixed), [], free, examples)
 
     copies = _copies(free, n)
     if not transformed():
         dense, run = _freed(of_taps, copies, examples, arrivals.start)
         return dense, run.losses, run.aux
-    of_f: Callable[..., Any] = torch.func.grad(functools.partial(total, _adds), argnums=(0, 1), has_aux=True)
+    of_f: Callable[..., Any] = torch.func.grad(functools.partial(total, _adds, fixed), argnums=(0, 1), has_aux=True)
     (outputs, dense), run = of_f(_copies(arrivals.probes(), n), copies, examples)
     arrivals.all(run.inputs, outputs)
     return dense, run.losses, run.aux
@@ -136,11 +165,13 @@ def _detached(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
-def each(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n: int, randomness: str) -> Part:
+def each(
+    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, n: int, randomness: str
+) -> Part:
     """`vmap(grad)` as it is."""
 
     def at_zeros(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Run]:
-        return probed(_adds(probes), free, example)
+        return probed(_adds(probes), fixed, free, example)
 
     of_one: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
     copies = _copies((arrivals.probes(), free), n)
@@ -149,11 +180,13 @@ def each(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n: i
     return dense, run.losses, run.aux
 
 
-def looped(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n: int, randomness: str) -> Part:
+def looped(
+    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, n: int, randomness: str
+) -> Part:
     """One example after another, without `vmap`."""
 
     def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
-        return probed(_taps(outputs.__setitem__, start), free, example)
+        return probed(_taps(outputs.__setitem__, start), _marked(start, fixed), free, example)
 
     leaves = pytree.tree_leaves((free, examples))
     before = draws(leaves)
@@ -176,15 +209,17 @@ def looped(probed: Probed, arrivals: Arrivals, free: Params, examples: Batch, n:
     return dense, run.losses, run.aux
 
 
-def batched(probed: Probed, arrivals: Arrivals, free: Params, batch: Batch, n: int, randomness: str) -> Part:
+def batched(
+    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, batch: Batch, n: int, randomness: str
+) -> Part:
     """The batch as it is; a parameter without a rule takes a backward pass an example."""
 
-    def total(probe: Probe, free: Params, batch: Batch) -> tuple[Tensor, Run]:
-        losses, run = probed(probe, free, batch, n)
+    def total(probe: Probe, fixed: Params, free: Params, batch: Batch) -> tuple[Tensor, Run]:
+        losses, run = probed(probe, fixed, free, batch, n)
         return losses.sum(), run
 
     def of_taps(start: Tensor, free: Params, batch: Batch) -> tuple[Tensor, Run]:
-        return total(_taps(arrivals.arrived, start), free, batch)
+        return total(_taps(arrivals.arrived, start), _marked(start, fixed), free, batch)
 
     if len(free) == 0 and not transformed():
         _, run = _freed(of_taps, free, batch, arrivals.start)
@@ -192,7 +227,7 @@ def batched(probed: Probed, arrivals: Arrivals, free: Params, batch: Batch, n: i
 
     def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], Run]]:
         def at_zeros(probes: list[Tensor], batch: Batch) -> tuple[Tensor, Run]:
-            return total(_adds(probes), free, batch)
+            return total(_adds(probes), fixed, free, batch)
 
         of_f: Callable[..., Any] = torch.func.grad(at_zeros, has_aux=True)
         outputs, run = of_f(arrivals.probes(), batch)

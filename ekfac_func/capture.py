@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
-from .backward import Probe, Run, batched, each, looped, summed
+from .backward import Probe, Run, StalePlan, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode, check_loss
-from .discovery import DATA_DEPENDENT, Options, Plan, plan
+from .discovery import DATA_DEPENDENT, Options, Plan, plan, without_gradient
 from .layout import spec
 from .modes import Draws, draws, no_autocast, transformed, undrawn
 from .refusals import refuse
@@ -196,10 +196,6 @@ def _retried(
     return _retried(found, loss_fn, params, batch, options, begin, add, before)
 
 
-class StalePlan(RuntimeError):
-    """The loss called other layers than discovery saw, or than for other examples."""
-
-
 def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]:
     """Which parameters a call was given, and which of their entries: a plan is stale where that changes."""
     for leaf in pytree.tree_leaves(tree):
@@ -229,7 +225,7 @@ def _tapped(
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
 
-    def probed(probe: Probe, free: Params, example: Any, n: int | None = None) -> tuple[Tensor, Run]:
+    def probed(probe: Probe, fixed: Params, free: Params, example: Any, n: int | None = None) -> tuple[Tensor, Run]:
         calls.clear()
         seen: list[Any] = []
         known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
@@ -272,6 +268,10 @@ def _tapped(
             reads = readings(options.rules, func, args, kwargs)
             read = reads[planned.reading] if planned.reading < len(reads) else None
             name = None if read is None else name_of(read.weight, known)
+            bias = None if read is None or read.bias is None else name_of(read.bias, known)
+            if read is not None and not compiling:
+                held = (read.weight,) if bias is None else (read.weight, read.bias)
+                args, kwargs = without_gradient((args, kwargs), *held)
             # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
             layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
             output = layers_of.get(func, func)(*args, **kwargs)
@@ -282,7 +282,6 @@ def _tapped(
                     "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
                 )
             if not compiling:
-                bias = None if read.bias is None else name_of(read.bias, known)
                 seen.append((read.letters, read.split, bias, read.table, output.dtype))
             calls.append(with_ids(read, picks) if planned.picked else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
@@ -327,7 +326,7 @@ def _tapped(
             before.repeat()
         n = pytree.tree_leaves(examples)[0].shape[0]
         arrivals = Arrivals(found, params, calls, take, n)
-        dense, losses, aux = run(probed, arrivals, free, examples, n, options.randomness)
+        dense, losses, aux = run(probed, arrivals, fixed, free, examples, n, options.randomness)
         arrivals.finish()
         for name in layers:
             if name not in tapped:

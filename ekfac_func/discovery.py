@@ -332,7 +332,7 @@ class _Watch:
             bias = None if call.bias is None else self.view_of(call.bias)
             if bias is not None and not fits(bias, laid[1]):
                 bias = None
-            args, kwargs = _without_gradient((args, kwargs), call.weight, None if bias is None else call.bias)
+            args, kwargs = without_gradient((args, kwargs), call.weight, None if bias is None else call.bias)
             self.note(func, (args, kwargs))
             self.picked.enter_layer(at)
             output = self.call(func, args, kwargs)
@@ -390,7 +390,8 @@ class _Watch:
                 self.hidden_by.setdefault(view.name, {})[f"{called(func)} {why}".strip()] = None
 
 
-def _without_gradient(tree: Any, *held: Tensor | None) -> Any:
+def without_gradient(tree: Any, *held: Tensor | None) -> Any:
+    """The arguments of a call with these tensors as constants."""
     return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held if p is not None) else leaf, tree)
 
 

@@ -19,7 +19,7 @@ from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.types import Dense, Params
 
-from .cases import CASES, SPATIAL, Case, N, classifier, every_case, every_case_and_table, make
+from .cases import CASES, SPATIAL, Case, N, classifier, every_case, every_case_and_table, make, scripted_square
 from .oracles import close, loop
 
 
@@ -642,6 +642,22 @@ def test_an_index_that_is_not_there_from_now_on() -> None:
     for at.index in (4, -5):
         with pytest.raises(IndexError):
             per_example_gradients(loss_fn, params, batch)
+
+
+@pytest.mark.parametrize("name", ["w", "b"])
+def test_a_use_that_no_function_mode_sees_from_now_on(name: str) -> None:
+    """Its plan is stale, though the calls that it sees are those of the last time."""
+    penalised = SimpleNamespace(on=False)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        loss = F.linear(x, params["w"], params["b"]).cos().sum()
+        return loss + scripted_square(params[name]).sum() if penalised.on else loss
+
+    params, batch = {"w": torch.randn(3, 4), "b": torch.randn(3)}, torch.randn(N, 4)
+    for penalised.on in (False, True, False):
+        found, expected = per_example_gradients(loss_fn, params, batch), loop(loss_fn, params, batch)[1]
+        for p in params:
+            close(found.dense(p), expected[p])
 
 
 def test_a_loss_that_differentiates_its_layers_from_now_on() -> None:
