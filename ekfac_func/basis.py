@@ -69,7 +69,7 @@ def rank(r: int) -> Rank:
 
 
 class Thin(NamedTuple):
-    """The span of the batch's samples. See `thin`."""
+    """The span of the batch's samples, a choice of `bases`; its one value is `thin`."""
 
 
 thin = Thin()
@@ -264,7 +264,7 @@ def _counts(Q: Side, like: Tensor) -> Tensor:
 def fills_up(basis: Basis, layer: Layer) -> bool:
     """Whether a side is in blocks, of which the last has more coordinates than are left for it."""
     sides = (basis.Q_A, layer.sizes[2]), (basis.Q_B, layer.sizes[1])
-    return any(not isinstance(Q, Reflections) and Q.dim() > 3 and Q.shape[1] * Q.shape[-1] > d for Q, d in sides)
+    return any(Q.dim() > 3 and Q.shape[1] * Q.shape[-1] > d for Q, d in sides)
 
 
 def of_layer(m2: Tensor, basis: Basis, layer: Layer) -> Tensor:

@@ -84,7 +84,12 @@ def own_coordinates(terms: OfLayers, n: int) -> tuple[None, OfLayers]:
 
 
 class Estimator(NamedTuple):
-    """One way to a second moment: an estimator, the gradients and the basis that it works in, and its schedule."""
+    """One way to a second moment: an estimator, the gradients and the basis that it works in, and its schedule.
+
+    second_moment, fisher, basis_every, at_refresh, factor_decay, rules: as in `ekfac`.
+    basis: which examples of a batch make the basis and which the moment: `whole_batch`, `split_batch` or
+        `own_coordinates`, without a basis.
+    """
 
     second_moment: SecondMoment = intra_batch
     fisher: Fisher = empirical
@@ -111,6 +116,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "first basis": Estimator(basis_every=ONCE),
     "first basis kfac": Estimator(kfac, basis_every=ONCE),
 }
+"""What `compare` compares by default, by name."""
 
 
 class Record(NamedTuple):

@@ -78,6 +78,7 @@ class FactorSums(NamedTuple):
 
 
 WeightSharing = Callable[[Factored], Factored]
+"""A layer's calls by an example -> the samples of its Kronecker factors: `expand` or `reduce`."""
 
 
 def expand(term: Factored) -> Factored:
@@ -190,7 +191,7 @@ def symmetric(x: Tensor) -> Tensor:
 def _blocks(x: Tensor, Q: Side, axis: int) -> Tensor:
     """An axis, counted from the right, as `m d` for the blocks of a side of the basis, filled up with zeros."""
     axis += x.dim()
-    if isinstance(Q, Reflections) or Q.dim() == 3:
+    if Q.dim() == 3:
         return x.unsqueeze(axis)
     m, d = Q.shape[1:3]
     missing = m * d - x.shape[axis]
@@ -262,7 +263,7 @@ def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
 
 
 def formed(C: Factor) -> Tensor:
-    """A factor as it is."""
+    """A factor as a matrix: `x^T x` multiplied out."""
     return symmetric(C.x) if isinstance(C, Gram) else C
 
 

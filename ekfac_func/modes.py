@@ -19,9 +19,9 @@ def transformed() -> bool:
 
 
 def opaque(*tensors: Tensor) -> bool:
-    """Whether a graph takes what is done some examples at a time as one operator, which runs as in eager mode.
+    """Whether a graph has block-by-block work as one operator, which runs as in eager mode.
 
-    On CPUs, where inductor would write to memory what else stays in cache, and compile every block; it has no
+    So it is on CPUs, where inductor would compile every block and write to memory what else stays in cache. It has no
     derivative.
     """
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -108,5 +108,5 @@ def undrawn(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Statistics are those of their own dtype where autocast is on around the call, for the loss, as well."""
+    """Without autocast: statistics keep their own dtype where the caller has it on for the loss."""
     return torch.autocast(device.type, enabled=False)

@@ -60,7 +60,7 @@ from .kronecker import (
 from .modes import draws, no_autocast, transformed, where
 from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
 from .passes import Seen, add_gradients, add_if_any, add_seen, read_gradient
-from .refreshes import Refresh, check_refresh, check_samples, due, eigh, refresh_bases
+from .refreshes import EIGH, Refresh, check_refresh, check_samples, due, refresh_bases
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, carry_over, intra_batch, keep
 from .spans import Span, check_thin, expand_span, in_span, into_span, into_spans, out_of_spans
@@ -126,7 +126,7 @@ def ekfac(
     second_moment: SecondMoment = intra_batch,
     fisher: Fisher = empirical,
     basis_every: int = 1,
-    refresh: Refresh = eigh(),  # noqa: B008
+    refresh: Refresh = EIGH,
     moment_every: int = 1,
     at_refresh: AtRefresh | None = None,
     factor_decay: Number = 0.0,
@@ -179,7 +179,8 @@ def ekfac(
         independent examples it is the same as without, and does without `vmap`. An axis of a layer's input that holds
         several positions of each example must have those of an example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
-    chunk_size: examples differentiated at a time, whose sums add; None takes the batch at once. A step with a refresh
+    chunk_size: examples (of a Fisher of its own pseudo-examples) differentiated at a time, whose sums add; None takes
+        the batch at once. A step with a refresh
         needs the bases before the moment: what a layer is made of stays until then where that of all layers fits into
         `contractions.max_bytes`, else the batch is differentiated twice, with the same random numbers. `thin` and
         `compact` bases keep the samples of the batch in any case, a compiled step everything; there every batch size

@@ -73,6 +73,10 @@ def _anew(factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]
     return found
 
 
+EIGH = eigh()
+"""The default of `refresh`."""
+
+
 def qr(iterations: int = 1) -> Refresh:
     """Orthogonal iteration from the old basis, `Q <- qr(C Q)`, as in SOAP: https://arxiv.org/abs/2409.11321.
 
@@ -118,7 +122,7 @@ def _where_due(tolerance: float, factors: list[Tensor], old: list[Tensor], first
     return found
 
 
-def staggered(groups: int, of: Refresh | None = None) -> Refresh:
+def staggered(groups: int, of: Refresh = EIGH) -> Refresh:
     """Layers in groups of about equal cost that are refreshed one group after another: no step pays for all.
 
     Each layer is refreshed every `basis_every` steps; the groups `basis_every / groups` steps apart, from the first
@@ -130,7 +134,6 @@ def staggered(groups: int, of: Refresh | None = None) -> Refresh:
     check_count("groups", groups)
     if not 2 <= groups <= MAX_GROUPS:
         raise ValueError(f"groups={groups!r}: give 2 to {MAX_GROUPS}, since each is a graph of a compiled step")
-    of = eigh() if of is None else of
     check_refresh("of", of)
     return of._replace(name=f"staggered {of.name}", groups=groups)
 
@@ -194,7 +197,7 @@ class Problem(NamedTuple):
 def refresh_bases(
     factors: Mapping[str, Factors | Means],
     old: Mapping[str, Basis],
-    how: Refresh | None = None,
+    how: Refresh = EIGH,
     first: bool = True,
     anew: Collection[str] = (),
 ) -> tuple[dict[str, Basis], Tensor]:
@@ -203,7 +206,6 @@ def refresh_bases(
     The problems of all layers are gathered, so that a solver may take several at a time. anew: the layers whose old
     basis says nothing of the new one, at any step.
     """
-    how = eigh() if how is None else how
     sides = {name: list(old[name]) for name in factors}
     whole: list[tuple[str, int, Problem]] = []
     inner: list[tuple[str, int, Problem]] = []

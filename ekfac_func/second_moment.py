@@ -77,7 +77,10 @@ def carry_over(
 
 
 def moving_average(moment: Moment, new: Tensor, decay: Number) -> Moment:
-    """One step of a bias-corrected moving average."""
+    """One step of a bias-corrected moving average.
+
+    new: `[b O I k]`, as the moment's value. decay: weight of the past, 0 <= decay < 1.
+    """
     past = decay * moment.weight
     total = past + (1 - decay)
     value = (past * moment.value + (1 - decay) * new) / torch.where(total > 0, total, 1)

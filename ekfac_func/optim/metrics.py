@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..basis import counts, real
 from ..checks import check_count
-from ..refreshes import Refresh, due, eigh
+from ..refreshes import EIGH, Refresh, due
 from ..types import Info, Number, State
 from .norms import dots, squares, total
 
@@ -20,7 +20,7 @@ def metrics(
     *,
     learning_rate: Number = 1.0,
     basis_every: int | None = None,
-    refresh: Refresh | None = None,
+    refresh: Refresh = EIGH,
 ) -> dict[str, Tensor]:
     """Scalars of a step by name, 0-d tensors on the device, for a logger to read when it wants to.
 
@@ -60,7 +60,7 @@ def metrics(
     if basis_every is not None:
         check_count("basis_every", basis_every)
         layers = {layer.weight: layer for layer in state.layers}
-        refreshed = due(layers, refresh or eigh(), state.step - 1, basis_every)  # the state's step is the next one
+        refreshed = due(layers, refresh, state.step - 1, basis_every)  # the state's step is the next one
         found["refresh"] = torch.where(info.skipped, 0.0, float(len(refreshed) > 0))
     dampings = info.damping.expand(len(state.layers)).unbind()
     if info.damping.dim() == 0:
