@@ -54,6 +54,11 @@ class Refresh(NamedTuple):
     from_samples: bool = False
 
 
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype!r}: give torch.float64, torch.float32 or None")
+
+
 def eigh(dtype: torch.dtype | None = None) -> Refresh:
     """The eigenvectors by `torch.linalg.eigh`, on a CPU of as many factors at a time as torch has threads.
 
@@ -145,11 +150,6 @@ def check_refresh(argument: str, value: object) -> None:
             f"{argument}={value!r} is not a refresh: give eigh(), qr(iterations), adaptive(tolerance) or "
             "staggered(groups)"
         )
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"dtype={dtype!r}: give torch.float64, torch.float32 or None")
 
 
 def due(layers: Mapping[str, Layer], how: Refresh, step: int, every: int) -> list[str]:
