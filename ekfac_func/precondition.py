@@ -180,11 +180,10 @@ def ekfac(
         several positions of each example must have those of an example one after another, `(n s)`.
     randomness: of dropout and the like inside `loss_fn`, as in `torch.func.vmap`.
     chunk_size: examples (of a Fisher of its own pseudo-examples) differentiated at a time, whose sums add; None takes
-        the batch at once. A step with a refresh
-        needs the bases before the moment: what a layer is made of stays until then where that of all layers fits into
-        `contractions.max_bytes`, else the batch is differentiated twice, with the same random numbers. `thin` and
-        `compact` bases keep the samples of the batch in any case, a compiled step everything; there every batch size
-        costs graphs of its own.
+        the batch at once. A step with a refresh needs the bases before the moment: what a layer is made of stays until
+        then where that of all layers fits into `contractions.max_bytes`, else the batch is differentiated twice, with
+        the same random numbers. `thin` and `compact` bases keep the samples of the batch in any case, a compiled step
+        everything; there every batch size costs graphs of its own.
     contractions: how the moments are summed, `Contractions(max_bytes, orders, costs)`: the memory that it may take, and
         the order of the products, which changes the cost alone.
     ranks: the processes that step together, each on its share of the batch: `ranks()` of a process group. Factors are
@@ -308,7 +307,7 @@ def ekfac(
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         check_batch(batch)
-        if not torch.compiler.is_compiling() and depth():  # nor one in forward mode
+        if not torch.compiler.is_compiling() and depth():  # what is returned is a constant in forward mode too
             params, batch, state = pytree.tree_map_only(Tensor, Tensor.detach, (dict(params), batch, state))
         examples = fisher.examples(params, batch)
         leaf = pytree.tree_leaves(examples)[0]
