@@ -392,11 +392,6 @@ def _factors(terms: Terms, basis: Basis, formed: bool = True) -> Means:
     return mean_factors(factor_sums(terms, basis, formed=formed))
 
 
-def _product(factors: Factors, terms: Terms, basis: Basis, like: Tensor) -> Tensor:
-    """The K-FAC estimate, of an estimator that asks for it."""
-    return eigenvalue_product(factors, basis, _factors(terms, basis, False).positions, like)
-
-
 def _scaled(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
     mean = Mean(projected, projected, None, 1)  # of a whole basis, for which the gradient itself is not read
     return rescaled(mean, moment, basis, projected.new_tensor(damping), -1.0, layer.sizes)
@@ -432,6 +427,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
         frame = _Frame(t, state.factors, state.bases, moments, {}, {}, data)
     turn = for_basis is not None and t % recipe.basis_every == 0
     factors, bases, moments = dict(frame.factors), dict(frame.bases), {}
+    used: dict[str, Means] = {}
     if turn:
         assert for_basis is not None
         averaged = recipe.factor_decay > 0  # else the bases are those of `ekfac`, of few samples the samples' own
@@ -440,9 +436,10 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
             factors[name] = average_factors(frame.factors[name], mean, recipe.factor_decay)
         bases |= refresh_bases({name: factors[name] for name in used} if averaged else used, frame.bases)[0]
     elif for_basis is None and t == 0:
-        for name, term in for_moment.items():  # K-FAC's eigenvalues in the parameters' own coordinates
-            factors[name] = average_factors(frame.factors[name], _factors(term, bases[name]), 0.0)
-    starts = turn or t == 0
+        # K-FAC's eigenvalues in the parameters' own coordinates
+        used = {name: _factors(term, bases[name]) for name, term in for_moment.items()}
+        for name, mean in used.items():
+            factors[name] = average_factors(frame.factors[name], mean, 0.0)
     sums: dict[Any, dict[str, Sums]] = {}
     how = {name: contraction_of(name, term, bases[name]) for name, term in for_moment.items()}
     for member, estimator in members.items():
@@ -456,8 +453,9 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
         moments[member] = {}
         for name, term in for_moment.items():
             moment = frame.moments[member][name]
-            if starts:
-                product = functools.partial(_product, factors[name], term, bases[name], moment.value)
+            if name in used:
+                positions = used[name].positions
+                product = functools.partial(eigenvalue_product, factors[name], bases[name], positions, moment.value)
                 moment = carry_over(rule, carry, moment, frame.bases[name], bases[name], product)
             moments[member][name] = rule.update(moment, sums[rule.sums][name], count(term))
     exact, noise = frame.exact, frame.noise
