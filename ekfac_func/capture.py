@@ -96,8 +96,12 @@ def fold(
     In eager mode a layer is read within the backward pass, which then frees what the layer was made of.
     """
     params = own(params)
+
+    def tapped(found: Plan) -> tuple[Folded, list[Any]]:
+        return _tapped(found, loss_fn, params, batch, options, begin, add)
+
     if torch.compiler.is_compiling():
-        return _tapped(plan(loss_fn, params, batch, options), loss_fn, params, batch, options, begin, add)[0]
+        return tapped(plan(loss_fn, params, batch, options))[0]
     check_inference_mode()
     plans, key = _memo(loss_fn), _key(loss_fn, params, batch, options)
     leaves = pytree.tree_leaves((params, batch))
@@ -105,7 +109,7 @@ def fold(
     if key in plans:
         found, expected = plans[key]
         try:
-            folded, seen = _tapped(found, loss_fn, params, batch, options, begin, add)
+            folded, seen = tapped(found)
         except Exception:  # a stale plan, or what discovery says better
             seen = None
         if seen == expected:
@@ -115,7 +119,7 @@ def fold(
     found = plan(loss_fn, params, batch, options)
     without_values = any(isinstance(leaf, FakeTensor) for leaf in leaves)
     try:
-        folded, seen, found = _retried(found, loss_fn, params, batch, options, begin, add, before)
+        folded, seen, found = _retried(found, options, before, tapped)
     except DATA_DEPENDENT as error:
         if without_values:
             raise
@@ -150,13 +154,17 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
             dtype = statistics_dtype(params[layer.weight])
             none[layer.weight] = (Dense(torch.empty(n, *layer.sizes, dtype=dtype, device="meta")),)
         return Captured(torch.empty(n, device="meta"), {layer.weight: layer for layer in found.layers}, none, (), 0)
+
+    def tapped(found: Plan, params: Params, batch: Batch) -> tuple[Folded, list[Any]]:
+        return _tapped(found, loss_fn, params, batch, options, _as_they_are, _together)
+
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
-            folded = _retried(found, loss_fn, like, examples, options, _as_they_are, _together, draws([]))[0]
+            folded = _retried(found, options, draws([]), lambda found: tapped(found, like, examples))[0]
     except DATA_DEPENDENT:
         with undrawn(pytree.tree_leaves((owned, batch))):
-            folded = _tapped(found, loss_fn, owned, batch, options, _as_they_are, _together)[0]
+            folded = tapped(found, owned, batch)[0]
     return _captured(folded)
 
 
@@ -170,18 +178,11 @@ UNMAPPED = (
 
 
 def _retried(
-    found: Plan,
-    loss_fn: LossFn | LossAuxFn,
-    params: Params,
-    batch: Batch,
-    options: Options,
-    begin: Begin,
-    add: Add,
-    before: Draws,
-) -> tuple[Folded, Any, Plan]:
+    found: Plan, options: Options, before: Draws, tapped: Callable[[Plan], tuple[Folded, list[Any]]]
+) -> tuple[Folded, list[Any], Plan]:
     """A tapped run, in another way where `vmap` cannot run a function of the loss; and how it was run."""
     try:
-        return *_tapped(found, loss_fn, params, batch, options, begin, add), found
+        return *tapped(found), found
     except RuntimeError as error:
         if options.batched or found.looped:
             raise
@@ -193,7 +194,7 @@ def _retried(
         else:
             raise
     before.repeat()
-    return _retried(found, loss_fn, params, batch, options, begin, add, before)
+    return _retried(found, options, before, tapped)
 
 
 def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]:
