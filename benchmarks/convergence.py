@@ -114,38 +114,6 @@ def tabular(seed: int) -> Task:
     return Task(net, cross_entropy, accuracy, (x[test:], y[test:]), (x[:test], y[:test]), 64)
 
 
-class Block(nn.Module):
-    """Causal self-attention and a layer of four times the width."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, s, d = x.shape
-        q, k, v = self.qkv(self.norms[0](x)).reshape(n, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        scores = q @ k.mT / math.sqrt(d // self.heads)
-        weights = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf).softmax(-1)
-        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, s, d))
-        return x + self.narrow(F.gelu(self.wide(self.norms[1](x))))
-
-
-class CharacterTransformer(nn.Module):
-    """Two blocks of width 64 on characters and their places."""
-
-    def __init__(self, characters: int, width: int = 64) -> None:
-        super().__init__()
-        self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4), nn.LayerNorm(width))
-        self.head = nn.Linear(width, characters)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.blocks(self.characters(ids) + self.places(torch.arange(ids.shape[1]))))
-
-
 def characters(seed: int) -> Task:
     """English of the standard library's documentation topics, cut in pieces; the test set is the last tenth of it."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
@@ -154,7 +122,7 @@ def characters(seed: int) -> Task:
     x, y, test = pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous(), len(pieces) // 10
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = CharacterTransformer(len(ids))
+        net = models.Transformer(len(ids), CONTEXT, width=64, heads=4, hidden=256)
     return Task(net, cross_entropy, accuracy, (x[:-test], y[:-test]), (x[-test:], y[-test:]), 64)
 
 

@@ -97,13 +97,15 @@ def autoencoder(side: int, mean: Tensor) -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Characters in, logits of the next ones out: two blocks of width 32, each of two heads and 64 hidden units."""
+    """Characters in, logits of the next ones out: two blocks of attention and of two layers."""
 
-    def __init__(self, width: int = 32, blocks: int = 2) -> None:
+    def __init__(
+        self, characters: int = len(ALPHABET), length: int = LENGTH, width: int = 32, heads: int = 2, hidden: int = 64
+    ) -> None:
         super().__init__()
-        self.characters, self.places = nn.Embedding(len(ALPHABET), width), nn.Embedding(LENGTH, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
+        self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.characters(ids) + self.places(torch.arange(ids.shape[-1], device=ids.device))
@@ -115,12 +117,12 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention to what came before, then two layers, each added to its input and after a norm."""
 
-    def __init__(self, width: int, heads: int = 2) -> None:
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in self.qkv(self.before(x)).chunk(3, -1))
