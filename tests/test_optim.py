@@ -631,6 +631,20 @@ def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones(
     assert resumed.ekfac_state.step == 1
 
 
+def test_a_state_that_does_not_fit_says_how_to_start_anew() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    losses = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")  # noqa: E731
+    optimizer = EKFACOptimizer(net, losses, lr=0.1, damping=1e-2, batched=True)
+    batch = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    optimizer.step(batch)
+    net.eval()  # in which the norm is a layer
+    with pytest.raises(ValueError, match="state has") as raised:
+        optimizer.step(batch)
+    assert raised.value.__notes__ == ["The state is that of the optimizer: set its ekfac_state to None to start anew."]
+    optimizer.ekfac_state = None
+    optimizer.step(batch)
+
+
 def test_all_parameters_of_the_model_are_in_the_groups_by_default() -> None:
     net, loss, batches = net_and_loss()
     net[0].requires_grad_(False)

@@ -192,7 +192,13 @@ class EKFACOptimizer(torch.optim.Optimizer):
         params, batch = self._trainable(), _plain(batch)
         if self.ekfac_state is None or _trained(self.ekfac_state).keys() != params.keys():
             self.ekfac_state = self._init(params, batch)
-        self.natural, self.ekfac_state, self.info = self.precondition(params, batch, self.ekfac_state, self.damping)
+        try:
+            found = self.precondition(params, batch, self.ekfac_state, self.damping)
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("state has"):
+                error.add_note("The state is that of the optimizer: set its ekfac_state to None to start anew.")
+            raise
+        self.natural, self.ekfac_state, self.info = found
         if self.options.get("batched", False):
             aux, buffers = self.info.aux
             self.info = self.info._replace(aux=aux)
