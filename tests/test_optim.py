@@ -632,13 +632,12 @@ def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones(
 
 
 def test_a_state_that_does_not_fit_says_how_to_start_anew() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
-    losses = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")  # noqa: E731
-    optimizer = EKFACOptimizer(net, losses, lr=0.1, damping=1e-2, batched=True)
-    batch = torch.randn(8, 4), torch.randint(0, 3, (8,))
-    optimizer.step(batch)
-    net.eval()  # in which the norm is a layer
-    with pytest.raises(ValueError, match="state has") as raised:
+    net, loss, batches = net_and_loss()
+    optimizer = EKFACOptimizer(net, loss, lr=0.1, damping=1e-2)
+    optimizer.step(batches[0])
+    net.float()
+    batch = batches[1][0].float(), batches[1][1]
+    with pytest.raises(TypeError, match="state has a second moment of dtype torch.float64") as raised:
         optimizer.step(batch)
     assert raised.value.__notes__ == ["The state is that of the optimizer: set its ekfac_state to None to start anew."]
     optimizer.ekfac_state = None
