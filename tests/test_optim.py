@@ -637,7 +637,7 @@ def test_a_state_that_does_not_fit_says_how_to_start_anew() -> None:
     optimizer.step(batches[0])
     net.float()
     batch = batches[1][0].float(), batches[1][1]
-    with pytest.raises(TypeError, match="state has a second moment of dtype torch.float64") as raised:
+    with pytest.raises(TypeError, match=r"state has a second moment of dtype torch\.float64") as raised:
         optimizer.step(batch)
     assert raised.value.__notes__ == ["The state is that of the optimizer: set its ekfac_state to None to start anew."]
     optimizer.ekfac_state = None
