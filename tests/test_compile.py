@@ -110,7 +110,7 @@ RUNS = list(itertools.product(ESTIMATORS, [RULES, {**RULES, **SUA}]))
 @pytest.mark.parametrize(
     ("of", "backend"),
     [
-        *in_part(RUNS, RUNS[1:2]),
+        *in_part(RUNS, traced=RUNS[1:2]),
         *(pytest.param(of, "inductor", marks=pytest.mark.slow) for of in RUNS),
     ],
 )

@@ -450,15 +450,15 @@ def test_a_running_average_of_draws_starts_at_the_eigenvalues_and_tends_to_the_m
     step = ekfac(
         data_loss(model),
         damping=1e-2,
-        second_moment=running_average(0.997),
+        second_moment=running_average(0.99),
         fisher=sampled(model, likelihood, 4),
         basis_every=10**6,
     )
     state = exactly
-    for _ in range(1500):
+    for _ in range(500):
         _, state, _ = step.precondition(params, given, state)
     for name, m in exactly.second_moments.items():
-        assert (state.second_moments[name].value - m.value).norm() < 0.15 * m.value.norm()
+        assert (state.second_moments[name].value - m.value).norm() < 0.3 * m.value.norm()
 
 
 def test_outputs_beside_those_that_have_gradients() -> None:

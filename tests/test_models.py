@@ -20,7 +20,7 @@ pytestmark = [
     # of the transformers package, which caches what it knows of its surroundings
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
-TRACED = {"gpt2", "mixtral by bmm"}  # the others behind the marker
+TRACED = {"gpt2"}  # the others behind the marker
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
