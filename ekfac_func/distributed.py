@@ -27,9 +27,10 @@ class Ranks(NamedTuple):
 def ranks(group: dist.ProcessGroup | None = None) -> Ranks:
     """The processes of a group of `torch.distributed`, by default of the world, for `ekfac(..., ranks=ranks())`.
 
-    Each steps on its own share of a batch, of any size, and all have the natural gradient, state and info of the whole
-    batch to rounding, with `info.aux` of the share. A step is one collective, and one for the factors and one for the
-    bases where any is refreshed. RuntimeError where there is no process group.
+    Each steps on its own share of a batch, of any size from one example on, and all have the natural gradient, state
+    and info of the whole batch to rounding, with `info.aux` of the share. A step is one collective; where a basis is
+    refreshed one for the factors and one for the bases, of each dtype that there is. Random numbers, of dropout or of a
+    sampled Fisher, are each process's own: seed them apart. RuntimeError where there is no process group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("there is no process group: call torch.distributed.init_process_group before ranks()")
