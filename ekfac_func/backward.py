@@ -58,24 +58,37 @@ class StalePlan(RuntimeError):
     """The loss called other layers than discovery saw, or than for other examples."""
 
 
-class _Mark(torch.autograd.Function):
-    """A parameter of tapped calls, whose gradient comes from these alone: none may arrive here."""
+class _Marks(torch.autograd.Function):
+    """The parameters of tapped calls, whose gradients come from these alone: none may arrive here.
+
+    start: is differentiated, so that a gradient that arrives is seen.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, p: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        return p.data
+    def forward(start: Tensor, names: tuple[str, ...], *params: Tensor) -> tuple[Tensor, ...]:
+        return tuple(p.view_as(p) for p in params)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
+        ctx.names = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        name = next(name for name, g in zip(ctx.names, gradients, strict=True) if g is not None)
         raise StalePlan(
-            f"params[{ctx.name!r}] has a path to the loss beside the calls that discovery saw: let the loss use it "
-            "alike whatever device, mode or values it meets"
+            f"params[{name!r}] has a path to the loss beside the calls that discovery saw: let the loss use it alike "
+            "whatever device, mode or values it meets"
         )
 
 
-def _marked(start: Tensor, fixed: Params) -> Params:
-    return {name: _Mark.apply(start, p, name) for name, p in fixed.items()}
+def _marked(starts: list[Tensor], fixed: Params) -> Params:
+    """Outside of graphs, whose loss takes one path."""
+    if torch.compiler.is_compiling() or not (starts and fixed):
+        return fixed
+    return dict(zip(fixed, _Marks.apply(starts[0], tuple(fixed), *fixed.values()), strict=True))
 
 
 def _freed(
@@ -149,13 +162,16 @@ def summed(
 
     def of_taps(start: Tensor, free: Params, examples: Batch) -> tuple[Tensor, Run]:
         tap = _batched_taps(arrivals.arrived, start, n)
-        return total(lambda _: tap, _marked(start, fixed), [], free, examples)
+        return total(lambda _: tap, _marked([start], fixed), [], free, examples)
+
+    def of_probes(probes: list[Tensor], free: Params, examples: Batch) -> tuple[Tensor, Run]:
+        return total(_adds, _marked(probes, fixed), probes, free, examples)
 
     copies = _copies(free, n)
     if not transformed():
         dense, run = _freed(of_taps, copies, examples, arrivals.start)
         return dense, run.losses, run.aux
-    of_f: Callable[..., Any] = torch.func.grad(functools.partial(total, _adds, fixed), argnums=(0, 1), has_aux=True)
+    of_f: Callable[..., Any] = torch.func.grad(of_probes, argnums=(0, 1), has_aux=True)
     (outputs, dense), run = of_f(_copies(arrivals.probes(), n), copies, examples)
     arrivals.all(run.inputs, outputs)
     return dense, run.losses, run.aux
@@ -186,7 +202,7 @@ def looped(
     """One example after another, without `vmap`."""
 
     def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
-        return probed(_taps(outputs.__setitem__, start), _marked(start, fixed), free, example)
+        return probed(_taps(outputs.__setitem__, start), _marked([start], fixed), free, example)
 
     leaves = pytree.tree_leaves((free, examples))
     before = draws(leaves)
@@ -219,7 +235,7 @@ def batched(
         return losses.sum(), run
 
     def of_taps(start: Tensor, free: Params, batch: Batch) -> tuple[Tensor, Run]:
-        return total(_taps(arrivals.arrived, start), _marked(start, fixed), free, batch)
+        return total(_taps(arrivals.arrived, start), _marked([start], fixed), free, batch)
 
     if len(free) == 0 and not transformed():
         _, run = _freed(of_taps, free, batch, arrivals.start)
@@ -227,7 +243,7 @@ def batched(
 
     def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], Run]]:
         def at_zeros(probes: list[Tensor], batch: Batch) -> tuple[Tensor, Run]:
-            return total(_adds(probes), fixed, free, batch)
+            return total(_adds(probes), _marked(probes, fixed), free, batch)
 
         of_f: Callable[..., Any] = torch.func.grad(at_zeros, has_aux=True)
         outputs, run = of_f(arrivals.probes(), batch)

@@ -19,7 +19,7 @@ from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.types import Dense, Params
 
-from .cases import CASES, SPATIAL, Case, N, classifier, every_case, every_case_and_table, make, scripted_square
+from .cases import CASES, SPATIAL, Case, N, classifier, every_case, every_case_and_table, make
 from .oracles import close, loop
 
 
@@ -644,20 +644,38 @@ def test_an_index_that_is_not_there_from_now_on() -> None:
             per_example_gradients(loss_fn, params, batch)
 
 
+@torch.jit.script
+def penalised(loss: Tensor, p: Tensor, on: bool) -> Tensor:
+    if on:
+        return loss + p.square().sum()
+    return loss
+
+
 @pytest.mark.parametrize("name", ["w", "b"])
-def test_a_use_that_no_function_mode_sees_from_now_on(name: str) -> None:
-    """Its plan is stale, though the calls that it sees are those of the last time."""
-    penalised = SimpleNamespace(on=False)
+@pytest.mark.parametrize("way", ["taps", "loop", "batched", "vmap"])
+def test_a_use_that_no_function_mode_sees_from_now_on(way: str, name: str) -> None:
+    """Its plan is stale, though the calls that a mode sees are those of the last time."""
+    penalty = SimpleNamespace(on=False)
 
     def loss_fn(params: Params, x: Tensor) -> Tensor:
-        loss = F.linear(x, params["w"], params["b"]).cos().sum()
-        return loss + scripted_square(params[name]).sum() if penalised.on else loss
+        loss = F.linear(x, params["w"], params["b"]).cos().sum(-1) + (params["free"].exp() * x).sum(-1)
+        if way == "loop" and x.sum() > 1e6:
+            loss = 2 * loss
+        return penalised(loss, params[name], penalty.on)
 
-    params, batch = {"w": torch.randn(3, 4), "b": torch.randn(3)}, torch.randn(N, 4)
-    for penalised.on in (False, True, False):
-        found, expected = per_example_gradients(loss_fn, params, batch), loop(loss_fn, params, batch)[1]
+    def dense(params: Params, batch: Tensor) -> dict[str, Tensor]:
+        found = per_example_gradients(loss_fn, params, batch, batched=way == "batched")
+        return {p: found.dense(p) for p in params}
+
+    params, batch = {"w": torch.randn(3, 4), "b": torch.randn(3), "free": torch.randn(4)}, torch.randn(N, 4)
+    for penalty.on in (False, True, False):
+        expected = loop(loss_fn, params, batch)[1]
+        found = dense(params, batch)
+        if way == "vmap":
+            mapped = torch.vmap(dense, in_dims=(None, 0))(params, torch.stack([batch, batch]))
+            found = {p: of_both[1] for p, of_both in mapped.items()}
         for p in params:
-            close(found.dense(p), expected[p])
+            close(found[p], expected[p])
 
 
 def test_a_loss_that_differentiates_its_layers_from_now_on() -> None:
