@@ -195,8 +195,8 @@ def compare(
     """
     if not isinstance(estimators, Mapping):
         raise TypeError(f"estimators is a {type(estimators).__name__}: pass a dict from names to estimators")
-    if not isinstance(batches, Sequence) or (isinstance(batches, tuple) and isinstance((*batches, None)[0], Tensor)):
-        raise TypeError(f"batches is a {type(batches).__name__}, as one batch is: pass a list of batches")
+    if not isinstance(batches, Sequence):
+        raise TypeError(f"batches is a {type(batches).__name__}: pass a list of batches")
     chosen = {name: _checked(name, estimator) for name, estimator in estimators.items()}
     trajectory = [params] * len(batches) if isinstance(params, Mapping) else list(params)
     check_positive("damping", damping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,19 +28,21 @@ class Ranks(NamedTuple):
 def ranks(group: dist.ProcessGroup | None = None) -> Ranks:
     """The processes of a group of `torch.distributed`, by default of the world, for `ekfac(..., ranks=ranks())`.
 
-    Each steps on its own share of a batch, of any size from one example on, and all have the natural gradient, state
-    and info of the whole batch to rounding, with `info.aux` of the share. A step is one collective; where a basis is
-    refreshed one for the factors and one for the bases, of each dtype that there is. Random numbers, of dropout or of a
-    sampled Fisher, are each process's own: seed them apart. RuntimeError where there is no process group.
+    Each steps on its own share of a batch, of any size from one example on, from the same params and state, which is to
+    be seen to at the start. All then have the natural gradient, state and info of the whole batch, to rounding and but
+    for what null spaces are (factors are formed here); `info.aux`, and with `batched=True` the statistics of BatchNorm,
+    are of the share. A step is one collective for each dtype, and two more where a basis is refreshed; an error in one
+    process leaves the others waiting. Random numbers, of dropout or of a sampled Fisher, are each process's own: seed
+    them apart. RuntimeError where there is no process group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("there is no process group: call torch.distributed.init_process_group before ranks()")
+    return Ranks(functools.partial(_all_reduce, group), dist.get_rank(group) == 0)
 
-    def all_reduce(t: Tensor) -> Tensor:
-        dist.all_reduce(t, group=group)
-        return t
 
-    return Ranks(all_reduce, dist.get_rank(group) == 0)
+def _all_reduce(group: dist.ProcessGroup | None, t: Tensor) -> Tensor:
+    dist.all_reduce(t, group=group)
+    return t
 
 
 def total(tree: Any, among: Ranks | None) -> Any:

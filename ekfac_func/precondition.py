@@ -28,7 +28,7 @@ from .basis import (
     of_layer,
     warn_of_large,
 )
-from .capture import Folded, Reading, fold, joined, own
+from .capture import Reading, fold, joined, own
 from .certify import certify
 from .checks import (
     check_batch,
@@ -307,8 +307,9 @@ def ekfac(
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         check_batch(batch)
-        if not torch.compiler.is_compiling() and depth():  # what is returned is a constant in forward mode too
-            params, batch, state = pytree.tree_map_only(Tensor, Tensor.detach, (dict(params), batch, state))
+        in_forward_mode = not torch.compiler.is_compiling() and depth() > 0
+        if in_forward_mode:
+            params, batch, state = _constant((dict(params), batch, state))
         examples = fisher.examples(params, batch)
         leaf = pytree.tree_leaves(examples)[0]
         in_one = chunk_size is None or torch.compiler.is_compiling()
@@ -362,7 +363,8 @@ def ekfac(
                 found[name] = sums_in(basis, turn, layer, terms, folded.held) if read is None else read
                 if of_samples(terms, basis, n):
                     few[name] = terms
-            found, curvature, n = total((found, folded.losses.sum(), n), ranks)
+            of_data = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
+            found, curvature, n, of_data = total((found, folded.losses.sum(), n, of_data), ranks)
             means, slopes = {}, {}
             for name in layers:
                 own = turn.estimators[name].sums in (exact_sums, gradient_sums)
@@ -371,10 +373,11 @@ def ekfac(
                 slopes[name] = Mean(slope, means[name].projected, few.get(name), n)
             loss, aux = curvature / n, folded.aux
             if data is not None:
-                loss, slopes = _of_data(data, layers, carried.bases, spans, params, ranks)
+                loss, slopes = _of_data(data.layers, of_data, layers, carried.bases, spans, params)
                 aux = data.aux
             seen_of_all = _Observed(loss, curvature, n, means, slopes, aux)
-            return finish(params, state, turn, refreshed, spans, seen_of_all)
+            stepped = finish(params, state, turn, refreshed, spans, seen_of_all)
+        return _constant(stepped) if in_forward_mode else stepped
 
     def finish(
         params: Mapping[str, Tensor],
@@ -511,7 +514,8 @@ def _refresh(
             factors[name] = average_factors(state.factors[name], mean, 0.0 if averages is None else averages)
     used = {name: mean if averages is None else factors[name] for name, mean in means.items()}
     spans = [name for name in means if isinstance(chosen[name], Thin)]
-    new, kept = of_first(refresh_bases(used, state.bases, how, state.step == 0, spans), ranks)
+    new, kept = refresh_bases(used, state.bases, how, state.step == 0, spans)
+    new = of_first(new, ranks)
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
@@ -521,21 +525,29 @@ def _refresh(
 
 
 def _of_data(
-    data: Folded,
+    own: Mapping[str, Layer],
+    sums: tuple[Mapping[str, Tensor], Tensor, Number],
     layers: Mapping[str, Layer],
     bases: Mapping[str, Basis],
     spans: Mapping[str, Span],
     params: Mapping[str, Tensor],
-    ranks: Ranks | None,
 ) -> tuple[Tensor, dict[str, Mean]]:
-    """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis."""
-    gradients, loss, n = total((data.kept, data.losses.sum(), len(data.losses)), ranks)
+    """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis.
+
+    own, sums: the layers of the data's loss, sums of their gradients and of the loss, and the number of examples.
+    """
+    gradients, loss, n = sums
     means = {name: gradient / n for name, gradient in gradients.items()}
     exact = {name: p.new_empty(0, dtype=statistics_dtype(p)) for name, p in params.items()}
-    tree = unpack_all(data.layers.values(), means, exact)
+    tree = unpack_all(own.values(), means, exact)
     packed = {name: pack(layer, tree) for name, layer in layers.items()}
     slopes = {name: Mean(M, into_basis(into_span(M, spans[name]), bases[name]), None, n) for name, M in packed.items()}
     return loss / n, slopes
+
+
+def _constant(tree: Any) -> Any:
+    """Without tangents."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
 def _as_scalar(number: Number, like: Tensor) -> Tensor:

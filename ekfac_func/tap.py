@@ -35,7 +35,7 @@ class Tap(TorchFunctionMode):
 
 @contextlib.contextmanager
 def beneath(tap: Tap) -> Iterator[None]:
-    """A tap under the function modes of the caller, which may make other calls of those that the loss makes."""
+    """A tap below the caller's function modes, so that it sees what these make of a call; in eager mode."""
     modes = []
     if not torch.compiler.is_dynamo_compiling():
         modes = [_pop_mode() for _ in range(_len_torch_function_stack())]

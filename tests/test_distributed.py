@@ -1,6 +1,9 @@
 """Processes of uneven shares step as one process does on the whole batch."""
 
+import datetime
+import functools
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -33,7 +36,7 @@ from ekfac_func import (
     staggered,
     thin,
 )
-from ekfac_func.distributed import of_first
+from ekfac_func.distributed import _all_reduce, of_first
 from ekfac_func.optim import relative
 from ekfac_func.types import Params, State
 
@@ -118,13 +121,16 @@ def everything(of: int | None) -> dict[str, Any]:
     found["compiled"] = steps(case, of, {"second_moment": averaged_intra_batch(0.9)}, compiled=of == 0)[0]
     found["skipped"] = steps(case, of, {}, nan_at=2)
     model = net()
+    if of == 1:  # it takes the parameters of the first
+        nn.init.normal_(next(model.parameters()))
     optimizer = EKFACOptimizer(model, of_loss, lr=0.1, damping=0.1, ranks=None if of is None else ranks())
     found["optimizer"] = [optimizer.step(shared(batch, of)) for batch in batches(case)], dict(model.named_parameters())
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), found)
 
 
 def process(of: int, at: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{at}/meeting", rank=of, world_size=len(SHARES))
+    meeting, limit = f"file://{at}/meeting", datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=meeting, rank=of, world_size=len(SHARES), timeout=limit)
     torch.save(everything(of), f"{at}/{of}.pt")
     dist.destroy_process_group()
 
@@ -167,6 +173,11 @@ def test_bases_are_those_of_the_first_process() -> None:
     tree = {"Q": torch.randn(2, 3), "kept": torch.tensor(1)}
     same_bits(of_first(tree, Ranks(lambda t: t, first=True)), tree)
     same_bits(of_first(tree, Ranks(lambda t: t, first=False)), pytree.tree_map(torch.zeros_like, tree))
+
+
+def test_ranks_of_the_world_are_pickled() -> None:
+    world = Ranks(functools.partial(_all_reduce, None), first=True)
+    assert pickle.loads(pickle.dumps(world)).first
 
 
 def test_refusals() -> None:

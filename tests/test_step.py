@@ -67,6 +67,12 @@ def test_no_derivative_goes_through_a_step_in_any_mode() -> None:
     close_trees(primal, natural(*arguments))
     assert not torch.func.jacrev(natural, argnums=3)(*arguments)["w"].any()
 
+    def of_exponent(exponent: Tensor) -> Tensor:
+        step = ekfac(loss_fn, damping=0.1, exponent=exponent)
+        return step.precondition(params, batch, arguments[2])[0]["w"]
+
+    assert not torch.func.jvp(of_exponent, (torch.tensor(-0.5),), (torch.tensor(1.0),))[1].any()
+
 
 def test_init_reads_shapes_alone() -> None:
     case = make("conv")

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..checks import check_decay, check_not_negative
 from ..describe import Description, describe
+from ..distributed import of_first
 from ..precondition import Damping, ekfac
 from ..types import Batch, Info, Number, Params, State
 from .damping import DEFAULTS
@@ -191,6 +192,9 @@ class EKFACOptimizer(torch.optim.Optimizer):
                 result = closure()
         params, batch = self._trainable(), _plain(batch)
         if self.ekfac_state is None or _trained(self.ekfac_state).keys() != params.keys():
+            ranks = self.options.get("ranks")
+            for name, p in () if ranks is None else of_first(params, ranks).items():
+                params[name].copy_(p)
             self.ekfac_state = self._init(params, batch)
         try:
             found = self.precondition(params, batch, self.ekfac_state, self.damping)

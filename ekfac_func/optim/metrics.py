@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..basis import counts, real
 from ..checks import check_count
-from ..refreshes import EIGH, Refresh, due
+from ..refreshes import EIGH, Refresh, check_refresh, due
 from ..types import Info, Number, State
 from .norms import dots, squares, total
 
@@ -59,6 +59,7 @@ def metrics(
     }
     if basis_every is not None:
         check_count("basis_every", basis_every)
+        check_refresh("refresh", refresh)
         layers = {layer.weight: layer for layer in state.layers}
         refreshed = due(layers, refresh, state.step - 1, basis_every)  # the state's step is the next one
         found["refresh"] = torch.where(info.skipped, 0.0, float(len(refreshed) > 0))

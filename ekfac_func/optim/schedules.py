@@ -50,4 +50,4 @@ def value_at(value: Number | Schedule, step: Tensor) -> Number | Tensor:
 
 def _real(step: Tensor) -> Tensor:
     """In float32 at least, whatever the default dtype is."""
-    return step.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+    return torch.as_tensor(step).to(torch.promote_types(torch.get_default_dtype(), torch.float32))
