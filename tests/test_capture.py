@@ -418,7 +418,7 @@ def test_a_compiled_loss_that_takes_its_parameters_another_way(way: str) -> None
     step = ekfac(loss_fn, damping=1.0, basis_every=100)
     state = step.precondition(params, batch, step.init(params, batch))[1]
     call = torch.compile(step.precondition, fullgraph=True, backend="eager")
-    for chosen.at in (0, 1, 2, 0, 2, 1):
+    for chosen.at in (0, 1, 0):
         info = call(params, batch, state)[2]
         for name, expected in loop(loss_fn, params, batch)[1].items():
             close(info.gradient[name], expected.mean(0))
