@@ -307,8 +307,8 @@ def ekfac(
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         check_batch(batch)
-        in_forward_mode = not torch.compiler.is_compiling() and depth() > 0
-        if in_forward_mode:
+        in_transform = not torch.compiler.is_compiling() and depth() > 0
+        if in_transform:  # which may be forward mode
             params, batch, state = _constant((dict(params), batch, state))
         examples = fisher.examples(params, batch)
         leaf = pytree.tree_leaves(examples)[0]
@@ -367,8 +367,8 @@ def ekfac(
             found, curvature, n, of_data = total((found, folded.losses.sum(), n, of_data), ranks)
             means, slopes = {}, {}
             for name in layers:
-                own = turn.estimators[name].sums in (exact_sums, gradient_sums)
-                means[name] = mean_sums(found.pop(name), n, own)
+                new = turn.estimators[name].sums in (exact_sums, gradient_sums)
+                means[name] = mean_sums(found.pop(name), n, own=new)
                 slope = totals[name] / n if name in totals else means[name].gradient
                 slopes[name] = Mean(slope, means[name].projected, few.get(name), n)
             loss, aux = curvature / n, folded.aux
@@ -377,7 +377,7 @@ def ekfac(
                 aux = data.aux
             seen_of_all = _Observed(loss, curvature, n, means, slopes, aux)
             stepped = finish(params, state, turn, refreshed, spans, seen_of_all)
-        return _constant(stepped) if in_forward_mode else stepped
+        return _constant(stepped) if in_transform else stepped
 
     def finish(
         params: Mapping[str, Tensor],
