@@ -679,7 +679,7 @@ class Shared(nn.Module):
         return self.head(x) + self.tied(x).tanh()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_modules_in_several_places_and_assigned_buffers(compiled: bool) -> None:
     """`functional_call` by itself leaves a module that it meets twice without its parameters."""
     net = Shared()
