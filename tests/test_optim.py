@@ -1270,13 +1270,14 @@ def test_the_compiled_training_step(backend: str) -> None:
     twin = carried
     counters.clear()
     fast = torch.compile(step, fullgraph=True, backend=backend)
-    smaller = [(x[:13], y[:13]) for x, y in batches]
+    smaller = [] if backend == "eager" else [(x[:13], y[:13]) for x, y in batches]
     for batch in [*batches, *smaller]:
         found, expected = fast(*carried, batch), step(*twin, batch)
         carried, twin = found[:4], expected[:4]
         close_trees(carried[:2], twin[:2], 1e-7)
         close(found[4]["loss"], expected[4]["loss"], 1e-8)
-    assert counters["stats"]["unique_graphs"] <= 7  # the first step; a refresh, a moment alone, neither, for two sizes
+    # the first step; a refresh, a moment alone, neither, for each size
+    assert counters["stats"]["unique_graphs"] <= (7 if smaller else 4)
     x, y = batches[0]
     after = fast(*carried, (x * math.nan, y))
     assert after[4]["skipped"] == 1
