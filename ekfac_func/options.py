@@ -25,6 +25,11 @@ def positive(text: str) -> float:
     return _number(text, lambda x: 0 < x < float("inf"), "give a number greater than 0")
 
 
+def negative(text: str) -> float:
+    """A finite number less than 0."""
+    return _number(text, lambda x: -float("inf") < x < 0, "give a number less than 0")
+
+
 def share(text: str) -> float:
     """A number in [0, 1)."""
     return _number(text, lambda x: 0 <= x < 1, "give a number from 0 up to, but not, 1")

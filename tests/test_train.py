@@ -95,6 +95,7 @@ def test_every_second_moment_trains_and_divergence_is_reported(
     ("options", "named", "remedy"),
     [
         (["--damping", "-1"], "--damping", "give a number greater than 0"),
+        (["--exponent", "1"], "--exponent", "give a number less than 0"),
         (["--lr", "fast"], "--lr", "give a number greater than 0"),
         (["--momentum", "1"], "--momentum", "from 0 up to"),
         (["--steps", "2.5"], "--steps", "give a whole number"),
@@ -200,9 +201,9 @@ def test_goes_on_after_a_kill_and_after_ctrl_c(tmp_path: Path) -> None:
     assert "by the same command" in output
     assert "Traceback" not in errors
 
-    other = train(*options, "--lr", "0.01", out=parts)
+    other = train(*options, "--lr", "0.02", out=parts)
     assert other.returncode == 2
-    assert "with lr 0.1, here it is 0.01: give that, --restart" in other.stderr
+    assert "with lr 0.01, here it is 0.02: give that, --restart" in other.stderr
 
     resumed = train(*options, out=parts)
     assert resumed.returncode == 0, resumed.stderr
@@ -267,7 +268,13 @@ def test_ekfac_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
     def trainer() -> run.NaturalGradient:
         return run.NaturalGradient(
-            task, lr=0.1, momentum_decay=0.9, damping=0.3, basis_every=4, second_moment=averaged_intra_batch(0.9)
+            task,
+            lr=0.1,
+            momentum_decay=0.9,
+            damping=0.3,
+            exponent=-1.0,
+            basis_every=4,
+            second_moment=averaged_intra_batch(0.9),
         )
 
     whole, before, after = trainer(), trainer(), trainer()

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..options import count, extra, make_directory, positive, seed, share, steps
-from .settings import AVERAGES, DATA, DEFAULTS, MODELS, SECOND_MOMENTS, Settings
+from ..options import count, extra, make_directory, negative, positive, seed, share, steps
+from .settings import AVERAGES, DATA, DEFAULTS, KFAC, MODELS, SECOND_MOMENTS, Settings
 
 DECAY = 0.95
 
@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--second-moment", choices=SECOND_MOMENTS, default="intra_batch", help="EKFAC's estimator")
     parser.add_argument("--decay", type=share, help=f"weight of the past in {' and '.join(AVERAGES)} (default {DECAY})")
     parser.add_argument("--damping", type=positive, help="added to the second moment")
+    parser.add_argument("--exponent", type=negative, help="of it: -1 is the natural gradient, -0.5 an Adam-like step")
     parser.add_argument("--basis-every", type=count, help="steps from one eigenbasis to the next")
     parser.add_argument("--lr", type=positive, help="learning rate of EKFAC")
     parser.add_argument("--momentum", type=share, help="heavy-ball momentum on the natural gradient")
@@ -52,9 +53,12 @@ def add(commands: Any) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The defaults of the data and the model, with the options that were given in their place."""
+    """The defaults of data, model and second moment, with the options that were given in their place."""
     given = {name: getattr(options, name) for name in Settings._fields if getattr(options, name) is not None}
-    return DEFAULTS[options.data, options.model]._replace(**given)
+    default = DEFAULTS[options.data, options.model]
+    if options.second_moment == "kfac" and default.exponent != -1:
+        default = default._replace(**KFAC)
+    return default._replace(**given)
 
 
 def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:

@@ -53,6 +53,7 @@ def compare(
             lr=s.lr,
             momentum_decay=s.momentum,
             damping=s.damping,
+            exponent=s.exponent,
             basis_every=s.basis_every,
             second_moment=SECOND_MOMENTS[second_moment](decay),
             compiled=compiled,

@@ -84,11 +84,18 @@ class NaturalGradient:
         lr: float,
         momentum_decay: float,
         damping: float,
+        exponent: float,
         basis_every: int,
         second_moment: SecondMoment,
         compiled: bool = False,
     ) -> None:
-        self._ekfac = ekfac(loss_of(task), damping=damping, basis_every=basis_every, second_moment=second_moment)
+        self._ekfac = ekfac(
+            loss_of(task),
+            damping=damping,
+            exponent=exponent,
+            basis_every=basis_every,
+            second_moment=second_moment,
+        )
         self._precondition = (
             torch.compile(self._ekfac.precondition, fullgraph=True) if compiled else self._ekfac.precondition
         )
