@@ -88,6 +88,7 @@ def test_every_second_moment_trains_and_divergence_is_reported(
     train_here(*options, "--second-moment", name, out=tmp_path)
     output = capsys.readouterr().out
     assert losses(output)["EKFAC"][-1] < losses(output)["EKFAC"][0]
+    assert f"exponent {-1 if name == 'kfac' else -0.5}" in output
     assert "SGD stopped: its loss is not finite" in output
 
 
