@@ -93,12 +93,12 @@ class Arrivals:
 
 def _check_term(term: Any, planned: Tapped) -> None:
     """What a rule made of a call: a term on the axes that it named."""
-    if not isinstance(term, Factored | OneHot):
+    if isinstance(term, OneHot):
+        return
+    if not isinstance(term, Factored):
         raise TypeError(
             f"the rule of a call of {planned.weight!r} gave a {type(term).__name__}: let its term return Factored(a, g)"
         )
-    if isinstance(term, OneHot):
-        return
     b, o, i = (window.length for window in planned.windows)
     a, g = tuple(term.a.shape), tuple(term.g.shape)
     if len(a) != 5 or len(g) != 4 or a[:3] != g[:3] or (a[1], a[3], g[3]) != (b, i, o):

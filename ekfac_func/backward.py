@@ -85,7 +85,7 @@ class _Marks(torch.autograd.Function):
 
 
 def _marked(starts: list[Tensor], fixed: Params) -> Params:
-    """Outside of graphs, whose loss takes one path."""
+    """The parameters as the loss is given them; as they are in a graph, where it takes the path that was traced."""
     if torch.compiler.is_compiling() or not (starts and fixed):
         return fixed
     return dict(zip(fixed, _Marks.apply(starts[0], tuple(fixed), *fixed.values()), strict=True))
@@ -205,17 +205,17 @@ def looped(
         return probed(_taps(outputs.__setitem__, start), _marked([start], fixed), free, example)
 
     leaves = pytree.tree_leaves((free, examples))
-    before = draws(leaves)
+    before = None if randomness == "different" else draws(leaves)
     parts = []
     for k in range(n):
-        if randomness == "same":
+        if before is not None and randomness == "same":
             before.repeat()
         # a copy, for discovery may not have seen whether the loss changes it in place
         example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)
         outputs = arrivals.probes()
         dense, run = _freed(functools.partial(of_one, outputs), free, example, lambda inputs: None)
         parts.append((outputs, dense, run))
-    if randomness == "error" and before.followed(leaves):
+    if before is not None and randomness == "error" and before.followed(leaves):
         raise RuntimeError(
             "loss_fn draws random numbers, which randomness='error' refuses: give 'same' or 'different', or draw "
             "before the call"
