@@ -219,6 +219,7 @@ def ekfac(
     if not callable(damping):
         check_positive("damping", damping)
     check_exponent("exponent", exponent)
+    power = exponent.detach() if isinstance(exponent, Tensor) else exponent
     check_count("basis_every", basis_every)
     check_count("moment_every", moment_every)
     check_decay("factor_decay", factor_decay)
@@ -406,12 +407,12 @@ def ekfac(
         natural_in = {}
         for name, layer in layers.items():
             sizes = in_span(layer.sizes, spans[name])
-            M = rescaled(slopes[name], updated[name], bases[name], dampings[name], exponent, sizes)
+            M = rescaled(slopes[name], updated[name], bases[name], dampings[name], power, sizes)
             natural_in[name] = expand_span(M, spans[name])
             if fisher.loss is not None and spans[name] != (None, None):  # whose gradient lies outside of the span too
                 G = slopes[name].gradient
                 rest = G - expand_span(into_span(G, spans[name]), spans[name])
-                natural_in[name] = natural_in[name] + rest * dampings[name] ** exponent
+                natural_in[name] = natural_in[name] + rest * dampings[name] ** power
 
         new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
         new = out_of_spans(new, state, turn.chosen)

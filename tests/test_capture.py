@@ -640,7 +640,7 @@ def test_an_index_that_is_not_there_from_now_on() -> None:
     for at.index in (1, -4):
         close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
     for at.index in (4, -5):
-        with pytest.raises(IndexError):
+        with pytest.raises((IndexError, RuntimeError)):  # RuntimeError: of torch 2.11
             per_example_gradients(loss_fn, params, batch)
 
 
