@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
-from .backward import Probe, Run, StalePlan, batched, each, looped, summed
+from .backward import Probe, Probed, Run, StalePlan, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode, check_loss
-from .discovery import DATA_DEPENDENT, Options, Plan, plan, without_gradient
+from .discovery import DATA_DEPENDENT, Options, Plan, Way, plan, without_gradient
 from .layout import spec
 from .modes import Draws, draws, no_autocast, transformed, undrawn
 from .refusals import refuse
@@ -147,7 +147,7 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
     """What `capture` would return, of tensors without values where the loss looks at none."""
     owned = own(params)
     found = plan(loss_fn, owned, batch, options)
-    if found.looped:
+    if found.way is Way.LOOPED:
         n = pytree.tree_leaves(batch)[0].shape[0]
         none: dict[str, Terms] = {}
         for layer in found.layers:
@@ -184,13 +184,13 @@ def _retried(
     try:
         return *tapped(found), found
     except RuntimeError as error:
-        if options.batched or found.looped:
+        if found.way in (Way.BATCHED, Way.LOOPED):
             raise
         of_vmap = str(error).startswith("vmap: ")
-        if of_vmap and not found.nested:
-            found = found._replace(nested=True, open=False)
+        if of_vmap and found.way is Way.SUMMED:
+            found = found._replace(way=Way.EACH, open=False)
         elif any(said in str(error) for said in UNMAPPED) or (of_vmap and options.randomness != "error"):
-            found = found._replace(looped=True, open=False)
+            found = found._replace(way=Way.LOOPED, open=False)
         else:
             raise
     before.repeat()
@@ -210,19 +210,17 @@ def _deciding(seen: Sequence[Any]) -> list[Any]:
     return [entry for entry in seen if len(entry) > 2]
 
 
-def _tapped(
-    found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
-) -> tuple[Folded, list[Any]]:
-    layers = {layer.weight: layer for layer in found.layers}
-    tapped = {call.weight for call in found.calls}
-    owned = tapped | {layers[weight].bias for weight in tapped}
-    fixed = {name: p for name, p in params.items() if name in owned}
-    free = {name: p for name, p in params.items() if name not in owned}
+WAYS = {Way.SUMMED: summed, Way.EACH: each, Way.LOOPED: looped, Way.BATCHED: batched}
+
+
+def _watched(
+    found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, options: Options, device: torch.device
+) -> tuple[Probed, list[Any], list[list[Any]]]:
+    """The loss under the tap; the list in which a run leaves its calls; and that of the ways that the runs took."""
     compiling = torch.compiler.is_compiling()
     of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
     instead = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
-    device = pytree.tree_leaves(batch)[0].device
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
 
@@ -304,7 +302,20 @@ def _tapped(
         loss, aux = check_loss(loss, options.has_aux, n)
         return loss, Run(loss, aux, [call.input for call in calls])
 
-    run = batched if options.batched else looped if found.looped else each if found.nested else summed
+    return probed, calls, ways
+
+
+def _tapped(
+    found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
+) -> tuple[Folded, list[Any]]:
+    layers = {layer.weight: layer for layer in found.layers}
+    tapped = {call.weight for call in found.calls}
+    owned = tapped | {layers[weight].bias for weight in tapped}
+    fixed = {name: p for name, p in params.items() if name in owned}
+    free = {name: p for name, p in params.items() if name not in owned}
+    device = pytree.tree_leaves(batch)[0].device
+    probed, calls, ways = _watched(found, loss_fn, params, options, device)
+    run = WAYS[found.way]
     read = begin(layers)
     kept: dict[str, Any] = {}
 
@@ -315,7 +326,7 @@ def _tapped(
 
     chunks = _chunks(batch, options.chunk_size)
     repeated = options.randomness == "same" and len(chunks) > 1 and not options.batched
-    if repeated and compiling:
+    if repeated and torch.compiler.is_compiling():
         raise ValueError(
             f"chunk_size={options.chunk_size!r} with randomness='same' in a compiled step, where its chunks would draw "
             "other numbers: leave one of them out"

@@ -35,11 +35,12 @@ from .subspace import (
     assembled,
     gradient_squares,
     incomplete,
+    outside_of_table,
     outside_squares,
     sample_squares,
     single_sums,
 )
-from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, outside
+from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, outside
 
 
 def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
@@ -48,68 +49,52 @@ def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Su
     how: by default the cheapest order.
     """
     how = contraction(terms, basis) if how is None else how
-    if not incomplete(basis):
-        return _inside_sums(terms, basis, how)
-    match terms:
-        case (Factored() as term,) if how.order is Order.ONE_POSITION:
-            return Sums(gradient(terms), *single_sums(term.g, term.inputs, basis))
-        case (Factored() as term,) if how.order in FORMED:
-            return _formed_sums(term, basis, how, around=True)
-    total, projected, square = _inside_sums(terms, basis, how)
-    assert square is not None
-    return Sums(total, projected, square + outside_squares(terms, basis))
-
-
-def _inside_sums(terms: Terms, basis: Basis, how: Contraction) -> Sums:
     match terms:
         case (OneHot() as table,):
             return Sums(gradient(terms), *_table_sums(table, basis))
         case (Factored() as factored, OneHot() as table):
             return Sums(gradient(terms), *_tied_sums(factored, table, basis, how))
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
-            a, g = project_inputs(term.inputs, basis), project_outputs(term.g, basis)
-            return Sums(gradient(terms), add_up(g, a), add_up(g.square(), a.square()))
+            return Sums(gradient(terms), *single_sums(term.g, term.inputs, basis))
         case (Factored() as term,) if how.order is Order.KERNEL:
             projected, square = _kernel_sums(term, basis)
             return Sums(_turned_back(projected, term, basis), projected, square)
         case (Factored() as term,) if how.order in FORMED:
             return _formed_sums(term, basis, how)
     total = gradient(terms)
-    return Sums(total, into_basis(total, basis), _inside_squares(terms, basis, how))
+    return Sums(total, into_basis(total, basis), exact_squares(terms, basis, how))
 
 
 def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) -> Tensor:
     """The sum over the examples of the square of G in the basis, `[b O I k]`: that of `exact_sums`, by itself."""
     how = contraction(terms, basis) if how is None else how
-    if not incomplete(basis):
-        return _inside_squares(terms, basis, how)
-    match terms:
-        case (Factored() as term,) if how.order is Order.ONE_POSITION:
-            return single_sums(term.g, term.inputs, basis)[1]
-        case (Factored() as term,) if how.order in FORMED:
-            return _formed_square(term, basis, how, around=True)
-    return _inside_squares(terms, basis, how) + outside_squares(terms, basis)
-
-
-def _inside_squares(terms: Terms, basis: Basis, how: Contraction) -> Tensor:
     match terms:
         case (OneHot() as table,):
             return _table_sums(table, basis)[1]
         case (Factored() as factored, OneHot() as table):
             return _tied_sums(factored, table, basis, how)[1]
+        case (Factored() as term,) if how.order is Order.ONE_POSITION:
+            return _single_square(term, basis)
+        case (Factored() as term,) if how.order is Order.KERNEL:
+            return _kernel_sums(term, basis)[1]
+        case (Factored() as term,) if how.order is Order.PAIRS:
+            return _with_outside(_pair_squares(term, basis, how), terms, basis)
         case (Factored() as term,):
-            match how.order:
-                case Order.ONE_POSITION:
-                    h, x = project_outputs(term.g, basis), project_inputs(term.inputs, basis)
-                    return add_up(_squared(h, basis.Q_B), _squared(x, basis.Q_A))
-                case Order.KERNEL:
-                    return _kernel_sums(term, basis)[1]
-                case Order.PAIRS:
-                    return _pair_squares(term, basis, how)
             return _formed_square(term, basis, how)
         case (Dense(G=G),):
-            return _dense_squares(G, basis, how)
+            return _with_outside(_dense_squares(G, basis, how), terms, basis)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
+
+
+def _with_outside(square: Tensor, terms: Terms, basis: Basis) -> Tensor:
+    return square + outside_squares(terms, basis) if incomplete(basis) else square
+
+
+def _single_square(term: Factored, basis: Basis) -> Tensor:
+    if incomplete(basis):
+        return single_sums(term.g, term.inputs, basis)[1]
+    h, x = project_outputs(term.g, basis), project_inputs(term.inputs, basis)
+    return add_up(_squared(h, basis.Q_B), _squared(x, basis.Q_A))
 
 
 def _squared(turned: Tensor, Q: Side) -> Tensor:
@@ -119,14 +104,11 @@ def _squared(turned: Tensor, Q: Side) -> Tensor:
 
 def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
     g, a = term.g, term.inputs
-    h = _in_columns(g, basis.Q_B) if _is_plain(g, basis.Q_B) else project_outputs(g, basis)
-    x = _in_columns(a[..., 0], basis.Q_A)[..., None] if _is_plain(a, basis.Q_A) else project_inputs(a, basis)
-    return kernels.projected_sums(h, x)
-
-
-def _is_plain(t: Tensor, Q: Side) -> bool:
-    """Whether samples `[n b s d k]` or `[n b s d]` are one matrix of each example, and the side is one that turns."""
-    return isinstance(Q, Tensor) and Q.dim() == 3 and t.shape[1] == t.shape[4:].numel() == 1 and Q.shape[-1] > 1
+    of_B, of_A = is_matrix(basis.Q_B) and g.shape[1] == 1, is_matrix(basis.Q_A) and a.shape[1] == a.shape[4] == 1
+    h = _in_columns(g, basis.Q_B) if of_B else project_outputs(g, basis)
+    x = _in_columns(a[..., 0], basis.Q_A)[..., None] if of_A else project_inputs(a, basis)
+    projected, square = kernels.projected_sums(h, x)
+    return projected, _with_outside(square, (term,), basis)
 
 
 def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
@@ -159,17 +141,20 @@ def gradient_sums(terms: Terms, basis: Basis, how: Contraction | None = None) ->
 
 def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     ids, h = _once(table, basis)
-    return add_rows(ids, h, table.size), add_rows(ids, h.square(), table.size)
+    return add_rows(ids, h, table.size), _with_outside(add_rows(ids, h.square(), table.size), (table,), basis)
 
 
 def _tied_sums(factored: Factored, table: OneHot, basis: Basis, how: Contraction) -> tuple[Tensor, Tensor]:
     """A table that is a linear layer too: `sum (F + T)^2`, of which T and the product have a row an id."""
-    projected, square = _inside_sums((factored,), basis, how)[1:]
+    _, projected, square = exact_sums((factored,), basis, how)
     assert square is not None
     ids, h = _once(table, basis)
     turned = Factored(project_inputs(factored.inputs, basis), factored.g)
     cross = 2 * look_up(turned, ids) * h
-    return projected + add_rows(ids, h, table.size), square + add_rows(ids, h.square() + cross, table.size)
+    square = square + add_rows(ids, h.square() + cross, table.size)
+    if incomplete(basis):
+        square = square + outside_of_table(table, basis, factored)
+    return projected + add_rows(ids, h, table.size), square
 
 
 def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
@@ -194,26 +179,26 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     return square.clamp(min=0)  # where positions cancel it is a rounding of their size, of either sign
 
 
-def _formed_sums(term: Factored, basis: Basis, how: Contraction, around: bool = False) -> Sums:
+def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
     """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
     if as_operator(term, basis):
-        return Sums(*_opaque_sums(*_arguments(term, basis, how, around), True))
+        return Sums(*_opaque_sums(*_arguments(term, basis, how), True))
     halves = _halved(term, basis, how)
-    formed, square = _formed_squares(term, halves, how, total=True, around=around)
+    formed, square = _formed_squares(term, halves, how, total=True)
     assert formed is not None
     reordered = halves.fast and "Q_A" in halves.late
     return Sums(_turned_back(formed, term, halves.first, reordered), into_basis(formed, halves.then), square)
 
 
-def _formed_square(term: Factored, basis: Basis, how: Contraction, around: bool = False) -> Tensor:
+def _formed_square(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     if as_operator(term, basis):
-        return _opaque_sums(*_arguments(term, basis, how, around), False)[0]
-    return _formed_squares(term, _halved(term, basis, how), how, around=around)[1]
+        return _opaque_sums(*_arguments(term, basis, how), False)[0]
+    return _formed_squares(term, _halved(term, basis, how), how)[1]
 
 
-def _arguments(term: Factored, basis: Basis, how: Contraction, around: bool) -> tuple[Any, ...]:
+def _arguments(term: Factored, basis: Basis, how: Contraction) -> tuple[Any, ...]:
     assert isinstance(term.a, Patches)
-    return (term.g, *term.a.parts(), *basis, how.order.name, how.block, how.part, around)
+    return (term.g, *term.a.parts(), *basis, how.order.name, how.block, how.part)
 
 
 @torch.library.custom_op("ekfac_func::patch_sums", mutates_args=())
@@ -230,22 +215,21 @@ def _opaque_sums(
     order: str,
     block: int | None,
     part: int | None,
-    around: bool,
     total: bool,
 ) -> list[Tensor]:
     """The three of `_formed_sums` where total, else the square alone; the products of an order depend on no cost."""
     term, basis = Factored(patches_of(x, kernel, stride, dilation, last, apart), g), Basis(Q_A, Q_B)
     how = contraction((term,), basis, Order[order])._replace(block=block, part=part)
     if not total:
-        return [_formed_square(term, basis, how, around).contiguous()]
-    sums = _formed_sums(term, basis, how, around)
+        return [_formed_square(term, basis, how).contiguous()]
+    sums = _formed_sums(term, basis, how)
     G, projected, square = (t.contiguous() for t in sums if t is not None)
     return [G, projected.clone() if projected.data_ptr() == G.data_ptr() else projected, square]
 
 
 @_opaque_sums.register_fake
 def _(g: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    *geometry, Q_A, Q_B, _, _, _, _, total = rest
+    *geometry, Q_A, Q_B, _, _, _, total = rest
     _, b, _, i, k = patches_of(x, *geometry).shape
     columns = (d if Q.shape[-1] == 1 else Q.shape[1:-2].numel() * Q.shape[-1] for d, Q in ((g.shape[3], Q_B), (i, Q_A)))
     square = g.new_empty(b, *columns, k)
@@ -256,9 +240,9 @@ _opaque_sums.register_vmap(one_by_one(_opaque_sums))
 
 
 def _formed_squares(
-    term: Factored, halves: Halves, how: Contraction, total: bool = False, around: bool = False
+    term: Factored, halves: Halves, how: Contraction, total: bool = False
 ) -> tuple[Tensor | None, Tensor]:
-    """The sum of G[n] as it is formed, if wanted, and that of its square in the basis; around: and outside of it.
+    """The sum of G[n] as it is formed, if wanted, and that of its square in the basis and outside of it.
 
     What is outside follows from the samples where a side with a complement is projected early, else from G[n].
 
@@ -267,8 +251,8 @@ def _formed_squares(
     """
     g, a = term.g, term.a
     first, then, late, fast, whole, convolved = halves
-    of_samples = around and incomplete(first)
-    of_G = around and incomplete(then) and not of_samples
+    of_samples = incomplete(first)
+    of_G = incomplete(then) and not of_samples
     entries = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
     by_itself = not convolved and entries * g.element_size() > CACHE_BYTES  # the sum: G is not read again for it
     formed, square = None, None

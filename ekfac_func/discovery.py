@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -66,14 +67,22 @@ def checked_options(rules: Rules, randomness: str, chunk_size: int | None, has_a
     return Options(rules, randomness, chunk_size, has_aux, batched)
 
 
+class Way(enum.Enum):
+    """How the loss is differentiated; the names are the functions of `backward.py`."""
+
+    SUMMED = "the gradient of the sum of vmap(loss)"
+    EACH = "vmap(grad): the loss calls torch.autograd.grad, or a function that vmap knows only there"
+    LOOPED = "one example after another: vmap cannot run the loss"
+    BATCHED = "the batch as it is"
+
+
 class Plan(NamedTuple):
     """What a capture taps. Constants only."""
 
     layers: tuple[Layer, ...]
     calls: tuple[Tapped, ...]  # in the order of the loss
-    nested: bool  # vmap(grad) as it is: the loss calls torch.autograd.grad, or a function that vmap knows only there
-    open: bool  # no loss of `batching.OPEN` stands inside a transform of the user's own
-    looped: bool = False  # vmap cannot run the loss: a function for which it has no rule, a branch on values
+    way: Way
+    open: bool = False  # no loss of `batching.OPEN` stands inside a transform of the user's own
 
 
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -125,11 +134,11 @@ def _discover(
         if batched:
             return _of_batches(param_specs, run, 3, 5)
         found = run(None)
-        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), nested=False, open=not found.nested)
+        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.SUMMED, open=not found.nested)
     except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
         if not batched:
             layers = _unread(param_specs, "a branch on the values of tensors")
-            return Plan(layers, (), nested=False, open=False, looped=True)
+            return Plan(layers, (), Way.LOOPED)
         if values is None:
             raise ValueError(
                 "loss_fn with batched=True looks at values, which a compiled step does not have: compute with tensors, "
@@ -142,7 +151,7 @@ def _discover(
             raise ValueError(
                 "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
-        return Plan(_unread(param_specs, "torch.autograd.grad"), (), nested=True, open=False)
+        return Plan(_unread(param_specs, "torch.autograd.grad"), (), Way.EACH)
     except _WithoutContext:
         if batched:
             raise ValueError(
@@ -150,7 +159,7 @@ def _discover(
                 "give it a setup_context, or leave batched out for a loop over the examples"
             ) from None
         layers = _unread(param_specs, "an autograd.Function without setup_context")
-        return Plan(layers, (), nested=False, open=False, looped=True)
+        return Plan(layers, (), Way.LOOPED)
     except RuntimeError:
         if not batched or values is None:
             raise
@@ -181,7 +190,7 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
             places[use.at] = place
     if skip:  # those calls are differentiated as they are
         one = run(few, skip)
-    return Plan(*arrange(param_specs, one, [places[use.at] for use in one.uses]), nested=False, open=False)
+    return Plan(*arrange(param_specs, one, [places[use.at] for use in one.uses]), Way.BATCHED)
 
 
 DATA: Any = Tensor.data

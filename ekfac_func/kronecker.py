@@ -45,6 +45,7 @@ from .types import (
     Side,
     Term,
     Terms,
+    is_matrix,
     outside,
 )
 
@@ -383,11 +384,6 @@ def _turn(x: Tensor, Q: Tensor, equation: str, axis: int) -> Tensor:
     return y.flatten(axis - 1, axis)
 
 
-def _is_matrix(M: Tensor, Q: Tensor) -> bool:
-    """Whether `[... b o i k]` is one matrix of each example, and the side one that `matmul` takes as it is."""
-    return Q.dim() == 3 and Q.shape[0] == M.shape[-1] == 1 and Q.shape[-1] > 1
-
-
 class Transposed(NamedTuple):
     """`Q^T` of a compact side."""
 
@@ -450,7 +446,7 @@ def turn_inputs(M: Tensor, Q: Side | Transposed) -> Tensor:
     """`M Q_A`: `[... b o i k]` to `[... b o I k]`; inputs `[n b s i k]` alike. Of a compact side k is 1."""
     if isinstance(Q, Reflections | Transposed):
         return _reflected(M[..., 0], Q)[..., None]
-    if _is_matrix(M, Q):
+    if is_matrix(Q) and Q.shape[0] == M.shape[-1] == 1:
         return rotate(M[..., 0], Q[0])[..., None]
     return _turn(M, Q, "...bomdk,bmdD->...bomDk", -2)
 
@@ -459,7 +455,7 @@ def turn_outputs(M: Tensor, Q: Side | Transposed) -> Tensor:
     """`Q_B^T M`: `[... b o i k]` to `[... b O i k]`."""
     if isinstance(Q, Reflections | Transposed):
         return _reflected_columns(M[..., 0], Q)[..., None]
-    if _is_matrix(M, Q):
+    if is_matrix(Q) and Q.shape[0] == M.shape[-1] == 1:
         return outer(Q, M[..., 0])[..., None]
     return _turn(M, Q, "...bmdik,bmdD->...bmDik", -3)
 

@@ -32,9 +32,8 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """A rule for `vmap` of an operator that is called for each entry of the axis."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        def at(k: int) -> list[Any]:
-            pairs = zip(args, in_dims, strict=True)
-            return [t.select(dim, k) if isinstance(t, Tensor) and dim is not None else t for t, dim in pairs]
+        def at(k: int) -> Any:
+            return pytree.tree_map(lambda t, dim: t if dim is None else t.select(dim, k), args, tuple(in_dims))
 
         found = pytree.tree_map(lambda *t: torch.stack(t), *(operator(*at(k)) for k in range(info.batch_size)))
         return found, pytree.tree_map(lambda _: 0, found)

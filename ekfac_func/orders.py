@@ -30,7 +30,7 @@ from .blocking import MAX_BYTES, NOMINAL_N, fitting, nominal
 from .checks import check_count
 from .modes import opaque
 from .patches import Patches
-from .types import Basis, Dense, Factored, OneHot, Side, Terms, constants, outside, turns
+from .types import Basis, Dense, Factored, OneHot, Terms, constants, is_matrix, outside, turns
 
 
 class Order(enum.Enum):
@@ -221,13 +221,9 @@ class Sizes(NamedTuple):
 
 def _sizes(term: Factored, basis: Basis) -> Sizes:
     b, s, i, k = term.a.shape[1:]
-    (A, matrix_A, rest_A), (B, matrix_B, rest_B) = ((turns(Q), _is_whole(Q), outside(Q) > 0) for Q in basis)
+    (A, matrix_A, rest_A), (B, matrix_B, rest_B) = ((turns(Q), is_matrix(Q), outside(Q) > 0) for Q in basis)
     unwritten, itemsize = isinstance(term.a, Patches), term.g.element_size()
     return Sizes(b, s, i, k, term.g.shape[3], A, B, matrix_A, matrix_B, rest_A, rest_B, unwritten, itemsize)
-
-
-def _is_whole(Q: Side) -> bool:
-    return isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] > 1
 
 
 @torch.compiler.assume_constant_result

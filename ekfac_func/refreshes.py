@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import check_count
 from .kronecker import formed
-from .modes import where
+from .modes import one_by_one, where
 from .products import outer
 from .types import Basis, Factor, Factors, Gram, Layer, Means, Reflections, Side, outside
 
@@ -440,26 +440,7 @@ def _(factors: Sequence[Tensor], old: Sequence[Tensor], tolerance: float) -> lis
     return [torch.empty_like(C, memory_format=torch.contiguous_format) for C in factors]
 
 
-@eigenvectors_where_due.register_vmap
-def _(
-    info: object,
-    in_dims: tuple[list[int | None], list[int | None], None],
-    factors: Sequence[Tensor],
-    old: Sequence[Tensor],
-    tolerance: float,
-) -> tuple[list[Tensor], list[int | None]]:
-    pairs, out_dims = [], list[int | None]()
-    for C, Q, *dims in zip(factors, old, *in_dims[:2], strict=True):
-        batched = [(t, dim) for t, dim in zip((C, Q), dims, strict=True) if dim is not None]
-        if batched:
-            size = batched[0][0].shape[batched[0][1]]
-            C, Q = (
-                t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-                for t, dim in zip((C, Q), dims, strict=True)
-            )
-        pairs.append((C, Q))
-        out_dims.append(0 if batched else None)
-    return eigenvectors_where_due([C for C, _ in pairs], [Q for _, Q in pairs], tolerance), out_dims
+eigenvectors_where_due.register_vmap(one_by_one(eigenvectors_where_due))
 
 
 @torch.library.custom_op("ekfac_func::householder", mutates_args=())

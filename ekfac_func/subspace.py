@@ -50,9 +50,7 @@ def outside_squares(terms: Terms, basis: Basis) -> Tensor:
         case (Factored() as term,):
             return _of_samples(term.g, term.inputs, basis)
         case (OneHot() as table,):
-            return _of_table(table, basis)
-        case (Factored() as factored, OneHot() as table):
-            return _of_samples(factored.g, factored.inputs, basis) + _of_table(table, basis, factored)
+            return outside_of_table(table, basis)
         case (Dense(G=G),):
             return _of_gradients(G, basis)
     raise AssertionError(f"no complement for {[type(term).__name__ for term in terms]}")
@@ -85,7 +83,7 @@ def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     return add_up(g_O, a_I), add_up(h, x)
 
 
-def _of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Tensor:
+def outside_of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Tensor:
     """Of ids, whose side is diagonal; with the product with another term that is added to them."""
     c = outside(basis.Q_A)
     once = coalesce(table)

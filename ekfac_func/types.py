@@ -167,6 +167,11 @@ def turns(Q: Side) -> int:
     return 2 * Q.E.shape[-1] if isinstance(Q, Reflections) else Q.shape[-1] if Q.shape[-1] > 1 else 0
 
 
+def is_matrix(Q: Side) -> bool:
+    """Whether a side is one matrix: neither reflections nor blocks, nor left in its own coordinates."""
+    return isinstance(Q, Tensor) and Q.dim() == 3 and Q.shape[-1] > 1
+
+
 class Sums(NamedTuple):
     """What the batch says of one layer: sums over examples, or after one division their means."""
 
