@@ -24,10 +24,10 @@ from .arrivals import Arrivals, output_shape
 from .backward import Probe, Probed, Run, StalePlan, batched, each, looped, summed
 from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode, check_loss
-from .discovery import DATA_DEPENDENT, Options, Plan, Way, plan, without_gradient
+from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .layout import spec
 from .modes import Draws, draws, no_autocast, transformed, undrawn
-from .refusals import refuse
+from .refusals import refuse, refuse_changed
 from .rules import RULES
 from .tap import Tap, beneath, name_of, readings, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, statistics_dtype
@@ -134,7 +134,8 @@ def fold(
 
 KEPT = (
     "loss_fn used a tensor that it had kept since its layers were found, on tensors without values, as a module does "
-    "that fills a cache in its first call: fill it before, by a call of the model as it is"
+    "that fills a cache in its first call: empty the cache, or make the model anew, and call the model once as it is "
+    "before its loss comes here"
 )
 
 
@@ -205,6 +206,13 @@ def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]
             yield of_param, leaf.shape, leaf.stride(), leaf.storage_offset()
 
 
+def _innermost(t: Tensor) -> Tensor:
+    """Without the wrappers of transforms: its version counts the changes in place."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def _deciding(seen: Sequence[Any]) -> list[Any]:
     """What a plan depends on: the calls that were given parameters, and how layers were read."""
     return [entry for entry in seen if len(entry) > 2]
@@ -232,11 +240,14 @@ def _watched(
         by_id = {} if compiling else {id(p): (name, 0) for p, name in known}
         counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
+        inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             if not compiling:
                 seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
             refuse(func, args, kwargs, params, options.batched)
+            if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
+                return True
             output = (
                 NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, options.batched)
             )
@@ -282,6 +293,8 @@ def _watched(
                 )
             if not compiling:
                 seen.append((read.letters, read.split, bias, read.table, output.dtype))
+                own = map(_innermost, pytree.tree_leaves(read.input))
+                inputs.extend((planned.weight, x, x._version) for x in own)
             calls.append(with_ids(read, picks) if planned.picked else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())
@@ -293,6 +306,7 @@ def _watched(
                 f"the loss called {len(calls)} layers where discovery saw {len(found.calls)}: let the loss call the "
                 "same layers whatever device, mode or values it meets"
             )
+        refuse_changed([], inputs, [])
         ways.append(seen)
         if found.calls and _deciding(seen) != _deciding(ways[0]):
             raise StalePlan(

@@ -134,7 +134,15 @@ def _discover(
         if batched:
             return _of_batches(param_specs, run, 3, 5)
         found = run(None)
-        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.SUMMED, open=not found.nested)
+        for name in found.asked_of if values is None else ():
+            if name:
+                raise ValueError(
+                    f"loss_fn asks whether params[{name!r}] requires a gradient, to which a compiled step has another "
+                    "answer: decide it before the call, by what the loss closes over"
+                )
+        # under `vmap` an activation says that it requires a gradient within `grad` alone
+        way, is_open = (Way.EACH, False) if found.asked_of else (Way.SUMMED, not found.nested)
+        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), way, is_open)
     except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
         if not batched:
             layers = _unread(param_specs, "a branch on the values of tensors")
@@ -193,7 +201,10 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
     return Plan(*arrange(param_specs, one, [places[use.at] for use in one.uses]), Way.BATCHED)
 
 
-DATA: Any = Tensor.data
+DATA, REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("data", "requires_grad", "grad_fn"))
+ASKS = frozenset({REQUIRES_GRAD, GRAD_FN, Tensor.register_hook, Tensor.retain_grad})
+"""What a loss asks a tensor, or does to it, because it is differentiated."""
+
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
@@ -246,13 +257,22 @@ def _run(
         params = filled(dict(param_specs)) if values is None else values[0]
         with torch.autograd.set_detect_anomaly(False):  # which would look for NaN in tensors without values
             torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
-    if not watch.reached and not watch.of_uses and values is None:
+    if not watch.reached and not watch.reached_uses and values is None:
         raise ValueError(
             "loss_fn returned a loss that does not depend on params, as autograd sees it: its gradient would be zero. "
             "Compute it from the tensors of params, as functional_call(net, params, ...) does, without detach() and "
             "torch.no_grad() in between"
         )
-    return Observed(watch.uses, watch.reached, watch.hidden_by, watch.nested, watch.picked.calls, watch.picked.asked)
+    uses = _differentiated(watch.uses, watch.reached_uses)
+    return Observed(
+        uses, watch.reached, watch.hidden_by, watch.nested, watch.asked_of, watch.picked.calls, watch.picked.asked
+    )
+
+
+def _differentiated(uses: list[Use], reached: set[int]) -> list[Use]:
+    """Without calls that no gradient reaches, as under `torch.no_grad`: of a weight with others they are no samples."""
+    weights = {uses[k].weight for k in reached}
+    return [use for k, use in enumerate(uses) if k in reached or use.weight not in weights]
 
 
 @contextlib.contextmanager
@@ -277,17 +297,18 @@ class _Watch:
         self.picked = Picked()
         self.picks: list[tuple[Tensor, Tensor]] = []  # parameters by ids
         self.reached: set[str] = set()
-        self.of_uses: set[str] = set()  # not empty where the loss depends on a use
+        self.reached_uses: set[int] = set()  # by their places in `uses`
         self.hidden_by: dict[str, dict[str, None]] = {}
         self.mutations: list[RuntimeError] = []
         self.nested = False
+        self.asked_of: set[str] = set()
         self.counted = 0  # calls of functions that have a rule
 
     def begin(self, params: Params, zero: Tensor) -> Params:
         """The parameters that the loss is to be given, within the transform that differentiates it."""
         self.level = depth()
         self.params = {name: _Mark.apply(p, name, self.reached) for name, p in params.items()}
-        self.zero = _Mark.apply(zero, "", self.of_uses)
+        self.zero = zero
         # by the id of a tensor, which is held so that no id is reused, and its version: a changed copy is no view
         self.known = {id(p): (p, p._version, views.whole(name, p.shape)) for name, p in self.params.items()}
         self.given = [(name, p, p._version) for name, p in self.params.items()]
@@ -300,6 +321,9 @@ class _Watch:
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
         self.picked.enter(func)
+        if func in ASKS:
+            asked = self.view_of(args[0])
+            self.asked_of.add("" if asked is None else asked.name)
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise _SecondOrder
         inner = depth() != self.level
@@ -324,7 +348,7 @@ class _Watch:
                 return output
         self.note(func, (args, kwargs), why)
         output = self.call(func, args, kwargs)
-        view = self.view_of(args[0]) if func == DATA.__get__ else None
+        view = self.view_of(args[0]) if func == DATA else None
         if view is not None:  # the same memory, with a version of its own
             self.given.append((view.name, output, output._version))
         return output
@@ -362,7 +386,7 @@ class _Watch:
                 )
             )
             self.inputs.extend((view.name, x, x._version) for x in leaves)
-            return output + self.zero.to(output)
+            return output + _Mark.apply(self.zero, len(self.uses) - 1, self.reached_uses).to(output)
         return NotImplemented
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -410,12 +434,12 @@ def _has_twice(given: Any, inputs: Any, p: Tensor) -> bool:
 
 
 class _Mark(torch.autograd.Function):
-    """The identity, which notes the name of a parameter that a gradient reaches."""
+    """The identity, which notes the name of a parameter, or the place of a use, that a gradient reaches."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(p: Tensor, name: str, reached: set[str]) -> Tensor:
+    def forward(p: Tensor, name: str | int, reached: set[str | int]) -> Tensor:
         return p.view_as(p)
 
     @staticmethod

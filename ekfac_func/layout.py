@@ -90,7 +90,8 @@ class Observed(NamedTuple):
     uses: list[Use]
     reached: set[str]  # parameters with a path to the loss beside their uses
     hidden_by: dict[str, dict[str, None]]  # the functions without a rule that took a parameter
-    nested: bool
+    nested: bool  # a function of `batching.OPEN` stood inside a transform of the loss's own
+    asked_of: set[str]  # parameters that the loss asked whether they are differentiated; "" of any other tensor
     picked: set[int]  # calls on rows that values picked
     asked: dict[int, int]  # by call, how many truths the loss read before
 

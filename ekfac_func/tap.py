@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _len_torch_function_stack
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.backends import mha
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
@@ -30,7 +32,7 @@ class Tap(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.data_ptr:
             return _address(args[0])
-        return self.handle(plain(func), args, kwargs or {})
+        return self.handle(*as_function(func, args, kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -93,11 +95,77 @@ def unfused() -> Iterator[None]:
         mha._is_fastpath_enabled = enabled
 
 
-def plain(func: Any) -> Any:
-    """The function that a Python method of a tensor stands for: Dynamo cannot trace those under a function mode."""
-    if func is torch.Tensor.unflatten:
-        return torch.unflatten
-    return torch.split if func is torch.Tensor.split else func
+def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """A call by the name that rules and repairs know: of operators, as in modules of `torch.export`, and of methods."""
+    if func in ALIASES:
+        return ALIASES[func], args, kwargs
+    return REORDERED[func](*args, **kwargs) if func in REORDERED else (func, args, kwargs)
+
+
+def _reordered(function: Any, *names: str) -> Any:
+    """To a function of the same arguments in another order, without the choice of cuDNN."""
+
+    def call(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        first = given[names[0]]
+        return function, (first,), {name: given[name] for name in names[1:] if name in given}
+
+    return call
+
+
+def _embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> tuple[Any, Any, Any]:
+    padding = None if padding_idx < 0 else padding_idx
+    return F.embedding, (indices, weight, padding), {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+
+
+def _with_packets(table: dict[Any, Any]) -> dict[Any, Any]:
+    """The operators by themselves too, of which a call picks the overload."""
+    return table | {op.overloadpacket: of_it for op, of_it in table.items() if isinstance(op, OpOverload)}
+
+
+_aten = torch.ops.aten
+_OPERANDS = ("input", "weight", "bias", "running_mean", "running_var")
+ALIASES = _with_packets(
+    {
+        Tensor.unflatten: torch.unflatten,  # Dynamo cannot trace Python methods of a tensor under a function mode
+        Tensor.split: torch.split,
+        _aten.linear.default: F.linear,
+        **{getattr(_aten, f"conv{d}d").default: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
+        **{getattr(_aten, f"conv{d}d").padding: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
+        _aten.conv_transpose1d.default: F.conv_transpose1d,
+        _aten.conv_transpose2d.input: F.conv_transpose2d,
+        _aten.conv_transpose3d.input: F.conv_transpose3d,
+        **{getattr(_aten, name).default: getattr(torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm")},
+        _aten.rms_norm.default: torch.rms_norm,
+        _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+        _aten.select_scatter.default: torch.select_scatter,
+        _aten.as_strided.default: torch.as_strided,
+    }
+)
+REORDERED = _with_packets(
+    {
+        **dict.fromkeys((torch.embedding, _aten.embedding.default), _embedding),
+        **dict.fromkeys(
+            (torch.batch_norm, _aten.batch_norm.default),
+            _reordered(F.batch_norm, *_OPERANDS, "training", "momentum", "eps"),
+        ),
+        **dict.fromkeys(
+            (torch.instance_norm, _aten.instance_norm.default),
+            _reordered(F.instance_norm, *_OPERANDS, "use_input_stats", "momentum", "eps"),
+        ),
+        **dict.fromkeys(
+            (torch.layer_norm, _aten.layer_norm.default),
+            _reordered(F.layer_norm, "input", "normalized_shape", "weight", "bias", "eps"),
+        ),
+        **dict.fromkeys(
+            (torch.group_norm, _aten.group_norm.default),
+            _reordered(F.group_norm, "input", "num_groups", "weight", "bias", "eps"),
+        ),
+    }
+)
+"""From the arguments of an operator to a function, its arguments and keywords."""
 
 
 def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
