@@ -26,7 +26,7 @@ from .batching import EXACT, OPEN, OPEN_LAYERS
 from .checks import check_inference_mode, check_loss
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .layout import spec
-from .modes import Draws, draws, no_autocast, transformed, undrawn
+from .modes import Draws, draws, innermost, no_autocast, transformed, undrawn
 from .refusals import refuse, refuse_changed
 from .rules import RULES
 from .tap import Tap, beneath, name_of, readings, traced, unfused, with_ids
@@ -206,13 +206,6 @@ def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]
             yield of_param, leaf.shape, leaf.stride(), leaf.storage_offset()
 
 
-def _innermost(t: Tensor) -> Tensor:
-    """Without the wrappers of transforms: its version counts the changes in place."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
-    return t
-
-
 def _deciding(seen: Sequence[Any]) -> list[Any]:
     """What a plan depends on: the calls that were given parameters, and how layers were read."""
     return [entry for entry in seen if len(entry) > 2]
@@ -293,7 +286,7 @@ def _watched(
                 )
             if not compiling:
                 seen.append((read.letters, read.split, bias, read.table, output.dtype))
-                own = map(_innermost, pytree.tree_leaves(read.input))
+                own = map(innermost, pytree.tree_leaves(read.input))
                 inputs.extend((planned.weight, x, x._version) for x in own)
             calls.append(with_ids(read, picks) if planned.picked else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone

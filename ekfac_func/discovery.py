@@ -10,7 +10,7 @@ import contextlib
 import enum
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from . import expansions, views
 from .batching import OPEN
 from .checks import check_count, check_loss, check_randomness
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
-from .modes import undrawn
+from .modes import innermost, undrawn
 from .picked import READS, Picked
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
@@ -125,10 +125,15 @@ def _discover(
 ) -> Plan:
     rules, has_aux, batched = how
 
-    def run(n: int | None, skip: Mapping[int, str] = {}, of: tuple[Params, Batch] | None = None) -> Observed:
+    def run(
+        n: int | None,
+        skip: Mapping[int, str] = {},
+        picking: Collection[int] = (),
+        of: tuple[Params, Batch] | None = None,
+    ) -> Observed:
         loss = functools.partial(loss_fn, *args, **kwargs)
         with undrawn(() if of is None else pytree.tree_leaves(of)):  # the next run takes the same path
-            return _run(loss, param_specs, example[0], rules, has_aux, n, skip, of)
+            return _run(loss, param_specs, example[0], rules, has_aux, n, skip, picking, of)
 
     try:
         if batched:
@@ -183,6 +188,12 @@ def _unread(param_specs: Mapping[str, Spec], why: str) -> tuple[Layer, ...]:
 def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], few: int, more: int) -> Plan:
     """The plan of a batched loss, by runs on two batch sizes: the axes of the examples grow with their number."""
     one, two = run(few), run(more)
+    if len(one.lookups) == len(two.lookups):
+        picking = {k for k, (x, y) in enumerate(zip(one.lookups, two.lookups, strict=True)) if x != y}
+    else:
+        picking = set(range(max(len(one.lookups), len(two.lookups))))
+    if picking:
+        one, two = run(few, picking=picking), run(more, picking=picking)
     if [use.at for use in one.uses] != [use.at for use in two.uses]:
         raise ValueError(
             "loss_fn calls other layers for another batch size or other examples: with batched=True it may not"
@@ -216,14 +227,16 @@ def _run(
     has_aux: bool,
     n: int | None,
     skip: Mapping[int, str],
+    picking: Collection[int],
     values: tuple[Params, Any] | None,
 ) -> Observed:
     """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
 
-    skip: calls that are none of a layer, and why.
+    skip: calls not to treat as a layer's, and why.
+    picking: lookups that are along the examples.
     values: parameters and a batch, for a loss that looks at values, of which it gets n examples.
     """
-    watch = _Watch(rules, n, skip, without_values=values is None)
+    watch = _Watch(rules, n, skip, Picked(picking), without_values=values is None)
 
     def make_examples() -> Any:
         if values is None:
@@ -233,6 +246,7 @@ def _run(
     def observed(params: Params, zero: Tensor) -> Tensor:
         marked = watch.begin(params, zero)
         given = make_examples()  # here, or a change in place would be one of a captured tensor
+        watch.picked.given(pytree.tree_map(innermost, given))
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
             with traced(), unfused(), buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
@@ -253,7 +267,8 @@ def _run(
         refuse_changed(watch.given, watch.inputs, versions)
         return loss if n is None else loss.sum()
 
-    with FakeTensorMode(allow_non_fake_inputs=True) if values is None else watch.picked:
+    without_values = FakeTensorMode(allow_non_fake_inputs=True) if values is None else contextlib.nullcontext()
+    with without_values, contextlib.nullcontext() if n is None else watch.picked:
         params = filled(dict(param_specs)) if values is None else values[0]
         with torch.autograd.set_detect_anomaly(False):  # which would look for NaN in tensors without values
             torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
@@ -265,7 +280,14 @@ def _run(
         )
     uses = _differentiated(watch.uses, watch.reached_uses)
     return Observed(
-        uses, watch.reached, watch.hidden_by, watch.nested, watch.asked_of, watch.picked.calls, watch.picked.asked
+        uses,
+        watch.reached,
+        watch.hidden_by,
+        watch.nested,
+        watch.asked_of,
+        watch.picked.calls,
+        watch.picked.asked,
+        watch.picked.lookups,
     )
 
 
@@ -289,12 +311,14 @@ def _unlogged() -> Iterator[None]:
 class _Watch:
     """What a loss does with its parameters in one run, call by call."""
 
-    def __init__(self, rules: Rules, n: int | None, skip: Mapping[int, str], without_values: bool) -> None:
+    def __init__(
+        self, rules: Rules, n: int | None, skip: Mapping[int, str], picked: Picked, without_values: bool
+    ) -> None:
         self.rules, self.n, self.skip, self.without_values = rules, n, skip, without_values
         self.uses: list[Use] = []
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
-        self.picked = Picked()
+        self.picked = picked
         self.picks: list[tuple[Tensor, Tensor]] = []  # parameters by ids
         self.reached: set[str] = set()
         self.reached_uses: set[int] = set()  # by their places in `uses`

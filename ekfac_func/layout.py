@@ -94,6 +94,7 @@ class Observed(NamedTuple):
     asked_of: set[str]  # parameters that the loss asked whether they are differentiated; "" of any other tensor
     picked: set[int]  # calls on rows that values picked
     asked: dict[int, int]  # by call, how many truths the loss read before
+    lookups: list[int]  # by ids that come from the batch: along how many entries
 
 
 def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Window]] | None:

@@ -18,6 +18,13 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def innermost(t: Tensor) -> Tensor:
+    """Without the wrappers of transforms: what has memory, and counts the changes in place."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def opaque(*tensors: Tensor) -> bool:
     """Whether a graph has block-by-block work as one operator, which runs as in eager mode.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,20 +15,29 @@ READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # numbers for Python, b
 
 
 class Picked(TorchDispatchMode):
-    """A mask, `nonzero` and the like pick rows, and a number that Python reads may.
+    """A mask, `nonzero` and the like pick rows, ids and orders that come from the batch may, and a number for Python.
 
-    What is made of such rows, or shares memory with what is, counts as such rows: rather a layer too many than a row
-    that is taken for another example's. A truth that Python reads is let pass if every batch size asks for as many.
+    What is made of such rows, or shares memory with what is, counts as such rows: we give up a layer rather than take
+    a row for another example's. A truth that Python reads is let pass if every batch size asks for as many.
+
+    picking: which of the lookups, in their order, are along the examples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, picking: Collection[int] = ()) -> None:
         super().__init__()
+        self.picking = picking
+        self.lookups: list[int] = []  # by ids that come from the batch: of how many entries each
+        self.of_batch: dict[int, torch.UntypedStorage] = {}  # of what depends on its values; held like `storages`
         self.calls: set[int] = set()  # on such rows
         self.asked: dict[int, int] = {}  # by call, how many truths were read before
         self.truths, self.numbers = 0, False  # read so far
         self.function: Any = None  # of torch, under way
         self.call: int | None = None  # of a layer, under way
         self.storages: dict[int, torch.UntypedStorage] = {}  # of such rows; held, so that no address is used again
+
+    def given(self, batch: Any) -> None:
+        """The tensors of the batch."""
+        self.of_batch |= _storages(batch)
 
     def enter(self, function: Any) -> None:
         """A torch function is called."""
@@ -50,11 +60,48 @@ class Picked(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags:
             self.truths += isinstance(made, bool)
             self.numbers |= not isinstance(made, bool) and self.function is not F.one_hot  # which checks its labels
-        if _picks(func, args) or any(address in self.storages for address in _storages((args, kwargs))):
-            self.storages |= _storages((made, args[:1] if func._schema.is_mutable else ()))
+        addresses = _storages((args, kwargs)).keys()
+        written = _storages((made, args[:1] if func._schema.is_mutable else ()))
+        picks = _picks(func, args)
+        for entries in self._looked_up(func, args):
+            picks |= len(self.lookups) in self.picking
+            self.lookups.append(entries)
+        if picks or not addresses.isdisjoint(self.storages):
+            self.storages |= written
             if self.call is not None:
                 self.calls.add(self.call)
+        if not addresses.isdisjoint(self.of_batch) and func not in WITHOUT_VALUES:
+            self.of_batch |= written
         return made
+
+    def _looked_up(self, func: Any, args: Any) -> Iterator[int]:
+        """Along how many entries the call reads or writes by ids that come from the batch, or orders."""
+        if func.overloadpacket in INDEXED:
+            ids = [(axis, t) for axis, t in enumerate(args[1]) if t is not None]
+        elif func.overloadpacket in BY_IDS:
+            ids = [(args[1], args[2])]
+        elif func.overloadpacket in ORDERED:
+            at = ORDERED[func.overloadpacket]
+            ids = [(args[at] if len(args) > at and isinstance(args[at], int) else -1, args[0])]
+        else:
+            return
+        for axis, t in ids:
+            if isinstance(t, Tensor) and args[0].dim() and not _storages(t).keys().isdisjoint(self.of_batch):
+                yield args[0].shape[axis]
+
+
+_aten = torch.ops.aten
+INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
+BY_IDS = (
+    *(_aten.index_select, _aten.gather, _aten.index_add, _aten.index_add_, _aten.index_copy, _aten.index_copy_),
+    *(_aten.scatter, _aten.scatter_, _aten.scatter_add, _aten.scatter_add_, _aten.scatter_reduce),
+)
+ORDERED = {_aten.sort: 1, _aten.topk: 2}
+"""With the place of the axis among their arguments."""
+WITHOUT_VALUES = tuple(
+    getattr(_aten, name).default
+    for name in ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
+)
 
 
 def _picks(func: Any, args: Any) -> bool:

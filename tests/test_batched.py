@@ -390,3 +390,73 @@ def test_a_batched_loss_that_does_not_take_every_number_of_examples() -> None:
     (expected,) = torch.autograd.grad(losses_fn({"w": leaf}, batch).sum(), leaf)
     close(found.dense("w").sum(0), expected)
     assert found.captured.layers["w"].rule == "linear"
+
+
+def _sorted(params: Params, batch: Any) -> Tensor:
+    """By length, and back, as for packed sequences."""
+    x, y, lengths = batch
+    order = lengths.argsort(descending=True)
+    h = F.linear(x.mean(1)[order], params["w"]).tanh()[order.argsort()]
+    return F.cross_entropy(F.linear(h, params["v"]), y, reduction="none")
+
+
+def _dispatched(params: Params, batch: Any) -> Tensor:
+    """Tokens to experts, in the order of these."""
+    x, y, _ = batch
+    h = F.linear(x, params["w"]).tanh().flatten(0, 1)
+    weight, expert = F.linear(h, params["gate"]).softmax(-1).max(-1)
+    order = expert.argsort(stable=True)
+    z = torch.bmm(h[order][:, None], params["experts"][expert[order]])[:, 0]
+    z = z.index_select(0, order.argsort()) * weight[:, None]
+    logits = F.linear(z.view(*x.shape[:2], -1).mean(1), params["v"])
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def _chosen(params: Params, batch: Any) -> Tensor:
+    """The largest tokens of the batch."""
+    x, y, _ = batch
+    tokens = x.flatten(0, 1)
+    ids = tokens.norm(dim=1).topk(2 * len(x)).indices
+    h = torch.zeros(len(tokens), 6).index_copy(0, ids, F.linear(tokens[ids], params["w"]).tanh())
+    return F.cross_entropy(F.linear(h.view(*x.shape[:2], -1).sum(1), params["v"]), y, reduction="none")
+
+
+def _ordered(params: Params, batch: Any) -> Tensor:
+    """Losses of the rows in their own order."""
+    x, y, _ = batch
+    order = x[:, 0].sort(dim=0)
+    h = F.linear(order.values, params["w"]).tanh().scatter(0, order.indices[:, :1].expand(-1, 6), 0.5)
+    return F.cross_entropy(F.linear(h, params["v"]), y, reduction="none")
+
+
+@pytest.mark.parametrize("loss_fn", [_sorted, _dispatched, _chosen, _ordered])
+def test_rows_in_an_order_that_comes_from_the_batch(loss_fn: Any) -> None:
+    sizes = {"w": (6, 4), "v": (3, 6)} | ({"gate": (4, 6), "experts": (4, 6, 6)} if loss_fn is _dispatched else {})
+    params = {name: torch.randn(size) for name, size in sizes.items()}
+    batch = torch.randn(N, 3, 4), torch.randint(0, 3, (N,)), torch.randint(1, 4, (N,))
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    losses = loss_fn(leaves, batch)
+    rows = [torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in losses]
+    found = per_example_gradients(loss_fn, params, batch, batched=True)
+    close(found.losses, losses.detach())
+    for name, expected in zip(params, zip(*rows, strict=True), strict=True):
+        close(found.dense(name), torch.stack(expected))
+
+
+def test_places_within_the_examples_pick_no_rows() -> None:
+    """The last token of each sequence, a label's logit, a table: their layers keep their rules."""
+
+    def loss_fn(params: Params, batch: Any) -> Tensor:
+        ids, y, lengths = batch
+        h = F.linear(F.embedding(ids, params["table"]), params["w"]).tanh()
+        h = h[torch.arange(len(h)), lengths] + h.gather(1, lengths[:, None, None].expand(-1, 1, 6))[:, 0]
+        return -F.linear(h, params["v"]).log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+    params = {"table": torch.randn(7, 4), "w": torch.randn(6, 4), "v": torch.randn(5, 6)}
+    batch = torch.randint(0, 7, (N, 3)), torch.randint(0, 5, (N,)), torch.randint(0, 3, (N,))
+    found = per_example_gradients(loss_fn, params, batch, batched=True)
+    assert all(layer.rule for layer in found.captured.layers.values())
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    rows = [torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in loss_fn(leaves, batch)]
+    for name, expected in zip(params, zip(*rows, strict=True), strict=True):
+        close(found.dense(name), torch.stack(expected))

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import RULES, SUA, Call, Factored, PerExampleGradients, ekfac, per_example_gradients
+from ekfac_func import RULES, SUA, Call, Factored, PerExampleGradients, ekfac, kfac, per_example_gradients
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.types import Dense, Params
 
 from .cases import CASES, SPATIAL, Case, N, classifier, every_case, every_case_and_table, make
-from .oracles import close, loop
+from .oracles import close, close_trees, loop
 
 
 @every_case_and_table
@@ -690,3 +690,165 @@ def test_a_loss_that_differentiates_its_layers_from_now_on() -> None:
     params, batch = {"w": torch.randn(3, 3)}, torch.randn(N, 4, 3)
     for inner.on in (False, True, False):
         close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+
+
+def _clamped(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"]).tanh()
+    if h.requires_grad:
+        h.register_hook(lambda g: g.clamp(-0.1, 0.1))
+    return F.linear(h, params["v"]).square().sum()
+
+
+def _hooked(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"]).tanh()
+    h.register_hook(lambda g: g * 0.5)
+    return F.linear(h, params["v"]).square().sum()
+
+
+def _branching(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    return F.linear(h if h.grad_fn is None else 2 * h, params["v"]).square().sum()
+
+
+def _asking_a_parameter(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    return F.linear(2 * h if params["v"].requires_grad else h, params["v"]).square().sum()
+
+
+def _penalised(params: Params, x: Tensor) -> Tensor:
+    trained = [p for p in params.values() if p.requires_grad]
+    return F.linear(F.linear(x, params["w"]), params["v"]).cos().sum() + sum(p.square().sum() for p in trained)
+
+
+@pytest.mark.parametrize("loss_fn", [_clamped, _hooked, _branching, _asking_a_parameter, _penalised])
+def test_a_loss_that_asks_what_is_differentiated(loss_fn: Any) -> None:
+    params, batch = {"w": torch.randn(6, 4), "v": torch.randn(3, 6)}, torch.randn(N, 4)
+    expected = loop(loss_fn, params, batch)[1]
+    for _ in range(2):  # and by the plan that is known
+        found = per_example_gradients(loss_fn, params, batch)
+        for name in params:
+            close(found.dense(name), expected[name])
+    assert (found.captured.layers["w"].rule is None) == (loss_fn is _penalised)
+
+
+@pytest.mark.parametrize("loss_fn", [_asking_a_parameter, _penalised])
+def test_a_compiled_loss_that_asks_a_parameter_is_refused(loss_fn: Any) -> None:
+    params, batch = {"w": torch.randn(6, 4), "v": torch.randn(3, 6)}, torch.randn(N, 4)
+    step = ekfac(loss_fn, damping=1.0)
+    with pytest.raises(Exception, match=r"asks whether params\['[vw]'\] requires a gradient"):
+        torch.compile(step.precondition, fullgraph=True, backend="eager")(params, batch, step.init(params, batch))
+
+
+def _target(way: str) -> Any:
+    def q(params: Params, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, params["w"], params["b"]).tanh(), params["v"]).max()
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, after = example
+        if way == "detached parameters":
+            return (q(params, x) - q({name: p.detach() for name, p in params.items()}, after)).square()
+        if way == "detached output":
+            return (q(params, x) - q(params, after).detach()).square()
+        with torch.no_grad():
+            target = q(params, after)
+        return (q(params, x) - target).square()
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("way", ["no_grad", "detached output"])
+def test_calls_that_no_gradient_reaches_are_no_samples(way: str) -> None:
+    params = {"w": torch.randn(3, 4), "b": torch.randn(3), "v": torch.randn(2, 3)}
+    batch = torch.randn(N, 4), 3 * torch.randn(N, 4)
+    expected, found = (
+        ekfac(loss_fn, damping=0.1, second_moment=kfac).precondition(
+            params, batch, ekfac(loss_fn, damping=0.1).init(params, batch)
+        )
+        for loss_fn in (_target("detached parameters"), _target(way))
+    )
+    close_trees(found[0], expected[0], 1e-8)
+    close_trees(
+        [moment.value for moment in found[1].second_moments.values()],
+        [moment.value for moment in expected[1].second_moments.values()],
+        1e-8,
+    )
+
+
+def test_an_input_that_is_changed_in_place_from_now_on() -> None:
+    relu = nn.ReLU()
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"])
+        return F.linear(h, params["v"]).sin().sum() + relu(h).sum()
+
+    params, batch = {"w": torch.randn(6, 4), "v": torch.randn(3, 6)}, torch.randn(N, 4)
+    per_example_gradients(loss_fn, params, batch)
+    relu.inplace = True
+    with pytest.raises(RuntimeError, match=r"input of the layer 'v'.*changed in place"):
+        per_example_gradients(loss_fn, params, batch)
+
+
+class Named(nn.Module):
+    """Every layer that an operator of another name stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4, padding_idx=2)
+        self.conv, self.turned = nn.Conv1d(4, 6, 2, padding="same"), nn.ConvTranspose1d(6, 6, 2)
+        self.norms = nn.ModuleList([nn.GroupNorm(2, 6), nn.InstanceNorm1d(6, affine=True), nn.BatchNorm1d(6).eval()])
+        self.linear, self.norm, self.rms = nn.Linear(6, 3), nn.LayerNorm(3), nn.RMSNorm(3)
+        self.matrix = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.turned(self.conv(self.table(ids).mT[None]))
+        x = self.linear(sum(norm(x) for norm in self.norms).mT)
+        return self.rms(self.norm(x) @ self.matrix)
+
+
+def test_operators_by_their_own_names_are_the_same_layers() -> None:
+    """As `torch.export` writes a module."""
+    net, ids = Named(), torch.randint(0, 5, (N, 5))
+    params = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    exported = torch.export.export(net, (ids[0],)).module()
+    losses = [
+        lambda params, x, module=module: functional_call(module, params, (x,)).cos().sum() for module in (net, exported)
+    ]
+    expected = loop(losses[0], params, ids)[1]
+    own, found = (per_example_gradients(loss_fn, params, ids) for loss_fn in losses)
+    for name in params:
+        close(found.dense(name), expected[name])
+    rules = [{layer.weight: layer.sizes for layer in g.captured.layers.values() if layer.rule} for g in (own, found)]
+    assert rules[0] == rules[1]
+    assert rules[0].keys() == {name for name in params if "bias" not in name}
+
+
+@pytest.mark.parametrize("lookup", [torch.embedding, torch.ops.aten.embedding, torch.ops.aten.embedding.default])
+def test_padding_of_a_lookup_by_another_name(lookup: Any) -> None:
+    params, ids = {"table": torch.randn(5, 4)}, torch.randint(0, 5, (N, 6))
+    ids[:, 0] = 2
+
+    def loss_fn(params: Params, ids: Tensor) -> Tensor:
+        return lookup(params["table"], ids, 2).sin().sum()
+
+    found = per_example_gradients(loss_fn, params, ids)
+    close(found.dense("table"), loop(loss_fn, params, ids)[1]["table"])
+    assert found.captured.layers["table"].rule == "embedding"
+
+
+@pytest.mark.parametrize("scatter", [torch.ops.aten.select_scatter, torch.ops.aten.select_scatter.default])
+def test_select_scatter_by_another_name(scatter: Any) -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y = F.linear(x, params["w"])
+        return scatter(y, 2 * y[0], 0, 1).square().sum()
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 3, 4)
+    close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+
+
+@pytest.mark.parametrize("norm", [torch.batch_norm, torch.ops.aten.batch_norm.default])
+def test_batch_statistics_by_another_name_are_refused(norm: Any) -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return norm(x, params["w"], None, None, None, True, 0.1, 1e-5, False).cos().sum()
+
+    with pytest.raises(ValueError, match="batch_norm"):
+        per_example_gradients(loss_fn, {"w": torch.randn(4)}, torch.randn(N, 3, 4))
