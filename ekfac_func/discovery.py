@@ -15,6 +15,7 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -414,6 +415,7 @@ class _Watch:
         return NotImplemented
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        func = _one_hot if self.without_values and func is F.one_hot else func
         return unless_mutating(func, args, kwargs, self.mutations, self.n, self.level)
 
     def view_of(self, tensor: Any) -> View | None:
@@ -445,6 +447,13 @@ class _Watch:
             view = self.view_of(leaf) if isinstance(leaf, Tensor) else None
             if view is not None and not _reads_shape(func):
                 self.hidden_by.setdefault(view.name, {})[f"{called(func)} {why}".strip()] = None
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """`F.one_hot`, which within `torch.func.grad` reads its labels."""
+    if num_classes < 0:  # as many as the largest
+        raise DataDependentOutputException(torch.ops.aten.one_hot.default)
+    return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
 
 
 def without_gradient(tree: Any, *held: Tensor | None) -> Any:

@@ -45,6 +45,11 @@ def steps(text: str) -> int:
     return _whole(text, 0)
 
 
+def threads(text: str) -> int:
+    """A number of threads that torch takes."""
+    return int(_number(text, lambda x: 1 <= x < 2**31 and x == int(x), "give a whole number, at least 1, of 32 bits"))
+
+
 @contextmanager
 def extra(command: str) -> Iterator[None]:
     """Leave with the remedy where an import inside needs an optional package that is not installed."""

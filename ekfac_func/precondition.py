@@ -551,12 +551,15 @@ def _constant(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
-def _as_scalar(number: Number, like: Tensor) -> Tensor:
-    if isinstance(number, Tensor):
-        return number.detach() + like.new_zeros(())
+def _as_scalar(damping: Number, like: Tensor) -> Tensor:
+    if isinstance(damping, Tensor):
+        return damping.detach() + like.new_zeros(())
+    smallest = torch.finfo(like.dtype).tiny
+    if damping < smallest:
+        raise ValueError(f"damping={damping!r} is zero in {like.dtype}, that of the moments: give at least {smallest}")
     if torch.compiler.is_compiling():  # where what is filled in would cost a graph
-        return number + like.new_zeros(())
-    return like.new_full((), number)
+        return damping + like.new_zeros(())
+    return like.new_full((), damping)
 
 
 def rescaled(

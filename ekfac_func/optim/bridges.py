@@ -119,9 +119,15 @@ class EKFACOptimizer(torch.optim.Optimizer):
         self.ekfac_state: State | None = None
         self.natural: Params | None = None
         self.info: Info | None = None
-        self._bind()
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(model.parameters() if params is None else params, defaults)
+
+    def __getattr__(self, name: str) -> Any:
+        """What `_bind` makes, at the first use: a copy of a model that holds its optimizer is whole only then."""
+        if name not in ("names", "precondition", "_bound", "_loss_fn", "_options", "_init"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self._bind()
+        return self.__dict__[name]
 
     def _bind(self) -> None:
         """Make what the module and the loss decide, and no copy or pickle carries."""
@@ -162,9 +168,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_not_negative("lr", group["lr"])
-        check_decay("momentum", group["momentum"])
-        check_not_negative("weight_decay", group["weight_decay"])
+        _check_settings(group)
         for p in group["params"]:
             if p not in self.names:
                 raise ValueError(
@@ -190,6 +194,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"closure is a {type(closure).__name__}: pass the batch as one tree, step((x, y))")
             with torch.enable_grad():
                 result = closure()
+        for group in self.param_groups:
+            _check_settings(group)  # which a scheduler may have changed
         params, batch = self._trainable(), _plain(batch)
         if self.ekfac_state is None or _trained(self.ekfac_state).keys() != params.keys():
             ranks = self.options.get("ranks")
@@ -272,7 +278,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
             )
         rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
         super().load_state_dict(rest)
-        device = self.param_groups[0]["params"][0].device
+        device = next(iter(self.names)).device
         self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), saved)
         if damping is not None:  # which is that of a rule
             self.damping = damping
@@ -281,10 +287,11 @@ class EKFACOptimizer(torch.optim.Optimizer):
         own = ("model", "loss", "options", "damping", "ekfac_state", "natural", "info")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "model" in state:  # a copy, where `load_state_dict` gives groups and velocities alone
-            self._bind()
+
+def _check_settings(group: Mapping[str, Any]) -> None:
+    check_not_negative("lr", group["lr"])
+    check_decay("momentum", group["momentum"])
+    check_not_negative("weight_decay", group["weight_decay"])
 
 
 def _names(model: nn.Module) -> dict[Tensor, str]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..options import count, extra, make_directory, positive, seed, steps
+from ..options import count, extra, make_directory, positive, seed, steps, threads
 from .settings import DATA, ESTIMATOR_NAMES, MODELS, TEXT, TRANSFORMER, Settings
 
 
@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--lr", type=positive, default=default.lr, help="learning rate of the training")
     parser.add_argument("--seed", type=seed, default=0, help="of the split, the initial network, batches and draws")
-    parser.add_argument("--threads", type=count, default=1, help="of torch on a CPU (default 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="of torch on a CPU (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="directory (default runs/study)")
     parser.set_defaults(run=lambda options: study(options, parser.error))
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,9 @@ def read(path: Path) -> Any | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # `torch.load` does not look whether the bytes are those written
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(broken)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # of bytes at random the unpickler raises anything
         raise Unreadable(f"{path} is no checkpoint ({type(reason).__name__}): give --restart") from reason

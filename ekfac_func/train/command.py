@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..options import count, extra, make_directory, negative, positive, seed, share, steps
+from ..options import count, extra, make_directory, negative, positive, seed, share, steps, threads
 from .settings import AVERAGES, DATA, DEFAULTS, KFAC, MODELS, SECOND_MOMENTS, Settings
 
 DECAY = 0.95
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=count, help="examples in a batch, the same for all")
     parser.add_argument("--steps", type=count, help="steps of each optimizer")
     parser.add_argument("--seed", type=seed, default=0, help="of the split, the initial network and the batches")
-    parser.add_argument("--threads", type=count, default=1, help="of torch on a CPU (default 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="of torch on a CPU (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument(
         "--compile",
@@ -94,8 +94,8 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     print("  ".join(f"{name} {value:g}" for name, value in settings._asdict().items()), flush=True)
     stem = f"{options.data}-{options.model}"
     about = {
+        "second_moment": options.second_moment,  # first, for it has settings of its own
         **settings._asdict(),
-        "second_moment": options.second_moment,
         "decay": decay,
         "seed": options.seed,
         "metrics_every": options.metrics_every,

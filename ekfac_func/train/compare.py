@@ -124,7 +124,7 @@ def _saved(files: Files) -> dict[str, Any]:
     saved = None if files.restart else checkpoint.read(files.checkpoint)
     if saved is None:
         return {"reached": {}, "training": None, "trainer": None, "metrics_bytes": 0}
-    if not isinstance(saved, dict) or "about" not in saved:
+    if not isinstance(saved, dict) or not {"about", "reached", "training", "trainer", "metrics_bytes"} <= saved.keys():
         raise OtherRun(f"{files.checkpoint} is no checkpoint of this command: give --restart, or another directory")
     for key, value in files.about.items():
         if saved["about"].get(key) != value:
