@@ -300,6 +300,7 @@ def _watched(
                 "same layers whatever device, mode or values it meets"
             )
         refuse_changed([], inputs, [])
+        inputs.clear()  # the handler, which is in a cycle, would hold them
         ways.append(seen)
         if found.calls and _deciding(seen) != _deciding(ways[0]):
             raise StalePlan(

@@ -29,7 +29,7 @@ from .modes import innermost, undrawn
 from .picked import READS, Picked
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
-from .tap import Tap, beneath, called, depth, readings, traced, unfused, with_ids
+from .tap import Tap, beneath, called, depth, readings, traced, unchecked, unfused, with_ids
 from .types import Batch, Layer, LossAuxFn, LossFn, Params
 from .views import View
 
@@ -250,7 +250,8 @@ def _run(
         watch.picked.given(pytree.tree_map(innermost, given))
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
-            with traced(), unfused(), buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
+            checks = unchecked() if values is None else contextlib.nullcontext()
+            with traced(), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
                 loss = loss_fn(marked, given)
         except Exception as error:
             if isinstance(error, RuntimeError):

@@ -4,7 +4,9 @@ Each takes `call(function, *args)`, which hands a call back to the tap, and the 
 It returns NotImplemented for arguments that it does not cover: the function itself is then called.
 """
 
+import math
 from collections.abc import Callable
+from types import EllipsisType, NoneType
 from typing import Any
 
 import torch
@@ -184,6 +186,51 @@ def grouped_mm(
     return rows if out_dtype is None else rows.to(out_dtype)
 
 
+def getitem(call: Callable[..., Any], x: Tensor, index: Any) -> Any:
+    """`x[id]`, as of a label, whose value Python would read."""
+    entries = index if isinstance(index, tuple) else (index,)
+    ids = [at for at, entry in enumerate(entries) if _is_id(entry)]
+    allowed = (int, slice, EllipsisType, NoneType) if len(ids) == 1 else (int,)
+    if not ids or not all(at in ids or type(entry) in allowed for at, entry in enumerate(entries)):
+        return NotImplemented
+    before, after = entries[: ids[0]], entries[ids[0] + 1 :]
+    axis = -1 - _axes(after) if Ellipsis in before else _axes(before)
+    rows = call(Tensor.__getitem__, x, tuple(e[None] if at in ids else e for at, e in enumerate(entries)))
+    return call(torch.select, rows, axis, 0)
+
+
+def _is_id(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype in (torch.int64, torch.int32)
+
+
+def _axes(entries: tuple[Any, ...]) -> int:
+    """How many axes these leave."""
+    return sum(type(entry) is not int for entry in entries)
+
+
+def gaussian_nll_loss(
+    call: Callable[..., Any],
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Any:
+    """`F.gaussian_nll_loss`, which looks at the variances: a negative one, which it refuses, makes NaN here."""
+    if not isinstance(var, Tensor) or reduction not in ("none", "mean", "sum"):
+        return NotImplemented
+    if var.shape == input.shape[:-1] and var.dim() < input.dim():
+        var = var.unsqueeze(-1)
+    elif var.shape[:-1] != input.shape[:-1] or var.shape[-1:] not in (input.shape[-1:], (1,)):
+        return NotImplemented
+    raised = torch.where(var < 0, torch.nan, var + (var.clamp(min=eps) - var).detach())
+    losses = (raised.log() + (input - target).square() / raised) / 2
+    if full:
+        losses = losses + math.log(2 * math.pi) / 2
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+
+
 Cell = Callable[..., tuple[Tensor, ...]]
 
 
@@ -273,9 +320,11 @@ _LAYERS: dict[Any, Expansion] = {
     F.grouped_mm: grouped_mm,
     torch._grouped_mm: grouped_mm,
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
+    Tensor.__getitem__: getitem,
 }
 FOR_VMAP: dict[Any, Expansion] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.gaussian_nll_loss: gaussian_nll_loss,
     torch.lstm: recurrent(_lstm_cell),
     torch.gru: recurrent(_gru_cell),
     torch.rnn_tanh: recurrent(_tanh_cell),

@@ -6,10 +6,9 @@ is the mean over pseudo-examples of `G G^T`. So every stage after capture stays 
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from .checks import check_count
 from .discovery import DATA_DEPENDENT, filled
 from .layout import spec
 from .modes import undrawn
+from .tap import unchecked
 from .types import Batch, LossFn, Params, statistics_dtype
 
 Model = Callable[[Params, Any], Any]
@@ -75,7 +75,7 @@ def sampled(model: Model, likelihood: Likelihood, samples: int = 1) -> Fisher:
 
     def loss(params: Params, example: Any) -> Tensor:
         outputs, poison = _cleaned(model(params, example[0]))
-        with _unchecked():
+        with unchecked():
             found = _distributions(likelihood(outputs))
             drawn = [distribution.sample().detach() for distribution in found]
             logs = [d.log_prob(y).sum() for d, y in zip(found, drawn, strict=True)]
@@ -104,7 +104,7 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
     def loss(params: Params, example: Any) -> Tensor:
         part, row, weight = example
         outputs, poison = _cleaned(model(params, part))
-        with _unchecked():
+        with unchecked():
             rows = torch.cat(_rows(likelihood(outputs)))
         return poison + weight * rows.gather(0, row[None])[0]
 
@@ -116,7 +116,7 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
 
         def parts(*of: Tensor) -> list[Tensor]:
             given = dict(zip(real, of, strict=True))
-            with _unchecked():
+            with unchecked():
                 found = _rows(likelihood(pytree.tree_unflatten([given.get(k, x) for k, x in enumerate(leaves)], tree)))
             live.extend(part.requires_grad for part in found for _ in range(len(part)))
             return found
@@ -220,21 +220,6 @@ def _real(leaves: Sequence[Any]) -> list[int]:
     if not real:
         raise TypeError("model returned no floating-point tensor: return what likelihood makes a distribution of")
     return real
-
-
-def _unchecked() -> contextlib.AbstractContextManager[None]:
-    """Distributions without the checks of their arguments, which read values that discovery does not have."""
-    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _no_checks()
-
-
-@contextlib.contextmanager
-def _no_checks() -> Iterator[None]:
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
 
 
 def _repeated(leaf: Tensor, times: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch._C import _len_torch_function_stack
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.backends import mha
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
 
 from .rules import Call, Rules
@@ -93,6 +94,21 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         mha._is_fastpath_enabled = enabled
+
+
+def unchecked() -> contextlib.AbstractContextManager[None]:
+    """Distributions without the checks of their arguments, which read values that discovery does not have."""
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _no_checks()
+
+
+@contextlib.contextmanager
+def _no_checks() -> Iterator[None]:
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:

@@ -542,7 +542,7 @@ def test_a_tensor_kept_from_discovery_is_refused() -> None:
         return (kept["mask"] * functional_call(net, params, (x,))).square().sum()
 
     batch, step = torch.randn(N, 4), ekfac(loss_fn, damping=1.0)
-    with pytest.raises(RuntimeError, match=r"kept since its layers were found.*fill it before"):
+    with pytest.raises(RuntimeError, match=r"kept since its layers were found.*empty the cache"):
         step.precondition(params, batch, step.init(params, batch))
     kept["mask"] = torch.ones(4).cumsum(0)
     _, _, info = step.precondition(params, batch, step.init(params, batch))
@@ -852,3 +852,64 @@ def test_batch_statistics_by_another_name_are_refused(norm: Any) -> None:
 
     with pytest.raises(ValueError, match="batch_norm"):
         per_example_gradients(loss_fn, {"w": torch.randn(4)}, torch.randn(N, 3, 4))
+
+
+def _outputs(params: Params, x: Tensor) -> Tensor:
+    return F.linear(F.linear(x, params["w"]).tanh(), params["v"])
+
+
+def _of_distributions(params: Params, example: Any) -> Tensor:
+    x, y, label = example
+    z = _outputs(params, x)
+    weights = torch.distributions.Categorical(logits=z[:3])
+    mixture = torch.distributions.MixtureSameFamily(weights, torch.distributions.Normal(z[:3], F.softplus(z[3:])))
+    return -weights.log_prob(label) - mixture.log_prob(y[0])
+
+
+LABELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "one hot": lambda z, y, label: (z.log_softmax(-1) * F.one_hot(label, 6)).sum(),
+    "label": lambda z, y, label: -z.log_softmax(-1)[label],
+    "label from the end": lambda z, y, label: z[label - 6].square(),
+    "row and label": lambda z, y, label: z.view(2, 3)[-1, label].square(),
+    "column": lambda z, y, label: z.view(2, 3)[:, label].square().sum(),
+    "behind dots": lambda z, y, label: z.view(1, 3, 2)[..., label, :].square().sum(),
+    "among slices": lambda z, y, label: z.view(3, 2)[None, label, 1:, None].square().sum(),
+    "two labels": lambda z, y, label: z.view(3, 2)[label, label // 2].square(),
+    "gaussian": lambda z, y, label: F.gaussian_nll_loss(z[:3], y, F.softplus(z[3:])),
+    "gaussian, small variances": lambda z, y, label: F.gaussian_nll_loss(z[:3], y, z[3:].relu(), True, 0.1, "sum"),
+    "gaussian, one variance": lambda z, y, label: F.gaussian_nll_loss(z.view(2, 3), y, F.softplus(z[:2])),
+}
+
+
+@pytest.mark.parametrize("name", [*LABELLED, "distributions"])
+def test_what_looks_at_values_only_to_check_them_has_its_rules(name: str) -> None:
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, y, label = example
+        return LABELLED[name](_outputs(params, x), y, label)
+
+    loss_fn = _of_distributions if name == "distributions" else loss_fn
+    params = {"w": torch.randn(6, 4), "v": torch.randn(6, 6)}
+    batch = torch.randn(N, 4), torch.randn(N, 3), torch.randint(0, 3, (N,))
+    found = per_example_gradients(loss_fn, params, batch)
+    for p, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(p), expected)
+    assert all(layer.rule == "linear" for layer in found.captured.layers.values())
+
+
+def test_an_expert_that_a_label_picks() -> None:
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, expert = example
+        return F.linear(x, params["experts"][expert]).cos().sum()
+
+    params, batch = {"experts": torch.randn(3, 2, 4)}, (torch.randn(N, 4), torch.randint(0, 3, (N,)))
+    close(per_example_gradients(loss_fn, params, batch).dense("experts"), loop(loss_fn, params, batch)[1]["experts"])
+
+
+def test_a_negative_variance_skips_the_step() -> None:
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, y = example
+        return F.gaussian_nll_loss(F.linear(x, params["w"]), y, -torch.ones(3))
+
+    params, batch = {"w": torch.randn(3, 4)}, (torch.randn(N, 4), torch.randn(N, 3))
+    step = ekfac(loss_fn, damping=0.1)
+    assert step.precondition(params, batch, step.init(params, batch))[2].skipped

@@ -557,3 +557,15 @@ def test_kfac_of_an_exact_fisher() -> None:
     natural, _, info = moments(data_loss(model), params, batch(5), FISHERS["exact"](model), second_moment=kfac)
     assert not info.skipped
     assert all(torch.isfinite(p).all() for p in natural.values())
+
+
+def test_draws_as_vectors_of_a_one_keep_the_rules() -> None:
+    params, x = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"])
+
+    step = ekfac(
+        lambda p, x: model(p, x).cos().sum(), damping=0.1, fisher=sampled(model, lambda z: OneHotCategorical(logits=z))
+    )
+    assert [layer.rule for layer in step.init(params, x).layers] == ["linear"]

@@ -1303,3 +1303,46 @@ def test_metrics_and_damping_leave_out_what_fills_up_a_block() -> None:
     natural, state, info = step.precondition(params, batch, state)
     close(dampings[-1], torch.tensor(1.0))
     close(metrics(natural, info, state)["effective_rank/w"], torch.tensor(30.0))
+
+
+def test_a_model_that_holds_its_optimizer_can_be_copied() -> None:
+    net, _, batches = net_and_loss()
+    net.optimizer = EKFACOptimizer(net, cross_entropy, lr=0.1, damping=1e-2)
+    net.optimizer.step(batches[0])
+    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    net.optimizer.step(batches[1])
+    for twin in copies:
+        twin.optimizer.step(batches[1])
+        same_bits(twin.state_dict(), net.state_dict())
+
+
+def test_a_first_group_without_parameters() -> None:
+    net, _, batches = net_and_loss()
+    one, other = (
+        EKFACOptimizer(net, cross_entropy, [{"params": []}, {"params": list(net.parameters())}], lr=lr, damping=0.1)
+        for lr in (0.1, 0.2)
+    )
+    one.step(batches[0])
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    same_bits(other.ekfac_state, one.ekfac_state)
+    assert other.param_groups[1]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(("setting", "value"), [("momentum", 1.0), ("lr", -0.1), ("weight_decay", float("nan"))])
+def test_a_setting_that_became_bad_is_refused_before_the_step(setting: str, value: float) -> None:
+    net, _, batches = net_and_loss()
+    optimizer = EKFACOptimizer(net, cross_entropy, [{"params": [p]} for p in net.parameters()], lr=0.1, damping=0.1)
+    optimizer.step(batches[0])
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    optimizer.param_groups[1][setting] = value
+    with pytest.raises(ValueError, match=f"{setting}="):
+        optimizer.step(batches[1])
+    optimizer.param_groups[1][setting] = before[1]["param_groups"][1][setting]
+    same_bits((net.state_dict(), optimizer.state_dict()), before)
+
+
+def test_a_damping_that_rounds_to_zero_is_refused() -> None:
+    params, batch = {"w": torch.randn(3, 4).float()}, torch.randn(N, 4).float()
+    step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-46)
+    with pytest.raises(ValueError, match=r"damping=1e-46 is zero in torch.float32"):
+        step.precondition(params, batch, step.init(params, batch))

@@ -134,7 +134,11 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.
     path = tmp_path / "digits-mlp.checkpoint.pt"
     other = io.BytesIO()
     torch.save(torch.ones(2), other)
-    for content in (b"", b"half", b"PK\x03\x04", other.getvalue()):
+    broken = bytearray(other.getvalue())
+    broken[broken.index(torch.ones(2).numpy().tobytes()) + 3] ^= 0x80  # the sign of a number
+    unfinished = io.BytesIO()
+    torch.save({"about": {}}, unfinished)
+    for content in (b"", b"half", b"PK\x03\x04", other.getvalue(), bytes(broken), unfinished.getvalue()):
         path.write_bytes(content)
         with pytest.raises(SystemExit) as stopped:
             main(["train", "--model", "mlp", "--out", str(tmp_path)])
