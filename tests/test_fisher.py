@@ -560,7 +560,7 @@ def test_kfac_of_an_exact_fisher() -> None:
 
 
 def test_draws_as_vectors_of_a_one_keep_the_rules() -> None:
-    params, x = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    params, x = {"w": torch.randn(3, 4)}, torch.randn(7, 4)
 
     def model(params: Params, x: Tensor) -> Tensor:
         return F.linear(x, params["w"])
