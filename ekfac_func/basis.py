@@ -79,7 +79,8 @@ The natural gradient is that of the full basis, for the price of a QR of the sam
 problem of n s dimensions in place of i. It is exact for the batch that made the basis, so that it takes
 `basis_every=1`, `factor_decay=0` and an estimator that carries nothing from step to step (`intra_batch`, `centred`,
 `kfac`); it is solved as `eigh` does, whatever `refresh` is. A side with `n s >= i` is full, and so are one whose factor
-has samples of its own (SUA) and one of gradients that are taken as they are.
+has samples of its own (SUA) and one of gradients that are taken as they are. With `weight_sharing=reduce`, whose factor
+has fewer samples than the gradients, a null space stays within the span, where bases that are all right differ.
 
 The state carries nothing of such a layer: its factors, basis and moment there have no entries. A compiled step takes
 graphs of its own for each batch size.

@@ -43,7 +43,7 @@ class SecondMoment(NamedTuple):
 
 
 def reset(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
-    """Start again from the product of the factors' eigenvalues, as the classic implementation does."""
+    """Start again from the product of the factors' eigenvalues, as EKFAC-pytorch does."""
     return Moment(product(), torch.ones_like(moment.weight))
 
 
@@ -139,8 +139,8 @@ def _averaged(decay: Number, moment: Moment, mean: Sums, n: Number) -> Moment:
 def running_average(decay: Number) -> SecondMoment:
     """`m2 <- decay m2 + (1 - decay) n (mean_n G_kfe)^2`, from the product of the eigenvalues: EKFAC-ra.
 
-    George et al. 2018, https://arxiv.org/abs/1806.03884, section 3.2, with the factor n of the classic
-    implementation: the mean of n gradients has a second moment n times too small.
+    George et al. 2018, https://arxiv.org/abs/1806.03884, section 3.2, with the factor n of EKFAC-pytorch: the
+    mean of n gradients has a second moment n times too small.
 
     decay: weight of the past in each step, 0 <= decay < 1; checked where it is a Python number.
     """
