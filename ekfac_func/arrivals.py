@@ -1,4 +1,4 @@
-"""The tapped calls of some examples on the way to terms: a layer has its own as soon as its gradients are there."""
+"""Collects output gradients: a layer is read as soon as those of all its calls have arrived."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Arrivals:
         for k, planned in enumerate(found.calls):
             self.uses.setdefault(planned.weight, []).append(k)
         dense = self.layers.keys() - self.uses.keys()
-        self.held = sum(math.prod(self.layers[name].sizes) * statistics_dtype(params[name]).itemsize for name in dense)
+        sizes = {name: math.prod(self.layers[name].sizes) for name in dense}
+        self.bytes_each = sum(size * statistics_dtype(params[name]).itemsize for name, size in sizes.items())
 
     def start(self, inputs: list[Any]) -> None:
         """inputs: of the calls; they are taken out of this list."""
@@ -48,7 +49,7 @@ class Arrivals:
                 leaves = [_examples_first(x, along, self.n) for x, along in zip(leaves, planned.along[1:], strict=True)]
                 inputs[k] = pytree.tree_unflatten(leaves, tree)
             sizes = [math.prod(x.shape[1:]) * x.element_size() for x in pytree.tree_leaves(inputs[k])]
-            self.held += sum(sizes) + math.prod(output_shape(planned, 1)) * planned.output.dtype.itemsize
+            self.bytes_each += sum(sizes) + math.prod(output_shape(planned, 1)) * planned.output.dtype.itemsize
 
     def arrived(self, k: int, g: Tensor) -> None:
         """The gradient w.r.t. the output of a call."""
@@ -59,7 +60,7 @@ class Arrivals:
         if self.missing.isdisjoint(uses):
             layer = self.layers[planned.weight]
             terms = _added([_placed(self._term(j), self.planned[j], layer, self.params) for j in uses])
-            self.take(layer, terms, self.held)
+            self.take(layer, terms, self.bytes_each)
 
     def _term(self, k: int) -> Factored | OneHot:
         call, x, g, planned = self.calls[k], self.inputs[k], self.gradients.pop(k), self.planned[k]
@@ -76,14 +77,14 @@ class Arrivals:
         return [torch.zeros(shape, dtype=output.dtype, device=output.device) for output, shape in of]
 
     def all(self, inputs: list[Any], gradients: list[Any]) -> None:
-        """At once what else comes one by one."""
+        """Deliver all gradients at once."""
         self.start(inputs)
         for k in range(len(gradients)):
             g, gradients[k] = gradients[k], None
             self.arrived(k, g)
 
     def finish(self) -> None:
-        """Zeros for what the loss does not depend on; then nothing is held, for a tap may live on in a cycle."""
+        """Zeros for what the loss does not depend on; then drop every reference, for a tap can live on in a cycle."""
         for k in sorted(self.missing):
             planned = self.planned[k]
             shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.output.shape)
@@ -108,7 +109,7 @@ def _check_term(term: Any, planned: Tapped) -> None:
         )
 
 
-def _refuse(layer: Layer, terms: Terms, held: int) -> None:
+def _refuse(layer: Layer, terms: Terms, bytes_each: int) -> None:
     raise AssertionError(f"the terms of {layer.weight!r} came late")
 
 
@@ -141,11 +142,11 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
     g = _within(_within(g, o, 3), b, 1)
     x = None if x is None else _within(_within(x.to(dtype), i, 3), b, 1)
     if isinstance(a, Patches):
-        if b.length == b.size and i.length == i.size and not planned.turned:
+        if b.length == b.size and i.length == i.size and not planned.swapped:
             return Factored(replace(a, last=last) if one else a, g, x, counted)
         a = a.write()
     a = _within(_within(a, i, 3), b, 1)
-    if planned.turned:
+    if planned.swapped:
         a, g = g[..., None], a[..., 0]
     if one:
         a = torch.cat([a, a.new_full((*a.shape[:3], 1, 1), last)], dim=3)

@@ -85,7 +85,7 @@ class _Marks(torch.autograd.Function):
 
 
 def _marked(starts: list[Tensor], fixed: Params) -> Params:
-    """The parameters as the loss is given them; as they are in a graph, where it takes the path that was traced."""
+    """The parameters as the loss is given them; unmarked in a graph, whose path tracing has fixed."""
     if torch.compiler.is_compiling() or not (starts and fixed):
         return fixed
     return dict(zip(fixed, _Marks.apply(starts[0], tuple(fixed), *fixed.values()), strict=True))

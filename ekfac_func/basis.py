@@ -269,7 +269,7 @@ def fills_up(basis: Basis, layer: Layer) -> bool:
 
 
 def of_layer(m2: Tensor, basis: Basis, layer: Layer) -> Tensor:
-    """A moment with zeros for what fills up a block."""
+    """A moment with its padding coordinates set to zero."""
     return torch.where(real(basis, layer), m2, 0) if fills_up(basis, layer) else m2
 
 

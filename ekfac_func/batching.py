@@ -61,7 +61,7 @@ def nll_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor
 
 
 def _under_autocast(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """As autocast would cast the arguments of torch's own function, by default to its lower precision."""
+    """Cast as autocast does for torch's own function, by default to its lower precision."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -138,12 +138,15 @@ EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.as_strided: as_strided,
     Tensor.as_strided: as_strided,
 }
+"""Where torch's own rule is wrong under `vmap`."""
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     F.scaled_dot_product_attention: attention,
 }
+"""Where torch's own rule fixes the batch size of a graph, or is slow."""
 OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
+"""The same, of calls that are tapped."""
 
 
 @torch.library.custom_op("ekfac_func::conv", mutates_args=())

@@ -40,7 +40,7 @@ class Captured(NamedTuple):
     layers: dict[str, Layer]  # by the name of the weight, in the order of params
     terms: dict[str, Terms]
     aux: Any  # what the loss returned beside, each tensor with an axis n in front unless batched; () if nothing
-    held: int  # bytes of an example of all layers' inputs and output gradients
+    bytes_each: int  # bytes of an example of all layers' inputs and output gradients
 
 
 class Folded(NamedTuple):
@@ -50,11 +50,11 @@ class Folded(NamedTuple):
     layers: dict[str, Layer]
     kept: dict[str, Any]
     aux: Any
-    held: int
+    bytes_each: int
 
 
 Reading = Callable[[Layer, Terms, int], Any]
-"""(a layer, its terms of some examples, `held`) -> what is wanted of them"""
+"""(a layer, its terms of some examples, `bytes_each`) -> what is wanted of them"""
 
 Begin = Callable[[dict[str, Layer]], Reading]
 """layers -> how they are read, before anything is computed"""
@@ -69,7 +69,7 @@ def capture(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Ba
 
 
 def _as_they_are(layers: dict[str, Layer]) -> Reading:
-    return lambda layer, terms, held: (terms,)
+    return lambda layer, terms, bytes_each: (terms,)
 
 
 def _together(layer: Layer, some: tuple[Terms, ...], others: tuple[Terms, ...]) -> tuple[Terms, ...]:
@@ -77,8 +77,8 @@ def _together(layer: Layer, some: tuple[Terms, ...], others: tuple[Terms, ...]) 
 
 
 def _captured(folded: Folded) -> Captured:
-    losses, layers, kept, aux, held = folded
-    return Captured(losses, layers, {name: joined(kept.pop(name)) for name in layers}, aux, held)
+    losses, layers, kept, aux, bytes_each = folded
+    return Captured(losses, layers, {name: joined(kept.pop(name)) for name in layers}, aux, bytes_each)
 
 
 def joined(parts: Sequence[Terms]) -> Terms:
@@ -110,7 +110,7 @@ def fold(
         found, expected = plans[key]
         try:
             folded, seen = tapped(found)
-        except Exception:  # a stale plan, or what discovery says better
+        except Exception:  # the plan is stale, or discovery has a clearer error
             seen = None
         if seen == expected:
             return folded
@@ -229,7 +229,7 @@ def _watched(
         calls.clear()
         seen: list[Any] = []
         known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
-        # of a parameter 0, of its views and copies which it is: copies of several entries look alike
+        # 0 for the parameter, else which view it is: copies of different entries can have equal strides
         by_id = {} if compiling else {id(p): (name, 0) for p, name in known}
         counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
@@ -327,9 +327,9 @@ def _tapped(
     read = begin(layers)
     kept: dict[str, Any] = {}
 
-    def take(layer: Layer, terms: Terms, held: int) -> None:
+    def take(layer: Layer, terms: Terms, bytes_each: int) -> None:
         with no_autocast(device):
-            of_terms = read(layer, terms, held)
+            of_terms = read(layer, terms, bytes_each)
             kept[layer.weight] = add(layer, kept[layer.weight], of_terms) if layer.weight in kept else of_terms
 
     chunks = _chunks(batch, options.chunk_size)
@@ -340,7 +340,7 @@ def _tapped(
             "other numbers: leave one of them out"
         )
     before = draws(pytree.tree_leaves((params, batch))) if repeated else None
-    parts, held = [], 0
+    parts, bytes_each = [], 0
     for examples in chunks:
         if before is not None:
             before.repeat()
@@ -351,12 +351,12 @@ def _tapped(
         for name in layers:
             if name not in tapped:
                 G = dense[name].to(statistics_dtype(params[name]))
-                take(layers[name], (Dense(G.reshape(n, *layers[name].sizes)),), arrivals.held)
+                take(layers[name], (Dense(G.reshape(n, *layers[name].sizes)),), arrivals.bytes_each)
         parts.append((losses, aux))
-        held = arrivals.held
+        bytes_each = arrivals.bytes_each
     losses, aux = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
     kept = {name: kept[name] for name in layers}
-    return Folded(losses.to(statistics_dtype(losses)), layers, kept, aux, held), ways[0]
+    return Folded(losses.to(statistics_dtype(losses)), layers, kept, aux, bytes_each), ways[0]
 
 
 def _chunks(batch: Batch, size: int | None) -> list[Batch]:

@@ -15,7 +15,7 @@ from .capture import Captured, shapes
 from .checks import check_batch, check_decay, check_params
 from .discovery import checked_options
 from .kronecker import positions
-from .orders import DEFAULT, Contraction, Contractions, check_contractions, contraction_of
+from .orders import DEFAULT_CONTRACTIONS, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
 from .spans import compress, in_span
 from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Number, Terms, statistics_dtype
@@ -76,7 +76,7 @@ def describe(
     factor_decay: Number = 0.0,
     has_aux: bool = False,
     batched: bool = False,
-    contractions: Contractions = DEFAULT,
+    contractions: Contractions = DEFAULT_CONTRACTIONS,
 ) -> Description:
     """Print, and return as data, which rule reads each parameter, its axes, its memory and how its moment is summed.
 
@@ -116,7 +116,7 @@ def _row(
 ) -> Row:
     b, o, i, k = layer.sizes
     terms = captured.terms[layer.weight]
-    how = contraction_of(layer.weight, *_given(layer, terms, chosen, p), contractions, captured.held)
+    how = contraction_of(layer.weight, *_given(layer, terms, chosen, p), contractions, captured.bytes_each)
     A, B = factor_shapes(layer, chosen, averaged)
     Q_A, Q_B = eigenbasis.shapes(layer, chosen)
     size = statistics_dtype(p).itemsize

@@ -142,7 +142,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    """`F.embedding_bag` by sum or mean: `F.embedding`, and a product with which id counts how much in which bag."""
+    """`F.embedding_bag` by sum or mean: `F.embedding`, then a product with the weight of each id in each bag."""
     if max_norm is not None or scale_grad_by_freq or mode == "max" or input.is_floating_point():
         return NotImplemented
     if not isinstance(weight, Tensor) or weight.dim() != 2:

@@ -35,7 +35,7 @@ class Fisher(NamedTuple):
     """Which per-example gradients make the factors and the second moment.
 
     loss: the curvature loss of one pseudo-example; None takes the loss of the data.
-    examples: `(params, batch) -> pseudo-examples`, a tree with a leading axis; those of one example stand together.
+    examples: `(params, batch) -> pseudo-examples`, a tree with a leading axis; those of one example are adjacent.
     draws: whether the mean of the gradients is that of independent draws, which `running_average` relies on.
     """
 

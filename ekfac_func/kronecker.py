@@ -3,8 +3,8 @@
 | letter | meaning | linear | conv nd | conv nd, SUA | norm | embedding | vector without rule | matrix |
 |---|---|---|---|---|---|---|---|---|
 | n | example | . | . | . | . | . | . | . |
-| b | independent block | 1 | groups | groups | features | 1 | elements | 1 |
-| s, t | position that the weight is shared over | leading dims | output pixels | output pixels | same | ids | 1 | 1 |
+| b | independent block | 1, or the matrices of a stack | groups | groups | features | 1 | elements | 1 |
+| s, t | position that shares the weight | leading dims | output pixels | output pixels | positions | ids | 1 | 1 |
 | i | input, + 1 for a bias | in | c/groups * kernel | c/groups | 1 | features | 1 | all axes but the first |
 | o | output | out | c_out/groups | c_out/groups | 1 | vocabulary | 1 | the first axis |
 | k | kernel offset left unrotated | 1 | 1 | kernel | 1 | 1 | 1 | 1 |
@@ -59,7 +59,7 @@ def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False
 
     samples: of a batch, or in a graph of a nominal one. Few are so many fewer than a side has dimensions that a QR of
         them pays; the samples of several terms have no unit in common.
-    unwritten: patches, whose factor takes less memory and time than they, but for those of several terms.
+    unwritten: the samples are patches; their factor is cheaper than they, unless the layer has several terms.
     """
     if isinstance(Q, Reflections):
         return True

@@ -51,7 +51,7 @@ class Tapped(NamedTuple):
     output: Spec  # of one example; in a batched loss of a batch, whose axis of examples is open
     along: tuple[Along, ...] | None  # in a batched loss: of the output, and of each tensor of the input
     windows: tuple[Window, Window, Window]  # of b, o, i
-    turned: bool  # o and i are the layer's i and o
+    swapped: bool  # o and i are the layer's i and o
     biased: bool  # the call adds the layer's bias
     picked: bool  # ids, beside its input, say which block of the layer each block of the call is
 
@@ -64,7 +64,7 @@ class Groups(NamedTuple):
     i: tuple[tuple[int, int], ...]
     k: tuple[tuple[int, int], ...]
 
-    def turned(self) -> Groups:
+    def swapped(self) -> Groups:
         return Groups(self.b, self.i, self.o, self.k)
 
 
@@ -157,7 +157,7 @@ def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
     if shown is None or bias.picked or not in_a_row:
         return False
     positions = [axis.position for axis in shown if axis.position is not None]
-    if positions != sorted(positions):  # a turned one
+    if positions != sorted(positions):  # a transposed one
         return False
     of_bias = [(axis.start, axis.length, size) for axis, size in zip(shown, bias.split, strict=True) if size != 1]
     of_weight = [(w.start, w.length, w.size) for w in windows[:2] if w.size != 1]
@@ -181,9 +181,9 @@ def arrange(
     owned = {}
     for weight, layout in tapped.items():
         biases = {use.bias for use in uses[weight]} - {None}
-        turned = any(use.groups != layout and use.bias is not None for use in uses[weight])
+        swapped = any(use.groups != layout and use.bias is not None for use in uses[weight])
         bias = next(iter(biases), None)
-        if bias is None or len(biases) > 1 or turned or users[bias] != {weight}:
+        if bias is None or len(biases) > 1 or swapped or users[bias] != {weight}:
             continue
         if bias not in found.reached | uses.keys():
             owned[weight] = bias
@@ -221,7 +221,7 @@ def _agreed(uses: Sequence[Use]) -> Groups | None:
     first = next((use for use in uses if use.table), uses[0])
     for use in uses:
         same = use.groups == first.groups
-        if not same and (use.groups.turned() != first.groups or use.table or use.groups.k):
+        if not same and (use.groups.swapped() != first.groups or use.table or use.groups.k):
             return None
     if first.table and (first.groups.b or first.groups.k):
         return None

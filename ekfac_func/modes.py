@@ -1,4 +1,4 @@
-"""What may be done where a line runs: values are looked at in eager mode on a CPU alone; and the draws of a pass."""
+"""What depends on whether a line runs in eager mode, under a transform or in a graph; and random states."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ def innermost(t: Tensor) -> Tensor:
 
 
 def opaque(*tensors: Tensor) -> bool:
-    """Whether a graph has block-by-block work as one operator, which runs as in eager mode.
+    """Whether block-by-block work goes into a graph as one opaque operator, which runs as in eager mode.
 
     So it is on CPUs, where inductor would compile every block and write to memory what else stays in cache. It has no
     derivative.
@@ -49,7 +49,7 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 
 def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`torch.where` of what is nearly always true: without the pass over memory where it can be seen at no cost."""
+    """`torch.where` for a condition that is nearly always true: no pass over memory where reading it is free."""
     if transformed() or good.device.type != "cpu" or _get_current_dispatch_mode() is not None:
         return torch.where(good, new, old)
     return new if bool(good if good.dim() == 0 else good.all()) else torch.where(good, new, old)
@@ -105,7 +105,7 @@ def draws(tensors: Iterable[Tensor]) -> Draws:
 
 @contextlib.contextmanager
 def undrawn(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """What is drawn inside is drawn again after it."""
+    """Restores the random state on exit."""
     before = draws(tensors)
     try:
         yield

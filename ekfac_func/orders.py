@@ -82,7 +82,7 @@ class Contractions(NamedTuple):
     costs: Costs = COSTS
 
 
-DEFAULT = Contractions()
+DEFAULT_CONTRACTIONS = Contractions()
 BLOCK_BYTES = 2**24  # of inputs and output gradients that are projected at a time, in eager mode
 ROWS = 512  # or so many positions, where that is more: beside their product the basis takes little time to read
 FORMED = (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST)
@@ -128,18 +128,20 @@ def check_contractions(chosen: Contractions) -> None:
             raise TypeError(f"orders[{pattern!r}] is {order!r}: give one of {', '.join(map(str, Order))}")
 
 
-def budget(chosen: Contractions, held: int) -> int:
-    """max_bytes. held: bytes of the layers' inputs and output gradients."""
-    return max(MAX_BYTES, held // 4) if chosen.max_bytes is None else chosen.max_bytes
+def budget(chosen: Contractions, bytes_each: int) -> int:
+    """max_bytes. bytes_each: bytes of the layers' inputs and output gradients."""
+    return max(MAX_BYTES, bytes_each // 4) if chosen.max_bytes is None else chosen.max_bytes
 
 
-def contraction_of(name: str, terms: Terms, basis: Basis, chosen: Contractions = DEFAULT, held: int = 0) -> Contraction:
+def contraction_of(
+    name: str, terms: Terms, basis: Basis, chosen: Contractions = DEFAULT_CONTRACTIONS, bytes_each: int = 0
+) -> Contraction:
     """How the moment of a layer is summed. ValueError where an order that is asked for cannot do it.
 
-    held: bytes of an example of all layers' inputs and output gradients.
+    bytes_each: bytes of an example of all layers' inputs and output gradients.
     """
     (order,) = _orders((name,), (chosen.orders,))
-    most = budget(chosen, held * nominal_count(terms))
+    most = budget(chosen, bytes_each * nominal_count(terms))
     return contraction(terms, basis, order, most, chosen.costs, name)
 
 
@@ -289,7 +291,7 @@ def as_operator(term: Factored, basis: Basis) -> bool:
 def convolves(term: Factored, basis: Basis, order: Order) -> bool:
     """Whether an order forms G[n] without patches, in eager mode: a graph would fix the number of groups, n b.
 
-    What lies outside of an output side that is projected early asks for the patches.
+    Where outputs are projected early and have a complement, the patches are needed.
     """
     early = _early(order)
     if not isinstance(term.a, Patches) or "a" in early or ("g" in early and outside(basis.Q_B)):

@@ -11,7 +11,7 @@ from .kronecker import FactorSums, add_factor_sums, gradient
 from .types import Basis, Layer, Sums, Terms
 
 
-class Seen(NamedTuple):
+class LayerSums(NamedTuple):
     """Of one layer and some examples."""
 
     sums: Sums | None = None  # in a basis that stays
@@ -19,13 +19,13 @@ class Seen(NamedTuple):
     terms: tuple[Terms, ...] = ()  # of some examples after others, where they are wanted again and there is room
 
 
-def add_seen(some: Seen, others: Seen, basis: Basis) -> Seen:
+def add_layer_sums(some: LayerSums, others: LayerSums, basis: Basis) -> LayerSums:
     """What was seen of all examples of both."""
     factors = None
     if some.factors is not None and others.factors is not None:
         factors = add_factor_sums(some.factors, others.factors, basis)
     sums = None if some.sums is None or others.sums is None else add_sums(some.sums, others.sums)
-    return Seen(sums, factors, some.terms + others.terms)
+    return LayerSums(sums, factors, some.terms + others.terms)
 
 
 def add_if_any(layer: Layer, some: Sums | None, others: Sums | None) -> Sums | None:
@@ -33,7 +33,7 @@ def add_if_any(layer: Layer, some: Sums | None, others: Sums | None) -> Sums | N
     return None if some is None or others is None else add_sums(some, others)
 
 
-def read_gradient(layer: Layer, terms: Terms, held: int) -> Tensor:
+def read_gradient(layer: Layer, terms: Terms, bytes_each: int) -> Tensor:
     """The sum of the gradients alone."""
     return gradient(terms)
 

@@ -1,4 +1,4 @@
-"""The second moment of a convolution's patches, of which the offsets of the kernel share most.
+"""The second moment of a convolution's patches, most of which the offsets of the kernel share.
 
 At stride 1 the entry of two offsets is a sum over pixels of `x[p] x[p + apart]^T`, which depends on how far they are
 apart alone, but for the borders: each offset sees a window of the image. So an axis is cut where a window begins or

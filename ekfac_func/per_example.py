@@ -13,7 +13,7 @@ from .contraction import exact_squares
 from .discovery import checked_options
 from .kronecker import dense, gradient, square_norms, unpack, unpack_all
 from .modes import transformed
-from .orders import DEFAULT, Contractions, check_contractions, contraction_of
+from .orders import DEFAULT_CONTRACTIONS, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
 from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Params, Terms, outside
 
@@ -94,7 +94,7 @@ def second_moments(
     batched: bool = False,
     randomness: str = "different",
     chunk_size: int | None = None,
-    contractions: Contractions = DEFAULT,
+    contractions: Contractions = DEFAULT_CONTRACTIONS,
 ) -> dict[str, Tensor]:
     """The exact second moments of a batch in known bases: `mean_n (Q_B^T G[n] Q_A)^2`, `[b O I k]`, of each layer.
 
@@ -115,9 +115,9 @@ def second_moments(
             _check_basis(layer, bases.get(name))
         return squares
 
-    def squares(layer: Layer, terms: Terms, held: int) -> Tensor:
+    def squares(layer: Layer, terms: Terms, bytes_each: int) -> Tensor:
         basis = bases[layer.weight]
-        return exact_squares(terms, basis, contraction_of(layer.weight, terms, basis, contractions, held))
+        return exact_squares(terms, basis, contraction_of(layer.weight, terms, basis, contractions, bytes_each))
 
     found = fold(loss_fn, params, batch, options, begin, lambda layer, some, others: some + others)
     return {name: square.div_(len(found.losses)) for name, square in found.kept.items()}

@@ -18,7 +18,7 @@ class Picked(TorchDispatchMode):
     """A mask, `nonzero` and the like pick rows, ids and orders that come from the batch may, and a number for Python.
 
     What is made of such rows, or shares memory with what is, counts as such rows: we give up a layer rather than take
-    a row for another example's. A truth that Python reads is let pass if every batch size asks for as many.
+    a row for another example's. A boolean for Python is let pass if every batch size reads as many.
 
     picking: which of the lookups, in their order, are along the examples.
     """

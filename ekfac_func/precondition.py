@@ -58,12 +58,12 @@ from .kronecker import (
     unpack_all,
 )
 from .modes import draws, no_autocast, transformed, where
-from .orders import DEFAULT, Contractions, budget, check_contractions, contraction_of
-from .passes import Seen, add_gradients, add_if_any, add_seen, read_gradient
+from .orders import DEFAULT_CONTRACTIONS, Contractions, budget, check_contractions, contraction_of
+from .passes import LayerSums, add_gradients, add_if_any, add_layer_sums, read_gradient
 from .refreshes import EIGH, Refresh, check_refresh, check_samples, due, refresh_bases
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, carry_over, intra_batch, keep
-from .spans import Span, check_thin, expand_span, in_span, into_span, into_spans, out_of_spans
+from .spans import Span, check_of_samples, expand_span, in_span, into_span, into_spans, out_of_spans
 from .subspace import (
     Mean,
     incomplete,
@@ -110,8 +110,8 @@ class EKFAC(NamedTuple):
     each example alone (a rule that reads its calls wrongly, examples that are coupled). The loss may then draw no
     random numbers.
     `precondition(params, batch, state) -> (natural, state, info)` changes nothing of its arguments. What it returns is
-    constant to autograd: no derivative goes through a step, w.r.t. damping or anything else. A process calls it, and
-    `init`, in one thread at a time, for tracing sets flags of torch that all threads read.
+    constant to autograd: no derivative goes through a step, w.r.t. damping or anything else. Neither it nor
+    `init` is thread-safe: tracing sets flags of torch that all threads read.
     """
 
     init: Init
@@ -137,7 +137,7 @@ def ekfac(
     batched: bool = False,
     randomness: str = "different",
     chunk_size: int | None = None,
-    contractions: Contractions = DEFAULT,
+    contractions: Contractions = DEFAULT_CONTRACTIONS,
     ranks: Ranks | None = None,
 ) -> EKFAC:
     """Natural gradients in the Kronecker-factored eigenbasis, from exact per-example gradients.
@@ -246,17 +246,7 @@ def ekfac(
     averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
     if ranks is not None and not isinstance(ranks, Ranks):
         raise TypeError(f"ranks is a {type(ranks).__name__}: pass ranks(), or ranks(group), called")
-    if ranks is not None and any(isinstance(choice, Thin | Compact) for choice in choices.values()):
-        raise ValueError(
-            "ranks with thin or compact bases: these are of the samples of one process, give rank(r) or FULL"
-        )
-    if any(isinstance(choice, Thin) for choice in choices.values()):
-        check_thin(basis_every, averaged, factor_decay, second_moment, at_refresh)
-    if averaged and any(isinstance(choice, Compact) for choice in choices.values()):
-        raise ValueError(
-            f"factor_decay={factor_decay!r} with compact bases: they are those of the samples of one batch, give "
-            "factor_decay=0, rank(r) or FULL"
-        )
+    check_of_samples(choices, ranks is not None, basis_every, averaged, factor_decay, second_moment, at_refresh)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
         check_params(params)
@@ -281,25 +271,27 @@ def ekfac(
             layers,
         )
         refreshing = due(layers, refresh, state.step, basis_every)
-        every = len(refreshing) == len(layers) or state.step % moment_every == 0  # a guard, and so a graph, the fewer
+        every = (
+            len(refreshing) == len(layers) or state.step % moment_every == 0
+        )  # a guard of Dynamo, and so a graph, less
         estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
         return _Turn(layers, chosen, refreshing, estimators)
 
-    def sums_in(basis: Basis, turn: _Turn, layer: Layer, terms: Terms, held: int) -> Sums:
-        how = contraction_of(layer.weight, terms, basis, contractions, held)
+    def sums_in(basis: Basis, turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
+        how = contraction_of(layer.weight, terms, basis, contractions, bytes_each)
         return turn.estimators[layer.weight].sums(terms, basis, how)
 
-    def observe(turn: _Turn, state: State, n: int, layer: Layer, terms: Terms, held: int) -> Seen:
+    def observe(turn: _Turn, state: State, n: int, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
         """Sums in a basis that stays; for one that is to change the factors, and the terms if there is room."""
         name, basis = layer.weight, state.bases[layer.weight]
         if isinstance(turn.chosen[name], Thin):
-            return Seen(terms=(terms,))
+            return LayerSums(terms=(terms,))
         if name in turn.refreshing:
             factors = factor_sums(terms, basis, weight_sharing, averaged or ranks is not None)
-            room = chunk_size is None or held * n <= budget(contractions, held * chunk_size)
-            return Seen(factors=factors, terms=(terms,) if room or torch.compiler.is_compiling() else ())
+            room = chunk_size is None or bytes_each * n <= budget(contractions, bytes_each * chunk_size)
+            return LayerSums(factors=factors, terms=(terms,) if room or torch.compiler.is_compiling() else ())
         samples = (terms,) if of_samples(terms, basis, n) else ()
-        return Seen(sums_in(basis, turn, layer, terms, held), terms=samples)
+        return LayerSums(sums_in(basis, turn, layer, terms, bytes_each), terms=samples)
 
     def of_samples(terms: Terms, basis: Basis, n: int) -> bool:
         return ranks is None and rescales_samples(terms, basis, n)
@@ -322,8 +314,8 @@ def ekfac(
             turns.append(turn_of(layers, params, state))
             return functools.partial(observe, turns[-1], state, n)
 
-        def add(layer: Layer, some: Seen, others: Seen) -> Seen:
-            return add_seen(some, others, state.bases[layer.weight])
+        def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
+            return add_layer_sums(some, others, state.bases[layer.weight])
 
         folded = fold(curvature_loss, params, examples, of_curvature, first, add)
         layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
@@ -340,9 +332,9 @@ def ekfac(
         again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
 
         def second(layers: dict[str, Layer]) -> Reading:
-            def read(layer: Layer, terms: Terms, held: int) -> Sums | None:
+            def read(layer: Layer, terms: Terms, bytes_each: int) -> Sums | None:
                 basis = carried.bases[layer.weight]
-                return sums_in(basis, turn, layer, terms, held) if layer.weight in again else None
+                return sums_in(basis, turn, layer, terms, bytes_each) if layer.weight in again else None
 
             return read
 
@@ -361,7 +353,7 @@ def ekfac(
                 of_layer, basis = seen.pop(name), carried.bases[name]
                 terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
                 read = sums.pop(name, None) if of_layer.sums is None else of_layer.sums
-                found[name] = sums_in(basis, turn, layer, terms, folded.held) if read is None else read
+                found[name] = sums_in(basis, turn, layer, terms, folded.bytes_each) if read is None else read
                 if of_samples(terms, basis, n):
                     few[name] = terms
             of_data = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
@@ -376,7 +368,7 @@ def ekfac(
             if data is not None:
                 loss, slopes = _of_data(data.layers, of_data, layers, carried.bases, spans, params)
                 aux = data.aux
-            seen_of_all = _Observed(loss, curvature, n, means, slopes, aux)
+            seen_of_all = _BatchMeans(loss, curvature, n, means, slopes, aux)
             stepped = finish(params, state, turn, refreshed, spans, seen_of_all)
         return _constant(stepped) if in_transform else stepped
 
@@ -386,7 +378,7 @@ def ekfac(
         turn: _Turn,
         refreshed: _Refreshed,
         spans: Mapping[str, Span],
-        observed: _Observed,
+        observed: _BatchMeans,
     ) -> tuple[Params, State, Info]:
         loss, curvature, n, means, slopes, aux = observed
         carried, kept, samples = refreshed
@@ -398,12 +390,7 @@ def ekfac(
                 mean = mean_outside(mean, bases[name])
             updated[name] = estimator.update(carried.second_moments[name], mean, n)
             check_moment(name, estimator.name, updated[name], carried.second_moments[name])
-        if callable(damping):
-            ruled = damping({name: _spectrum(updated[name], bases[name], layer) for name, layer in layers.items()})
-            check_dampings(ruled, layers)
-        else:
-            ruled = dict.fromkeys(layers, damping)
-        dampings = {name: _as_scalar(ruled[name], updated[name].weight) for name in layers}
+        dampings = _dampings(damping, updated, bases, layers)
         natural_in = {}
         for name, layer in layers.items():
             sizes = in_span(layer.sizes, spans[name])
@@ -417,7 +404,7 @@ def ekfac(
         new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
         new = out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
-        natural = unpack_all(layers.values(), natural_in, params)  # half precision may not reach what is finite before
+        natural = unpack_all(layers.values(), natural_in, params)  # where the cast to half precision can overflow
         good = _all_finite([loss, curvature, *natural.values(), *found, *samples, *_learned(new, state)])
         # without a moment in any layer, after a first step that was skipped, there is no natural gradient
         good = good & torch.stack([updated[name].weight for name in layers]).any()
@@ -455,7 +442,7 @@ class _Refreshed(NamedTuple):
     samples: Sequence[Tensor] = ()  # that bases were made of and the state does not carry
 
 
-class _Observed(NamedTuple):
+class _BatchMeans(NamedTuple):
     """What the whole batch said, of all processes."""
 
     loss: Tensor  # [] mean of the data's
@@ -549,6 +536,18 @@ def _of_data(
 def _constant(tree: Any) -> Any:
     """Without tangents."""
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def _dampings(
+    damping: Number | Damping, moments: Mapping[str, Moment], bases: Mapping[str, Basis], layers: Mapping[str, Layer]
+) -> dict[str, Tensor]:
+    """Of each layer, `[]`."""
+    if callable(damping):
+        ruled = damping({name: _spectrum(moments[name], bases[name], layer) for name, layer in layers.items()})
+        check_dampings(ruled, layers)
+    else:
+        ruled = dict.fromkeys(layers, damping)
+    return {name: _as_scalar(ruled[name], moments[name].weight) for name in layers}
 
 
 def _as_scalar(damping: Number, like: Tensor) -> Tensor:

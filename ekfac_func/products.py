@@ -75,26 +75,26 @@ def aligned(x: Tensor, y: Tensor) -> Tensor:
     """`x y`, with the axes that are the last in memory filled up with zeros to a multiple of `ALIGNED_BYTES`."""
     unit = ALIGNED_BYTES // x.itemsize
     m, e = x.shape[-2], y.shape[-1]
-    turned_x, turned_y = _turned(x), _turned(y)
-    inner = 0 if turned_x and not turned_y else -x.shape[-1] % unit
-    outer_x, outer_y = (-m % unit if turned_x else 0), -e % unit
+    transposed_x, transposed_y = _is_transposed(x), _is_transposed(y)
+    inner = 0 if transposed_x and not transposed_y else -x.shape[-1] % unit
+    outer_x, outer_y = (-m % unit if transposed_x else 0), -e % unit
     if not (inner or outer_x or outer_y):
         return x @ y
-    return (_filled(x, outer_x, inner, turned_x) @ _filled(y, inner, outer_y, turned_y))[..., :m, :e]
+    return (_filled(x, outer_x, inner, transposed_x) @ _filled(y, inner, outer_y, transposed_y))[..., :m, :e]
 
 
-def _turned(x: Tensor) -> bool:
+def _is_transposed(x: Tensor) -> bool:
     """Whether a matrix lies in memory as its transpose."""
     return x.stride(-2) == 1 and x.stride(-1) != 1
 
 
-def _filled(x: Tensor, rows: int, columns: int, turned: bool) -> Tensor:
+def _filled(x: Tensor, rows: int, columns: int, transposed: bool) -> Tensor:
     """With zeros, lying in memory as before."""
     if not (rows or columns):
         return x
     if x.dim() == 3 and x.stride(0) == 0:  # one matrix for all
-        return _filled(x[0], rows, columns, turned).expand(x.shape[0], -1, -1)
-    return F.pad(x.mT, (0, rows, 0, columns)).mT if turned else F.pad(x, (0, columns, 0, rows))
+        return _filled(x[0], rows, columns, transposed).expand(x.shape[0], -1, -1)
+    return F.pad(x.mT, (0, rows, 0, columns)).mT if transposed else F.pad(x, (0, columns, 0, rows))
 
 
 def _takes(x: Tensor, y: Tensor) -> bool:
@@ -106,12 +106,12 @@ def _takes(x: Tensor, y: Tensor) -> bool:
 
 
 def _plain() -> bool:
-    """Whether no transform may want a derivative, which the operator does not have, or hides how a matrix lies."""
+    """Whether no transform is active: it might want a derivative, which the operator lacks, or hide the strides."""
     return torch.compiler.is_compiling() or not (transformed() or forward_ad._current_level >= 0)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """The operator, without what it takes to call it where nothing asks for one."""
+    """The implementation directly; the operator in graphs and under dispatch modes."""
     plain = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
     return _multiplied(x, y) if plain else product(x, y)
 

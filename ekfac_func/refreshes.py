@@ -365,7 +365,7 @@ def _solved_together(factors: Sequence[Tensor]) -> list[Tensor]:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 list(pool.map(_solve, apart))
         finally:
-            torch.set_num_threads(threads)  # this thread kept its number, but those that are yet to start take the last
+            torch.set_num_threads(threads)  # this thread kept its number, but new ones inherit the last that was set
     return found
 
 

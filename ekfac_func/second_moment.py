@@ -13,7 +13,7 @@ from .checks import check_decay
 from .contraction import exact_sums, gradient_sums
 from .kronecker import into_basis
 from .orders import Contraction
-from .subspace import turned
+from .subspace import squared_rotations
 from .types import Basis, Moment, Number, Sums, Terms
 
 AtRefresh = Callable[[Moment, Basis, Basis, Callable[[], Tensor]], Moment]
@@ -57,7 +57,7 @@ def transport(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tens
 
     Of a basis of some rank the sum is that over all coordinates of the layer, inside and outside.
     """
-    return Moment(into_basis(moment.value, turned(old, new)), moment.weight)
+    return Moment(into_basis(moment.value, squared_rotations(old, new)), moment.weight)
 
 
 def carry_over(

@@ -1,4 +1,4 @@
-"""Thin bases, of the samples of one batch alone: in a step such a layer is what it is in the span of its samples.
+"""Thin bases, of the samples of one batch alone: a step has such a layer in coordinates of the span of its samples.
 
 There it is a small layer in a full basis, and what it has outside of the span is zero.
 """
@@ -12,27 +12,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .basis import Choice, Thin
+from .basis import Choice, Choices, Compact, Thin
 from .capture import joined
 from .kronecker import WeightSharing, factor_sums, gradient
-from .passes import Seen
+from .passes import LayerSums
 from .second_moment import AtRefresh, SecondMoment, reset
 from .types import Basis, Factored, Factors, Layer, Moment, Number, OneHot, State, Terms
 
 
-def check_thin(
-    basis_every: int, averaged: bool, factor_decay: Number, estimator: SecondMoment, at_refresh: AtRefresh | None
+def check_of_samples(
+    choices: Choices,
+    several: bool,
+    basis_every: int,
+    averaged: bool,
+    factor_decay: Number,
+    estimator: SecondMoment,
+    at_refresh: AtRefresh | None,
 ) -> None:
-    """bases: `thin` with arguments that keep nothing from one batch to another."""
+    """bases: `thin` and `compact`, which are of the samples of one batch, with arguments that keep to these.
+
+    several: whether more than one process has samples.
+    """
+    kinds = [type(choice) for choice in choices.values()]
+    if several and (Thin in kinds or Compact in kinds):
+        raise ValueError(
+            "ranks with thin or compact bases: these are of the samples of one process, give rank(r) or FULL"
+        )
+    for kind, name in ((Thin, "thin"), (Compact, "compact")):
+        if averaged and kind in kinds:
+            raise ValueError(
+                f"factor_decay={factor_decay!r} with {name} bases: they are of the samples of one batch alone, give "
+                "factor_decay=0, rank(r) or FULL"
+            )
+    if Thin not in kinds:
+        return
     if basis_every != 1:
         raise ValueError(
             f"basis_every={basis_every!r} with thin bases: they span the samples of one batch alone, "
             "give basis_every=1 or use rank(r)"
-        )
-    if averaged:
-        raise ValueError(
-            f"factor_decay={factor_decay!r} with thin bases: they span the samples of one batch alone, give "
-            "factor_decay=0 or use rank(r)"
         )
     if estimator.carries:
         raise ValueError(
@@ -115,7 +132,7 @@ def into_spans(
     chosen: Mapping[str, Choice],
     state: State,
     layers: Mapping[str, Layer],
-    seen: dict[str, Seen],
+    seen: dict[str, LayerSums],
     sharing: WeightSharing,
 ) -> tuple[State, dict[str, Span], dict[str, Tensor]]:
     """The state with an empty layer of its span's size for each thin one, the spans, and the gradients' sums of these.
@@ -139,7 +156,7 @@ def into_spans(
             Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
         factors[name] = Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)
         bases[name], moments[name] = Basis(Q_A, Q_B), Moment(zero.new_zeros(b, o, i, k), zero)
-        seen[name] = Seen(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
+        seen[name] = LayerSums(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
     return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
 
 

@@ -1,4 +1,4 @@
-"""Layers wider than what is known of them: outside of a basis of some rank, and in the span of a batch.
+"""Bases of `rank(r)`: what lies outside of the r columns, in the moment and in the rescaled gradient.
 
 A side of `rank(r)` has a coordinate for all that lies outside of its r columns, the last one, with a zero column in the
 basis: projections are zero there, and the moment is the mean over the complement. With `a_p = a - Q_A Q_A^T a` of c
@@ -289,16 +289,16 @@ def _samples(x: Tensor) -> Tensor:
     return x.movedim(1, 0).flatten(1, 2)
 
 
-def turned(old: Basis, new: Basis) -> Basis:
+def squared_rotations(old: Basis, new: Basis) -> Basis:
     """Squared rotations `(Q_old^T Q_new)^2` of both sides, by which a moment is carried from one basis to another.
 
     Of a side of some rank they carry the means over the complements too: the sum of the moment over all coordinates of
     the layer stays what it was.
     """
-    return Basis(*(_turned(Q_old, Q_new) for Q_old, Q_new in zip(old, new, strict=True)))
+    return Basis(*(_squared_rotation(Q_old, Q_new) for Q_old, Q_new in zip(old, new, strict=True)))
 
 
-def _turned(old: Side, new: Side) -> Tensor:
+def _squared_rotation(old: Side, new: Side) -> Tensor:
     R = (written(old).mT @ written(new)).square()
     c = outside(old)
     if not c:

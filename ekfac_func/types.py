@@ -50,7 +50,7 @@ class Dense(NamedTuple):
 
 
 Term = Factored | OneHot | Dense
-Terms = tuple[Term, ...]  # a layer's gradients are their sum: one of a kind, Dense alone
+Terms = tuple[Term, ...]  # whose sum a layer's gradients are: at most one Factored and one OneHot, or one Dense
 
 
 def statistics_dtype(p: Tensor) -> torch.dtype:
@@ -188,7 +188,7 @@ class State:
     factors: dict[str, Factors]
     bases: dict[str, Basis]
     second_moments: dict[str, Moment]
-    layers: tuple[Layer, ...] = ()  # constants, for who reads a state: `precondition` finds them anew
+    layers: tuple[Layer, ...] = ()  # for readers of a state; `precondition` finds them anew
 
     def __repr__(self) -> str:
         moments = {name: tuple(moment.value.shape) for name, moment in self.second_moments.items()}

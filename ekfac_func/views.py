@@ -104,7 +104,7 @@ def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any)
         return [view]
     if func in RESHAPES:
         return [reshape(view, made.shape)]
-    same = source.stride() == view.strides and source.storage_offset() == view.offset  # not so of a copy
+    same = source.stride() == view.strides and source.storage_offset() == view.offset  # false for a copy
     return [_made(view, part) if same else None for part in ([made] if isinstance(made, Tensor) else made)]
 
 

@@ -40,7 +40,7 @@ WRITTEN = 600  # positions that take as long to multiply as two sums of a tile t
 LEAST_POSITIONS = 6  # a product takes a row of positions at a time: up to here pairs of positions are less work
 EXTRA = 2  # times the operations of the cheapest order that are taken for the memory traffic saved
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it would multiply the bits of bfloat16 as integers
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which multiplies the bits of bfloat16 as integers
 FOUND = importlib.util.find_spec("triton") is not None
 
 if FOUND:

@@ -1,4 +1,4 @@
-"""What a person plots."""
+"""Scalars of a step, to log and to plot."""
 
 from collections.abc import Mapping
 

@@ -235,7 +235,7 @@ def _scale(direction: Params, squared: Mapping[str, Tensor], limit: Number) -> P
 
 
 def _times(direction: Params, factors: Mapping[str, Tensor]) -> Params:
-    """In the precision of the factors, which half precision may not reach, and the dtypes of the direction."""
+    """Multiplied in the dtype of the factors, for half precision can overflow; in that of the direction after."""
     return {name: (d.to(factors[name].dtype) * factors[name]).to(d.dtype) for name, d in direction.items()}
 
 
