@@ -77,19 +77,24 @@ def differs(seeds: list[Rows], layer: str) -> bool:
     return full not in ("-", sua)
 
 
-seeds = []
-for path in sys.argv[1:]:
-    with open(path, newline="") as file:
-        seeds.append(list(csv.DictReader(file)))
-    print(path)
-    nearer(seeds[-1])
-table(seeds, "all data", "stage")
-table(seeds, "batches", "stage")
-for layer in column(seeds, "layer", "all data"):
-    if layer != "all" and differs(seeds, layer):
-        table(seeds, "all data", "stage", layer)
-table(seeds, "refresh", "since_refresh")
-fresh = {"part": "refresh", "layer": "all", "estimator": "stale basis, fresh moment"}
-since = column(seeds, "since_refresh", "refresh")
-figures = (mean(seeds, left_by_the_basis, **fresh, since_refresh=x) for x in since)
-print(f"    {'stale basis, moment of all data':32} " + " | ".join(figures))
+def main(paths: list[str]) -> None:
+    seeds = []
+    for path in paths:
+        with open(path, newline="") as file:
+            seeds.append(list(csv.DictReader(file)))
+        print(path)
+        nearer(seeds[-1])
+    table(seeds, "all data", "stage")
+    table(seeds, "batches", "stage")
+    for layer in column(seeds, "layer", "all data"):
+        if layer != "all" and differs(seeds, layer):
+            table(seeds, "all data", "stage", layer)
+    table(seeds, "refresh", "since_refresh")
+    fresh = {"part": "refresh", "layer": "all", "estimator": "stale basis, fresh moment"}
+    since = column(seeds, "since_refresh", "refresh")
+    figures = (mean(seeds, left_by_the_basis, **fresh, since_refresh=x) for x in since)
+    print(f"    {'stale basis, moment of all data':32} " + " | ".join(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

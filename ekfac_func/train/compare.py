@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -71,10 +71,8 @@ def compare(
     with files.metrics.open("r+" if saved["reached"] else "w", newline="") as table, checkpoint.interruptible() as stop:
         table.seek(saved["metrics_bytes"])
         table.truncate()
-        rows = csv.writer(table)
         if not saved["reached"]:
-            rows.writerow(["optimizer", "step", "metric", "value"])
-
+            csv.writer(table).writerow(["optimizer", "step", "metric", "value"])
         for name, make in trainers.items():
             before = reached.get(name)
             if before is not None and name != saved["training"]:
@@ -82,41 +80,53 @@ def compare(
             trainer = make()
             if before is not None:
                 trainer.load_state_dict(saved["trainer"])
-
-            def save(now: Progress, name: str = name, trainer: Trainer = trainer) -> None:
-                reached[name] = now
-                table.flush()
-                os.fsync(table.fileno())
-                tree = {
-                    "about": files.about,
-                    "reached": {
-                        name: [at.step, at.seconds, [list(point) for point in at.points]]
-                        for name, at in reached.items()
-                    },
-                    "training": name,
-                    "trainer": trainer.state_dict(),
-                    "metrics_bytes": table.tell(),
-                }
-                checkpoint.write(files.checkpoint, tree)
-
-            def after_step(now: Progress, loss: Tensor, name: str = name, trainer: Trainer = trainer) -> None:
-                if files.metrics_every and now.step % files.metrics_every == 0:
-                    plotted = {"loss": loss, **trainer.metrics()}
-                    rows.writerows([name, now.step, metric, value.item()] for metric, value in plotted.items())
-                    table.flush()
-                if not math.isfinite(loss.item()):  # the end of this training, from which nothing goes on
-                    return
-                if stop.up or now.step % files.checkpoint_every == 0:
-                    save(now)
-                if stop.up:
-                    raise checkpoint.Interrupted(
-                        f"stopped after {now.step} steps of {name}: {files.checkpoint} is there to go on from, by the "
-                        "same command"
-                    )
-
             given = batches(data.train, s.batch_size, s.steps, seed, start=0 if before is None else before.step)
+            after_step = _Written(name, trainer, reached, files, table, stop).after_step
             reached[name] = record(name, trainer, given, s.steps, task, data, before, after_step)
     return [Curve(name, reached[name].points) for name in trainers]
+
+
+class _Written(NamedTuple):
+    """What a training leaves in the files while it runs."""
+
+    name: str
+    trainer: Trainer
+    reached: dict[str, Progress]  # of all trainings
+    files: Files
+    table: TextIO  # of metrics
+    stop: checkpoint.Flag
+
+    def after_step(self, now: Progress, loss: Tensor) -> None:
+        """Metrics and a checkpoint where they are due. `checkpoint.Interrupted` after Ctrl-C."""
+        if self.files.metrics_every and now.step % self.files.metrics_every == 0:
+            plotted = {"loss": loss, **self.trainer.metrics()}
+            rows = ([self.name, now.step, metric, value.item()] for metric, value in plotted.items())
+            csv.writer(self.table).writerows(rows)
+            self.table.flush()
+        if not math.isfinite(loss.item()):  # the end of this training, from which nothing goes on
+            return
+        if self.stop.up or now.step % self.files.checkpoint_every == 0:
+            self._save(now)
+        if self.stop.up:
+            raise checkpoint.Interrupted(
+                f"stopped after {now.step} steps of {self.name}: {self.files.checkpoint} is there to go on from, by "
+                "the same command"
+            )
+
+    def _save(self, now: Progress) -> None:
+        self.reached[self.name] = now
+        self.table.flush()
+        os.fsync(self.table.fileno())
+        tree = {
+            "about": self.files.about,
+            "reached": {
+                name: [at.step, at.seconds, [list(point) for point in at.points]] for name, at in self.reached.items()
+            },
+            "training": self.name,
+            "trainer": self.trainer.state_dict(),
+            "metrics_bytes": self.table.tell(),
+        }
+        checkpoint.write(self.files.checkpoint, tree)
 
 
 def _saved(files: Files) -> dict[str, Any]:

@@ -10,14 +10,16 @@ from matplotlib.figure import Figure
 from .checkpoint import replacing
 from .run import Curve
 
+ROWS = 5  # of each optimizer in the table
 
-def table(curves: Sequence[Curve], rows: int = 5) -> str:
-    """Losses against steps and seconds, about as many rows as asked for each optimizer, the last point among them."""
+
+def table(curves: Sequence[Curve]) -> str:
+    """Losses against steps and seconds, about `ROWS` of each optimizer, the last point among them."""
     lines = [
         f"{'optimizer':<10} {'step':>6} {'seconds':>8} {'training loss':>14} {'test loss':>10} {'test accuracy':>14}"
     ]
     for curve in curves:
-        every = max(1, math.ceil((len(curve.points) - 1) / rows))
+        every = max(1, math.ceil((len(curve.points) - 1) / ROWS))
         for point in curve.points[::-1][::every][::-1]:
             accuracy = "-" if point.test_accuracy is None else f"{point.test_accuracy:.1%}"
             lines.append(

@@ -166,6 +166,9 @@ class Progress(NamedTuple):
     points: list[Point]
 
 
+POINTS = 20  # evaluations after the first
+
+
 def record(
     name: str,
     trainer: Trainer,
@@ -173,16 +176,15 @@ def record(
     total: int,
     task: Task,
     data: Data,
-    before: Progress | None = None,
-    after_step: Callable[[Progress, Tensor], None] = lambda progress, loss: None,
-    points: int = 20,
+    before: Progress | None,
+    after_step: Callable[[Progress, Tensor], None],
 ) -> Progress:
     """Take the steps behind a progress bar and evaluate at evenly spaced ones; stops at a loss that is not finite.
 
     before: where an interrupted training stood; `given` and `trainer` go on from there.
     after_step: called after each step with the progress and the batch's loss.
     """
-    marks = {math.ceil(total * k / points) for k in range(1, points + 1)}
+    marks = {math.ceil(total * k / POINTS) for k in range(1, POINTS + 1)}
     now = before or Progress(0, 0.0, [evaluate(task, trainer.params, data, 0, 0.0)])
     with tqdm(total=total, initial=now.step, desc=f"{name:>8}", unit="step", dynamic_ncols=True) as bar:
         for batch in given:
