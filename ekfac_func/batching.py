@@ -131,14 +131,34 @@ def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     return torch.cat([input.narrow(dim, 0, at), src.unsqueeze(dim).to(input.dtype), after], dim)
 
 
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """By its formula in eval mode: for one image torch 2.13 has a wrong derivative w.r.t. channels-last gradients."""
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    of_channels = (-1, *(1,) * (input.dim() - 2))
+    scale = (running_var + eps).rsqrt() if weight is None else (running_var + eps).rsqrt() * weight
+    y = (input - running_mean.reshape(of_channels)) * scale.reshape(of_channels)
+    return (y if bias is None else y + bias.reshape(of_channels)).to(input.dtype)
+
+
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.embedding: embedding,
+    F.batch_norm: batch_norm,
     torch.select_scatter: select_scatter,
     Tensor.select_scatter: select_scatter,
     torch.as_strided: as_strided,
     Tensor.as_strided: as_strided,
 }
-"""Where torch's own rule is wrong under `vmap`."""
+"""Where torch's own derivative is wrong, most of them under `vmap`."""
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,

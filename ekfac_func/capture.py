@@ -163,7 +163,7 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
         with FakeTensorMode(allow_non_fake_inputs=True):
             like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
             folded = _retried(found, options, draws([]), lambda found: tapped(found, like, examples))[0]
-    except DATA_DEPENDENT:
+    except (*DATA_DEPENDENT, RuntimeError):  # of `tolist` torch says it in other words
         with undrawn(pytree.tree_leaves((owned, batch))):
             folded = tapped(found, owned, batch)[0]
     return _captured(folded)
@@ -211,7 +211,7 @@ def _deciding(seen: Sequence[Any]) -> list[Any]:
     return [entry for entry in seen if len(entry) > 2]
 
 
-WAYS = {Way.SUMMED: summed, Way.EACH: each, Way.LOOPED: looped, Way.BATCHED: batched}
+WAYS = {"SUMMED": summed, "EACH": each, "LOOPED": looped, "BATCHED": batched}  # by name, for Dynamo hashes no enum
 
 
 def _watched(
@@ -219,6 +219,7 @@ def _watched(
 ) -> tuple[Probed, list[Any], list[list[Any]]]:
     """The loss under the tap; the list in which a run leaves its calls; and that of the ways that the runs took."""
     compiling = torch.compiler.is_compiling()
+    as_written = options.batched or (found.way is Way.LOOPED and len(found.calls) == 0)
     of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
     instead = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
@@ -234,6 +235,7 @@ def _watched(
         counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
+        copies: list[tuple[Tensor, int]] = []  # in place of views, likewise
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             if not compiling:
@@ -241,10 +243,11 @@ def _watched(
             refuse(func, args, kwargs, params, options.batched)
             if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
                 return True
-            output = (
-                NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, options.batched)
-            )
+            output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, as_written)
             if output is not NotImplemented:
+                if func in expansions.COPIES and not compiling:
+                    copy = innermost(output)
+                    copies.append((copy, copy._version))
                 return output
             if func in views.VIEWS:
                 name = name_of(args[0], known) if len(args) > 0 else None
@@ -277,7 +280,8 @@ def _watched(
                 args, kwargs = without_gradient((args, kwargs), *held)
             # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
             layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
-            output = layers_of.get(func, func)(*args, **kwargs)
+            exact = EXACT if found.way is Way.LOOPED else {}
+            output = layers_of.get(func, exact.get(func, func))(*args, **kwargs)
             named = name == planned.weight or (compiling and name is None)  # a view by `w.T`
             if read is None or not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
                 raise StalePlan(
@@ -300,7 +304,10 @@ def _watched(
                 "same layers whatever device, mode or values it meets"
             )
         refuse_changed([], inputs, [])
+        if any(copy._version != version for copy, version in copies):
+            raise StalePlan("the loss changes a view in place, which it did not when its layers were found")
         inputs.clear()  # the handler, which is in a cycle, would hold them
+        copies.clear()
         ways.append(seen)
         if found.calls and _deciding(seen) != _deciding(ways[0]):
             raise StalePlan(
@@ -323,7 +330,7 @@ def _tapped(
     free = {name: p for name, p in params.items() if name not in owned}
     device = pytree.tree_leaves(batch)[0].device
     probed, calls, ways = _watched(found, loss_fn, params, options, device)
-    run = WAYS[found.way]
+    run = WAYS[found.way.name]
     read = begin(layers)
     kept: dict[str, Any] = {}
 

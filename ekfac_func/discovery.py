@@ -114,6 +114,10 @@ class _WithoutContext(Exception):
     """The loss calls an `autograd.Function` of which `torch.func` knows nothing, for its forward takes ctx."""
 
 
+class _ChangesData(Exception):
+    """The loss moves or casts a module, which changes `.data`: `torch.func` does not let it."""
+
+
 @torch.compiler.assume_constant_result
 def _discover(
     param_specs: dict[str, Spec],
@@ -131,21 +135,18 @@ def _discover(
         skip: Mapping[int, str] = {},
         picking: Collection[int] = (),
         of: tuple[Params, Batch] | None = None,
+        plain: bool = False,
     ) -> Observed:
         loss = functools.partial(loss_fn, *args, **kwargs)
         with undrawn(() if of is None else pytree.tree_leaves(of)):  # the next run takes the same path
-            return _run(loss, param_specs, example[0], rules, has_aux, n, skip, picking, of)
+            return _run(loss, param_specs, example[0], rules, has_aux, n, skip, picking, of, plain)
 
     try:
         if batched:
             return _of_batches(param_specs, run, 3, 5)
         found = run(None)
-        for name in found.asked_of if values is None else ():
-            if name:
-                raise ValueError(
-                    f"loss_fn asks whether params[{name!r}] requires a gradient, to which a compiled step has another "
-                    "answer: decide it before the call, by what the loss closes over"
-                )
+        if values is None:
+            _refuse_compiled(found)
         # under `vmap` an activation says that it requires a gradient within `grad` alone
         way, is_open = (Way.EACH, False) if found.asked_of else (Way.SUMMED, not found.nested)
         return Plan(*arrange(param_specs, found, [None] * len(found.uses)), way, is_open)
@@ -166,14 +167,21 @@ def _discover(
                 "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
         return Plan(_unread(param_specs, "torch.autograd.grad"), (), Way.EACH)
+    except _ChangesData as error:
+        if batched:
+            raise ValueError(
+                "loss_fn moves or casts a module, which torch.func does not let it: do it before, or leave batched out "
+                "for a loop over the examples"
+            ) from error
+        return Plan(_unread(param_specs, "a module that is moved or cast"), (), Way.LOOPED)
     except _WithoutContext:
         if batched:
             raise ValueError(
                 "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: "
                 "give it a setup_context, or leave batched out for a loop over the examples"
             ) from None
-        layers = _unread(param_specs, "an autograd.Function without setup_context")
-        return Plan(layers, (), Way.LOOPED)
+        found = run(None, plain=True)
+        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
     except RuntimeError:
         if not batched or values is None:
             raise
@@ -214,7 +222,8 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
 
 
 DATA, REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("data", "requires_grad", "grad_fn"))
-ASKS = frozenset({REQUIRES_GRAD, GRAD_FN, Tensor.register_hook, Tensor.retain_grad})
+HOOKS = frozenset({Tensor.register_hook, Tensor.retain_grad})
+ASKS = HOOKS | {REQUIRES_GRAD, GRAD_FN}
 """What a loss asks a tensor, or does to it, because it is differentiated."""
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -230,12 +239,14 @@ def _run(
     skip: Mapping[int, str],
     picking: Collection[int],
     values: tuple[Params, Any] | None,
+    plain: bool,
 ) -> Observed:
     """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
 
     skip: calls not to treat as a layer's, and why.
     picking: lookups that are along the examples.
     values: parameters and a batch, for a loss that looks at values, of which it gets n examples.
+    plain: by autograd, not by `torch.func`.
     """
     watch = _Watch(rules, n, skip, Picked(picking), without_values=values is None)
 
@@ -258,6 +269,8 @@ def _run(
                 refuse_checkpoint(error)
                 if "setup_context" in str(error):
                     raise _WithoutContext from error
+                if "mutating directly with `.data`" in str(error):
+                    raise _ChangesData from error
             error.add_note(
                 f"loss_fn was called on {'one example' if n is None else f'a batch of {n}'}, whose tensors have the "
                 f"shapes {[tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]}"
@@ -267,13 +280,23 @@ def _run(
             raise watch.mutations[0]
         loss = check_loss(loss, has_aux, n)[0]
         refuse_changed(watch.given, watch.inputs, versions)
+        if any(copy._version != version for copy, version in watch.copies):
+            raise DataDependentOutputException(torch.ops.aten.select.int)  # a view, which can be changed in place
+        watch.functions |= _custom_functions(loss)
         return loss if n is None else loss.sum()
 
     without_values = FakeTensorMode(allow_non_fake_inputs=True) if values is None else contextlib.nullcontext()
     with without_values, contextlib.nullcontext() if n is None else watch.picked:
         params = filled(dict(param_specs)) if values is None else values[0]
         with torch.autograd.set_detect_anomaly(False):  # which would look for NaN in tensors without values
-            torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
+            if plain:
+                leaves = {name: p.requires_grad_(p.is_floating_point()) for name, p in params.items()}
+                zero = torch.zeros((), requires_grad=True)
+                with torch.enable_grad():
+                    loss = observed(leaves, zero)
+                torch.autograd.grad(loss, [p for p in (*leaves.values(), zero) if p.requires_grad], allow_unused=True)
+            else:
+                torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
     if not watch.reached and not watch.reached_uses and values is None:
         raise ValueError(
             "loss_fn returned a loss that does not depend on params, as autograd sees it: its gradient would be zero. "
@@ -287,10 +310,44 @@ def _run(
         watch.hidden_by,
         watch.nested,
         watch.asked_of,
+        watch.functions,
         watch.picked.calls,
         watch.picked.asked,
         watch.picked.lookups,
     )
+
+
+def _refuse_compiled(found: Observed) -> None:
+    """What a graph would differentiate in another way than eager mode does."""
+    for name in sorted(found.asked_of - {""}):
+        raise ValueError(
+            f"loss_fn asks whether params[{name!r}] requires a gradient, to which a compiled step has another answer: "
+            "decide it before the call, by what the loss closes over"
+        )
+    for name in sorted(found.functions):
+        raise ValueError(
+            f"loss_fn calls {name}, an autograd.Function, whose backward Dynamo leaves out under vmap: write it with "
+            "detach(), as x + (f(x) - x).detach() for a straight-through estimator, take the batch as it is with "
+            "batched=True, or call the step in eager mode"
+        )
+
+
+OWN = ("_Mark", "GeneratedBackwardFor_")  # Python's nodes of this module, and of operators
+
+
+def _custom_functions(loss: Tensor) -> set[str]:
+    """The names of the `autograd.Function`s of the loss's own."""
+    found, seen, todo = set[str](), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = type(node).__name__
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not name.startswith(OWN):
+            found.add(name.removesuffix("GeneratedBackward").removesuffix("Backward"))
+        todo += [before for before, _ in node.next_functions]
+    return found
 
 
 def _differentiated(uses: list[Use], reached: set[int]) -> list[Use]:
@@ -328,6 +385,8 @@ class _Watch:
         self.mutations: list[RuntimeError] = []
         self.nested = False
         self.asked_of: set[str] = set()
+        self.functions: set[str] = set()
+        self.copies: list[tuple[Tensor, int]] = []  # in place of views, with their versions
         self.counted = 0  # calls of functions that have a rule
 
     def begin(self, params: Params, zero: Tensor) -> Params:
@@ -350,6 +409,8 @@ class _Watch:
         if func in ASKS:
             asked = self.view_of(args[0])
             self.asked_of.add("" if asked is None else asked.name)
+            if asked is not None and func in HOOKS:  # which a tapped one, a constant, cannot have
+                self.reached.add(asked.name)
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise _SecondOrder
         inner = depth() != self.level
@@ -358,6 +419,8 @@ class _Watch:
         if output is not NotImplemented:
             if func in expansions.FOR_VMAP:  # its calls are not handed over
                 self.note(func, (args, kwargs))
+            if func in expansions.COPIES:
+                self.copies.append((output, output._version))
             return output
         if func in views.VIEWS:
             output = func(*args, **kwargs)
@@ -416,7 +479,8 @@ class _Watch:
         return NotImplemented
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        func = _one_hot if self.without_values and func is F.one_hot else func
+        if self.without_values:
+            func = CHECKS.get(func, func)
         return unless_mutating(func, args, kwargs, self.mutations, self.n, self.level)
 
     def view_of(self, tensor: Any) -> View | None:
@@ -450,11 +514,29 @@ class _Watch:
                 self.hidden_by.setdefault(view.name, {})[f"{called(func)} {why}".strip()] = None
 
 
+def _shown(tensor: Tensor, spec: str) -> str:
+    """In an error message that is made beforehand."""
+    return "..."
+
+
+def _true(tensor: Tensor) -> Tensor:
+    """What the loss asserts."""
+    return torch.tensor(True)  # whose value is known on tensors without values too
+
+
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     """`F.one_hot`, which within `torch.func.grad` reads its labels."""
     if num_classes < 0:  # as many as the largest
         raise DataDependentOutputException(torch.ops.aten.one_hot.default)
     return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
+
+
+CHECKS: dict[Any, Callable[..., Any]] = {
+    F.one_hot: _one_hot,
+    Tensor.__format__: _shown,
+    **dict.fromkeys((torch._is_all_true, Tensor._is_all_true), _true),
+}
+"""Functions that look at values to check them, as they are on tensors without values."""
 
 
 def without_gradient(tree: Any, *held: Tensor | None) -> Any:

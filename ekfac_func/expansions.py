@@ -222,7 +222,7 @@ def gaussian_nll_loss(
         return NotImplemented
     if var.shape == input.shape[:-1] and var.dim() < input.dim():
         var = var.unsqueeze(-1)
-    elif var.shape[:-1] != input.shape[:-1] or var.shape[-1:] not in (input.shape[-1:], (1,)):
+    elif var.dim() != input.dim() or var.shape not in (input.shape, (*input.shape[:-1], 1)):
         return NotImplemented
     raised = torch.where(var < 0, torch.nan, var + (var.clamp(min=eps) - var).detach())
     losses = (raised.log() + (input - target).square() / raised) / 2
@@ -320,8 +320,9 @@ _LAYERS: dict[Any, Expansion] = {
     F.grouped_mm: grouped_mm,
     torch._grouped_mm: grouped_mm,
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
-    Tensor.__getitem__: getitem,
 }
+COPIES: dict[Any, Expansion] = {Tensor.__getitem__: getitem}
+"""Without `vmap` they are views, which a loss may change in place: of a copy it must not."""
 FOR_VMAP: dict[Any, Expansion] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
@@ -338,7 +339,7 @@ def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any]
     batched: the loss runs without `vmap`.
     """
     key = str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func
-    expansion = _LAYERS.get(key) or (None if batched else FOR_VMAP.get(key))
+    expansion = _LAYERS.get(key) or (None if batched else FOR_VMAP.get(key) or COPIES.get(key))
     if expansion is None:
         return NotImplemented
     return expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)

@@ -92,6 +92,7 @@ class Observed(NamedTuple):
     hidden_by: dict[str, dict[str, None]]  # the functions without a rule that took a parameter
     nested: bool  # a function of `batching.OPEN` stood inside a transform of the loss's own
     asked_of: set[str]  # parameters that the loss asked whether they are differentiated; "" of any other tensor
+    functions: set[str]  # `autograd.Function`s of the loss's own
     picked: set[int]  # calls on rows that values picked
     asked: dict[int, int]  # by call, how many truths the loss read before
     lookups: list[int]  # by ids that come from the batch: along how many entries

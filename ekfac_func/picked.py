@@ -63,7 +63,7 @@ class Picked(TorchDispatchMode):
         addresses = _storages((args, kwargs)).keys()
         written = _storages((made, args[:1] if func._schema.is_mutable else ()))
         picks = _picks(func, args)
-        for entries in self._looked_up(func, args):
+        for entries in self._looked_up(func, args, kwargs):
             picks |= len(self.lookups) in self.picking
             self.lookups.append(entries)
         if picks or not addresses.isdisjoint(self.storages):
@@ -74,20 +74,24 @@ class Picked(TorchDispatchMode):
             self.of_batch |= written
         return made
 
-    def _looked_up(self, func: Any, args: Any) -> Iterator[int]:
+    def _looked_up(self, func: Any, args: Any, kwargs: Any) -> Iterator[int]:
         """Along how many entries the call reads or writes by ids that come from the batch, or orders."""
         if func.overloadpacket in INDEXED:
-            ids = [(axis, t) for axis, t in enumerate(args[1]) if t is not None]
-        elif func.overloadpacket in BY_IDS:
-            ids = [(args[1], args[2])]
-        elif func.overloadpacket in ORDERED:
-            at = ORDERED[func.overloadpacket]
-            ids = [(args[at] if len(args) > at and isinstance(args[at], int) else -1, args[0])]
+            ids = [(args[0].shape[axis], t) for axis, t in enumerate(args[1]) if t is not None]
+        elif func.overloadpacket in BY_IDS and args[0].dim():
+            ids = [(args[0].shape[args[1]], args[2])]
+        elif func.overloadpacket in TABLES:
+            ids = [(args[0].shape[0], args[1])]
+        elif func is torch.ops.aten.take.default:
+            ids = [(args[0].numel(), args[1])]
+        elif func.overloadpacket in ORDERED and args[0].dim():
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            ids = [(args[0].shape[given.get("dim", -1)], args[0])]
         else:
             return
-        for axis, t in ids:
-            if isinstance(t, Tensor) and args[0].dim() and not _storages(t).keys().isdisjoint(self.of_batch):
-                yield args[0].shape[axis]
+        for entries, t in ids:
+            if isinstance(t, Tensor) and not _storages(t).keys().isdisjoint(self.of_batch):
+                yield entries
 
 
 _aten = torch.ops.aten
@@ -95,9 +99,10 @@ INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
 BY_IDS = (
     *(_aten.index_select, _aten.gather, _aten.index_add, _aten.index_add_, _aten.index_copy, _aten.index_copy_),
     *(_aten.scatter, _aten.scatter_, _aten.scatter_add, _aten.scatter_add_, _aten.scatter_reduce),
+    *(_aten.index_reduce, _aten.index_reduce_),
 )
-ORDERED = {_aten.sort: 1, _aten.topk: 2}
-"""With the place of the axis among their arguments."""
+TABLES = (_aten.embedding, _aten._embedding_bag, _aten._embedding_bag_forward_only)
+ORDERED = (_aten.sort, _aten.topk)
 WITHOUT_VALUES = tuple(
     getattr(_aten, name).default
     for name in ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")

@@ -555,7 +555,8 @@ def _as_scalar(damping: Number, like: Tensor) -> Tensor:
         return damping.detach() + like.new_zeros(())
     smallest = torch.finfo(like.dtype).tiny
     if damping < smallest:
-        raise ValueError(f"damping={damping!r} is zero in {like.dtype}, that of the moments: give at least {smallest}")
+        given = "damping" if torch.compiler.is_compiling() else f"damping={damping!r}"  # a symbol has no text
+        raise ValueError(given + " is zero in the dtype of the moments: give at least torch.finfo(dtype).tiny")
     if torch.compiler.is_compiling():  # where what is filled in would cost a graph
         return damping + like.new_zeros(())
     return like.new_full((), damping)

@@ -73,9 +73,9 @@ def _refuse_class_weights(func: Any, given: Mapping[str, Any], params: Mapping[s
 _LABELLED = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
 _REFUSALS: dict[Any, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any], Mapping[str, Tensor]], None]]] = {
     F.batch_norm: (("input", "running_mean", "running_var", "weight", "bias", "training"), _refuse_batch_statistics),
-    torch.native_batch_norm: (
-        ("input", "weight", "bias", "running_mean", "running_var", "training"),
-        _refuse_batch_statistics,
+    **dict.fromkeys(
+        (torch.native_batch_norm, torch.ops.aten.native_batch_norm.default, torch.ops.aten.native_batch_norm),
+        (("input", "weight", "bias", "running_mean", "running_var", "training"), _refuse_batch_statistics),
     ),
     F.instance_norm: (
         ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),

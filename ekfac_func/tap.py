@@ -136,6 +136,26 @@ def _embedding(
     return F.embedding, (indices, weight, padding), {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
 
 
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Any, Any, Any]:
+    named = ("none", "mean", "sum")[reduction]
+    rest = {"ignore_index": ignore_index, "reduction": named, "label_smoothing": label_smoothing}
+    return F.cross_entropy, (input, target, weight) if weight is not None else (input, target), rest
+
+
+def _to(input: Tensor, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any, Any]:
+    """`x.type(dtype)`."""
+    if isinstance(dtype, torch.dtype) and not kwargs:
+        return Tensor.to, (input, dtype), {}
+    return Tensor.type, (input,) if dtype is None else (input, dtype), kwargs
+
+
 def _with_packets(table: dict[Any, Any]) -> dict[Any, Any]:
     """The operators by themselves too, of which a call picks the overload."""
     return table | {op.overloadpacket: of_it for op, of_it in table.items() if isinstance(op, OpOverload)}
@@ -163,6 +183,8 @@ ALIASES = _with_packets(
 REORDERED = _with_packets(
     {
         **dict.fromkeys((torch.embedding, _aten.embedding.default), _embedding),
+        _aten.cross_entropy_loss.default: _cross_entropy,
+        Tensor.type: _to,
         **dict.fromkeys(
             (torch.batch_norm, _aten.batch_norm.default),
             _reordered(F.batch_norm, *_OPERANDS, "training", "momentum", "eps"),

@@ -429,7 +429,34 @@ def _ordered(params: Params, batch: Any) -> Tensor:
     return F.cross_entropy(F.linear(h, params["v"]), y, reduction="none")
 
 
-@pytest.mark.parametrize("loss_fn", [_sorted, _dispatched, _chosen, _ordered])
+def _by_lookup(rows: Tensor, order: Tensor) -> Tensor:
+    return F.embedding(order, rows)
+
+
+def _by_flat_ids(rows: Tensor, order: Tensor) -> Tensor:
+    return rows.take(order[:, None] * rows.shape[1] + torch.arange(rows.shape[1]))
+
+
+def _permuted(by: Any) -> Any:
+    def loss_fn(params: Params, batch: Any) -> Tensor:
+        x, y, _ = batch
+        order = x[:, 0, 0].argsort()
+        h = F.linear(by(x.mean(1), order), params["w"]).tanh()[order.argsort()]
+        return F.cross_entropy(F.linear(h, params["v"]), y, reduction="none")
+
+    return loss_fn
+
+
+def _stably(params: Params, batch: Any) -> Tensor:
+    x, y, _ = batch
+    h = F.linear(x[:, 0].sort(dim=0, stable=True).values, params["w"]).tanh()
+    return F.cross_entropy(F.linear(h.flip(1), params["v"]), y, reduction="none")
+
+
+PERMUTED = [_permuted(by) for by in (_by_lookup, _by_flat_ids)]
+
+
+@pytest.mark.parametrize("loss_fn", [_sorted, _dispatched, _chosen, _ordered, _stably, *PERMUTED])
 def test_rows_in_an_order_that_comes_from_the_batch(loss_fn: Any) -> None:
     sizes = {"w": (6, 4), "v": (3, 6)} | ({"gate": (4, 6), "experts": (4, 6, 6)} if loss_fn is _dispatched else {})
     params = {name: torch.randn(size) for name, size in sizes.items()}

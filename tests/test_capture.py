@@ -913,3 +913,178 @@ def test_a_negative_variance_skips_the_step() -> None:
     params, batch = {"w": torch.randn(3, 4)}, (torch.randn(N, 4), torch.randn(N, 3))
     step = ekfac(loss_fn, damping=0.1)
     assert step.precondition(params, batch, step.init(params, batch))[2].skipped
+
+
+def _scaled_view(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    for at in torch.arange(len(h)):
+        h[at].mul_(1.0 + at)
+    return h.square().sum()
+
+
+def _copied_into_a_view(params: Params, x: Tensor) -> Tensor:
+    h = torch.zeros(3, 5)
+    h[torch.tensor(1)].copy_(F.linear(x[0], params["w"]))
+    return h.cos().sum()
+
+
+def _changed_entries(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    at = torch.tensor(2)
+    h[at] *= 2.0
+    h[at] = h[at] + h[0]
+    return h.square().sum()
+
+
+@pytest.mark.parametrize("loss_fn", [_scaled_view, _copied_into_a_view, _changed_entries])
+def test_a_view_by_an_id_that_is_changed_in_place(loss_fn: Any) -> None:
+    params, batch = {"w": torch.randn(5, 4)}, torch.randn(N, 3, 4)
+    found = per_example_gradients(loss_fn, params, batch)
+    losses, expected = loop(loss_fn, params, batch)
+    close(found.losses, losses)
+    close(found.dense("w"), expected["w"])
+
+
+def test_a_view_by_an_id_that_is_changed_in_place_of_a_batch() -> None:
+    def losses_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"])
+        for at in torch.arange(3):
+            h[:, at].mul_(1.0 + at)
+        return h.square().sum((1, 2))
+
+    params, batch = {"w": torch.randn(5, 4)}, torch.randn(N, 3, 4)
+    found = per_example_gradients(losses_fn, params, batch, batched=True)
+    losses, expected = loop(_scaled_view, params, batch)
+    close(found.losses, losses)
+    close(found.dense("w"), expected["w"])
+
+
+@pytest.mark.parametrize("of", ["parameter", "view"])
+def test_a_hook_on_a_parameter(of: str) -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        w = params["w"] if of == "parameter" else params["w"].T
+        if w.requires_grad:
+            w.register_hook(lambda g: 2 * g)
+        return F.linear(F.linear(x, w if of == "parameter" else w.T), params["v"]).cos().sum()
+
+    params, batch = {"w": torch.randn(6, 4), "v": torch.randn(3, 6)}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, batch)
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), expected)
+
+
+def test_messages_and_assertions_are_no_branches_on_values() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"])
+        torch._check_tensor_all(h < 1e6, lambda: f"too large: {h.sum()}")
+        shown = f"{(x > 0).sum()} of {len(x)}"
+        return h.type(torch.float64).cos().sum() if shown else h.sum()
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, batch)
+    close(found.dense("w"), loop(loss_fn, params, batch)[1]["w"])
+    assert found.captured.layers["w"].rule == "linear"
+
+
+class Old(torch.autograd.Function):
+    """Of before `setup_context`, as compiled operators have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g[0] * x.cos() * 3.0
+
+
+def test_a_function_without_a_context_of_its_own_leaves_the_rules() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y: Tensor = Old.apply(F.linear(x, params["w"], params["b"]))
+        return F.linear(y, params["v"]).cos().sum()
+
+    params = {"w": torch.randn(6, 4), "b": torch.randn(6), "v": torch.randn(3, 6)}
+    batch = torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, batch)
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), expected)
+    assert {layer.rule for layer in found.captured.layers.values()} == {"linear"}
+
+
+def test_a_module_that_is_moved_within_the_loss() -> None:
+    net = nn.Linear(4, 3)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return functional_call(Moved(net), {f"net.{name}": p for name, p in params.items()}, (x,)).cos().sum()
+
+    params, batch = {name: p.detach().clone() for name, p in net.named_parameters()}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, batch)
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), expected)
+
+
+class Moved(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.to(torch.float64)(x)
+
+
+class Tripled(torch.autograd.Function):
+    """Another derivative than that of its forward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return 3 * g[0]
+
+
+def test_a_function_with_a_backward_of_its_own_is_refused_in_a_graph() -> None:
+    """Where Dynamo of torch 2.13 differentiates its forward."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return torch.as_tensor(Tripled.apply(F.linear(x, params["w"]))).cos().sum()
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+    step = ekfac(loss_fn, damping=0.1)
+    with pytest.raises(Exception, match=r"loss_fn calls Tripled, an autograd\.Function"):
+        torch.compile(step.precondition, fullgraph=True, backend="eager")(params, batch, step.init(params, batch))
+
+
+def test_running_statistics_of_one_image_in_a_loop_over_the_examples() -> None:
+    """Of gradients in channels-last torch 2.13 has its derivative wrong: compared with differences."""
+    net = nn.BatchNorm2d(3).eval()
+    net.running_mean, net.running_var = torch.randn(3), torch.rand(3) + 0.5
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y = F.conv2d(x[None], params["w"])
+        if x.sum() > 1e6:
+            y = 2 * y
+        y = functional_call(net, {name: params[name] for name in ("weight", "bias")}, (y,))
+        return (y.flatten(2).transpose(1, 2) @ torch.ones(3, 2)).cos().sum()
+
+    params = {"w": torch.randn(3, 2, 3, 3), "weight": torch.randn(3), "bias": torch.randn(3)}
+    batch = torch.randn(2, 2, 6, 6)
+    found = per_example_gradients(loss_fn, params, batch)
+    for name in params:
+        direction = torch.randn_like(params[name])
+        ends = [
+            torch.stack([loss_fn({**params, name: params[name] + e * direction}, x) for x in batch])
+            for e in (1e-5, -1e-5)
+        ]
+        slopes = (found.dense(name) * direction).flatten(1).sum(1)
+        close(slopes, (ends[0] - ends[1]) / 2e-5, 1e-6)

@@ -1344,5 +1344,5 @@ def test_a_setting_that_became_bad_is_refused_before_the_step(setting: str, valu
 def test_a_damping_that_rounds_to_zero_is_refused() -> None:
     params, batch = {"w": torch.randn(3, 4).float()}, torch.randn(N, 4).float()
     step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-46)
-    with pytest.raises(ValueError, match=r"damping=1e-46 is zero in torch.float32"):
+    with pytest.raises(ValueError, match=r"damping=1e-46 is zero in the dtype of the moments"):
         step.precondition(params, batch, step.init(params, batch))
