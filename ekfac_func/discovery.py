@@ -72,7 +72,7 @@ class Way(enum.Enum):
     """How the loss is differentiated; the names are the functions of `backward.py`."""
 
     SUMMED = "the gradient of the sum of vmap(loss)"
-    EACH = "vmap(grad): the loss calls torch.autograd.grad, or a function that vmap knows only there"
+    EACH = "vmap(grad): the loss calls torch.autograd.grad, asks what is differentiated, or vmap knows it only so"
     LOOPED = "one example after another: vmap cannot run the loss"
     BATCHED = "the batch as it is"
 
