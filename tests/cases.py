@@ -697,7 +697,7 @@ CASES: dict[str, Callable[[], Case]] = {
         ruled={"w"},
     ),
     "forward mode": lambda: function(_forward_mode, {"w": randn(3, 4), "v": randn(2, 4)}, 4, ruled={"v"}),
-    "custom": lambda: function(_custom, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled=set()),
+    "custom": lambda: function(_custom, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled={"w", "v"}),
     "custom apart": lambda: function(_custom_apart, {"w": randn(3, 4), "v": randn(2, 3)}, 4, ruled={"w", "v"}),
     "strided": lambda: function(
         lambda p, x: (
