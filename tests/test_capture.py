@@ -986,33 +986,6 @@ def test_messages_and_assertions_are_no_branches_on_values() -> None:
     assert found.captured.layers["w"].rule == "linear"
 
 
-class Old(torch.autograd.Function):
-    """Of before `setup_context`, as compiled operators have."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, *g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g[0] * x.cos() * 3.0
-
-
-def test_a_function_without_a_context_of_its_own_leaves_the_rules() -> None:
-    def loss_fn(params: Params, x: Tensor) -> Tensor:
-        y: Tensor = Old.apply(F.linear(x, params["w"], params["b"]))
-        return F.linear(y, params["v"]).cos().sum()
-
-    params = {"w": torch.randn(6, 4), "b": torch.randn(6), "v": torch.randn(3, 6)}
-    batch = torch.randn(N, 4)
-    found = per_example_gradients(loss_fn, params, batch)
-    for name, expected in loop(loss_fn, params, batch)[1].items():
-        close(found.dense(name), expected)
-    assert {layer.rule for layer in found.captured.layers.values()} == {"linear"}
-
-
 def test_a_module_that_is_moved_within_the_loss() -> None:
     net = nn.Linear(4, 3)
 
