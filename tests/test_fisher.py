@@ -354,7 +354,7 @@ FISHERS: dict[str, Callable[[Model], Fisher]] = {
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] if name != "sampled" else []) for name in FISHERS],
 )
-@pytest.mark.parametrize("make", [pytest.param(lambda: mlp(4), id="mlp", marks=pytest.mark.slow), conv])
+@pytest.mark.parametrize("make", [pytest.param(lambda: mlp(4), id="mlp"), pytest.param(conv, marks=pytest.mark.slow)])
 def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
     model, params, batch = make()
     loss_fn, fisher = data_loss(model), FISHERS[name](model)
