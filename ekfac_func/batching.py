@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import expansions
+from .modes import innermost
 from .rules import each, padded
 
 
@@ -150,15 +152,30 @@ def batch_norm(
     return (y if bias is None else y + bias.reshape(of_channels)).to(input.dtype)
 
 
+def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """`F.one_hot`, which under `vmap` does not look at its labels; here it does where that waits for no device."""
+    if num_classes > 0 and not torch.compiler.is_dynamo_compiling():
+        labels = innermost(tensor)
+        readable = labels.device.type == "cpu" and not isinstance(labels, FakeTensor) and labels.numel() > 0
+        low, high = (int(label) for label in labels.aminmax()) if readable else (0, 0)
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"F.one_hot has labels from {low} to {high} for num_classes={num_classes}: give labels from 0 to "
+                f"{num_classes - 1}"
+            )
+    return F.one_hot(tensor, num_classes)
+
+
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.embedding: embedding,
     F.batch_norm: batch_norm,
+    F.one_hot: one_hot,
     torch.select_scatter: select_scatter,
     Tensor.select_scatter: select_scatter,
     torch.as_strided: as_strided,
     Tensor.as_strided: as_strided,
 }
-"""Where torch's own derivative is wrong, most of them under `vmap`."""
+"""Where torch's own is wrong, most of them under `vmap`."""
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,

@@ -163,7 +163,7 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
         with FakeTensorMode(allow_non_fake_inputs=True):
             like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
             folded = _retried(found, options, draws([]), lambda found: tapped(found, like, examples))[0]
-    except (*DATA_DEPENDENT, RuntimeError):  # of `tolist` torch says it in other words
+    except RuntimeError:  # values are looked at, which torch says in several ways
         with undrawn(pytree.tree_leaves((owned, batch))):
             folded = tapped(found, owned, batch)[0]
     return _captured(folded)
@@ -223,6 +223,7 @@ def _watched(
     of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
     instead = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
+    exact = EXACT if found.way is Way.LOOPED else {}  # of tapped calls
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
 
@@ -280,7 +281,6 @@ def _watched(
                 args, kwargs = without_gradient((args, kwargs), *held)
             # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
             layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
-            exact = EXACT if found.way is Way.LOOPED else {}
             output = layers_of.get(func, exact.get(func, func))(*args, **kwargs)
             named = name == planned.weight or (compiling and name is None)  # a view by `w.T`
             if read is None or not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
@@ -303,7 +303,7 @@ def _watched(
                 f"the loss called {len(calls)} layers where discovery saw {len(found.calls)}: let the loss call the "
                 "same layers whatever device, mode or values it meets"
             )
-        refuse_changed([], inputs, [])
+        refuse_changed(inputs=inputs)
         if any(copy._version != version for copy, version in copies):
             raise StalePlan("the loss changes a view in place, which it did not when its layers were found")
         inputs.clear()  # the handler, which is in a cycle, would hold them

@@ -222,8 +222,7 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
 
 
 DATA, REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("data", "requires_grad", "grad_fn"))
-HOOKS = frozenset({Tensor.register_hook, Tensor.retain_grad})
-ASKS = HOOKS | {REQUIRES_GRAD, GRAD_FN}
+ASKS = frozenset({Tensor.register_hook, REQUIRES_GRAD, GRAD_FN})
 """What a loss asks a tensor, or does to it, because it is differentiated."""
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -409,7 +408,7 @@ class _Watch:
         if func in ASKS:
             asked = self.view_of(args[0])
             self.asked_of.add("" if asked is None else asked.name)
-            if asked is not None and func in HOOKS:  # which a tapped one, a constant, cannot have
+            if asked is not None and func is Tensor.register_hook:  # which a tapped one, a constant, cannot have
                 self.reached.add(asked.name)
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise _SecondOrder

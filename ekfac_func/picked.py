@@ -61,17 +61,17 @@ class Picked(TorchDispatchMode):
             self.truths += isinstance(made, bool)
             self.numbers |= not isinstance(made, bool) and self.function is not F.one_hot  # which checks its labels
         addresses = _storages((args, kwargs)).keys()
-        written = _storages((made, args[:1] if func._schema.is_mutable else ()))
-        picks = _picks(func, args)
+        picks = _picks(func, args) or not addresses.isdisjoint(self.storages)
+        depends = not addresses.isdisjoint(self.of_batch) and func not in WITHOUT_VALUES
         for entries in self._looked_up(func, args, kwargs):
             picks |= len(self.lookups) in self.picking
             self.lookups.append(entries)
-        if picks or not addresses.isdisjoint(self.storages):
-            self.storages |= written
-            if self.call is not None:
-                self.calls.add(self.call)
-        if not addresses.isdisjoint(self.of_batch) and func not in WITHOUT_VALUES:
-            self.of_batch |= written
+        if picks and self.call is not None:
+            self.calls.add(self.call)
+        if picks or depends:
+            written = _storages((made, args[:1] if func._schema.is_mutable else ()))
+            self.storages |= written if picks else {}
+            self.of_batch |= written if depends else {}
         return made
 
     def _looked_up(self, func: Any, args: Any, kwargs: Any) -> Iterator[int]:

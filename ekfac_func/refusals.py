@@ -129,9 +129,9 @@ def _unless_batched(n: int | None) -> str:
 
 
 def refuse_changed(
-    params: Sequence[tuple[str, Tensor, int]],
-    inputs: Sequence[tuple[str, Tensor, int]],
-    examples: Sequence[tuple[Tensor, int]],
+    params: Sequence[tuple[str, Tensor, int]] = (),
+    inputs: Sequence[tuple[str, Tensor, int]] = (),
+    examples: Sequence[tuple[Tensor, int]] = (),
 ) -> None:
     """Refuse what was changed in place after its version was noted: params, inputs of layers, tensors of an example."""
     for name, p, version in params:

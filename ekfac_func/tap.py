@@ -123,8 +123,7 @@ def _reordered(function: Any, *names: str) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        first = given[names[0]]
-        return function, (first,), {name: given[name] for name in names[1:] if name in given}
+        return function, (given.pop(names[0]),), {k: v for k, v in given.items() if not k.startswith("cudnn_enable")}
 
     return call
 

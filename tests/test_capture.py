@@ -896,6 +896,21 @@ def test_what_looks_at_values_only_to_check_them_has_its_rules(name: str) -> Non
     assert all(layer.rule == "linear" for layer in found.captured.layers.values())
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_out_of_range_are_refused(label: int) -> None:
+    """By torch without `vmap` alone."""
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, y = example
+        return (F.linear(x, params["w"]) * F.one_hot(y, 3)).sum()
+
+    params, batch = {"w": torch.randn(3, 4)}, (torch.randn(N, 4), torch.arange(N) % 3)
+    per_example_gradients(loss_fn, params, batch)
+    batch[1][1] = label
+    with pytest.raises(ValueError, match=r"F\.one_hot has labels from .* for num_classes=3"):
+        per_example_gradients(loss_fn, params, batch)
+
+
 def test_an_expert_that_a_label_picks() -> None:
     def loss_fn(params: Params, example: Any) -> Tensor:
         x, expert = example
