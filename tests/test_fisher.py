@@ -366,10 +366,10 @@ def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
 
     def step(params: Params, batch: Any, state: Any, damping: Tensor) -> Any:
         return ekfac(
-            loss_fn, damping=damping, basis_every=2, fisher=fisher, second_moment=averaged_intra_batch(0.5)
+            loss_fn, damping=damping, basis_every=3, fisher=fisher, second_moment=averaged_intra_batch(0.5)
         ).precondition(params, batch, state)
 
-    batches = [batch(40) for _ in range(4)]  # of full rank: what is not is arbitrary in a stale basis
+    batches = [batch(40) for _ in range(3)]  # of full rank: what is not is arbitrary in a stale basis
     state = ekfac(loss_fn, damping=1.0, fisher=fisher).init(params, batches[0])
     runs = []
     for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
@@ -380,7 +380,7 @@ def test_compiled_equals_eager_with_few_graphs(name: str, make: Any) -> None:
             naturals.append((natural, info.loss))
         runs.append(naturals)
     close_trees(runs[1], runs[0], 1e-7)
-    assert 1 <= len(graphs) <= 3
+    assert len(graphs) == 2  # the first step, and one without a refresh
 
 
 @pytest.mark.parametrize("name", FISHERS)

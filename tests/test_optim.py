@@ -1211,12 +1211,13 @@ def test_half_precision_has_statistics_in_float32(kind: str, estimator: Any) -> 
         close(natural[name].float(), expected[name], BF16)
     initial = step.init(given, batch)
     assert {leaf.dtype for leaf in pytree.tree_leaves(initial)} == {torch.float32}
-    calls = torch.compile(step.precondition, fullgraph=True, backend="eager")(given, batch, initial)
-    for name in params:
-        close(calls[0][name].float(), natural[name].float(), BF16)
+    if estimator is intra_batch:
+        compiled = torch.compile(step.precondition, fullgraph=True, backend="eager")
+        for name, p in compiled(given, batch, initial)[0].items():
+            close(p.float(), natural[name].float(), BF16)
 
 
-@pytest.mark.parametrize("options", [{}, {"bases": {"*": rank(4)}}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"bases": {"*": rank(4)}}, marks=pytest.mark.slow)])
 def test_autocast_around_the_step_is_autocast_inside_the_loss(options: Any) -> None:
     """As of Lightning's `precision="bf16-mixed"`: the forward pass in bfloat16, the statistics not."""
     params, batch, plain, autocast = half_precision()

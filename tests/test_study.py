@@ -85,6 +85,7 @@ def test_pictures(out: Path) -> None:
         assert image[..., :3].std() > 0.01
 
 
+@pytest.mark.slow
 def test_the_command_on_the_page_repeats_the_study(out: Path, tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     found = re.search(r"<code id='command'>(.*?)</code>", page)
@@ -151,7 +152,7 @@ def test_the_page_in_a_browser(out: Path, tmp_path: Path) -> None:
     assert told["wrong"] == []
 
 
-@pytest.mark.parametrize("model", ["cnn", "autoencoder"])
+@pytest.mark.parametrize("model", ["cnn", pytest.param("autoencoder", marks=pytest.mark.slow)])
 def test_other_models_from_saved_parameters(model: str, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     net = make(model, load("digits", 0).train[0], 3).net
@@ -165,6 +166,7 @@ def test_other_models_from_saved_parameters(model: str, tmp_path: Path) -> None:
     assert "--load" in (tmp_path / "new" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_transformer_on_text(tmp_path: Path) -> None:
     main([
         "study", "--model", "transformer", "--data", "text", "--examples", "24", "--batch-size", "12", "--stages", "0",
