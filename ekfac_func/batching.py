@@ -6,6 +6,7 @@ same functions with a rule that takes all examples at once and leaves their numb
 their own: the gradient is taken outside `vmap`, of what the rule calls.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from . import expansions
 from .modes import innermost
@@ -164,6 +166,26 @@ def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
                 f"{num_classes - 1}"
             )
     return F.one_hot(tensor, num_classes)
+
+
+MAKES = (
+    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.tensor, torch.scalar_tensor),
+    *(torch.arange, torch.linspace, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
+    *(torch.clone, Tensor.clone, Tensor.repeat),
+)
+"""What makes tensors that are one for all examples."""
+
+
+def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
+    """The same for a tensor that each example has for itself, as those of a tree are, and can write into."""
+    like = sum(leaf.new_zeros(()) for leaf in pytree.tree_leaves(of))
+
+    def written(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        made = make(*args, **kwargs)
+        return like.new_empty(made.shape, dtype=made.dtype, device=made.device).copy_(made)
+
+    return {make: functools.partial(written, make) for make in MAKES}
 
 
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {

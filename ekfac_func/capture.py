@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
 from .backward import Probe, Probed, Run, StalePlan, batched, each, looped, summed
-from .batching import EXACT, OPEN, OPEN_LAYERS
+from .batching import EXACT, OPEN, OPEN_LAYERS, own_of_each
 from .checks import check_inference_mode, check_loss
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .layout import spec
@@ -174,8 +174,9 @@ UNMAPPED = (
     "does not have vmap support",
     "does not yet have a batching rule",
     "setup_context",
+    "doesn't match the broadcast shape",
 )
-"""What torch says of an operator and of an `autograd.Function` that `vmap` does not know."""
+"""What torch says of what `vmap` does not know: operators, an `autograd.Function`, writing into a tensor of all."""
 
 
 def _retried(
@@ -191,7 +192,7 @@ def _retried(
         if of_vmap and found.way is Way.SUMMED:
             found = found._replace(way=Way.EACH, open=False)
         elif any(said in str(error) for said in UNMAPPED) or (of_vmap and options.randomness != "error"):
-            found = found._replace(way=Way.LOOPED, open=False)
+            found = found._replace(way=Way.LOOPED, open=False, fills=False)
         else:
             raise
     before.repeat()
@@ -221,7 +222,7 @@ def _watched(
     compiling = torch.compiler.is_compiling()
     as_written = options.batched or (found.way is Way.LOOPED and len(found.calls) == 0)
     of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
-    instead = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
+    replacing = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
     exact = EXACT if found.way is Way.LOOPED else {}  # of tapped calls
     calls: list[Any] = []
@@ -236,7 +237,8 @@ def _watched(
         counted: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
-        copies: list[tuple[Tensor, int]] = []  # in place of views, likewise
+        copies: list[tuple[Tensor, int]] = []  # in place of views, and what they are of, likewise
+        instead = replacing | own_of_each((example, fixed, free)) if found.fills else replacing
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             if not compiling:
@@ -247,14 +249,13 @@ def _watched(
             output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, as_written)
             if output is not NotImplemented:
                 if func in expansions.COPIES and not compiling:
-                    copy = innermost(output)
-                    copies.append((copy, copy._version))
+                    copies.extend((t, t._version) for t in map(innermost, (output, args[0])))
                 return output
             if func in views.VIEWS:
                 name = name_of(args[0], known) if len(args) > 0 else None
                 if compiling and name is not None:
                     views.fix((args[1:], kwargs))
-                output = func(*args, **kwargs)
+                output = (func if name is not None else instead.get(func, func))(*args, **kwargs)
                 parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
                     if not compiling:

@@ -25,6 +25,7 @@ from . import expansions, views
 from .batching import OPEN
 from .checks import check_count, check_loss, check_randomness
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
+from .made import Made
 from .modes import innermost, undrawn
 from .picked import READS, Picked
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
@@ -84,6 +85,7 @@ class Plan(NamedTuple):
     calls: tuple[Tapped, ...]  # in the order of the loss
     way: Way
     open: bool = False  # no loss of `batching.OPEN` stands inside a transform of the user's own
+    fills: bool = False  # the loss writes into tensors that it made, of which each example then needs its own
 
 
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -149,7 +151,7 @@ def _discover(
             _refuse_compiled(found)
         # under `vmap` an activation says that it requires a gradient within `grad` alone
         way, is_open = (Way.EACH, False) if found.asked_of else (Way.SUMMED, not found.nested)
-        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), way, is_open)
+        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), way, is_open, found.filled)
     except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
         if not batched:
             layers = _unread(param_specs, "a branch on the values of tensors")
@@ -313,6 +315,7 @@ def _run(
         watch.picked.calls,
         watch.picked.asked,
         watch.picked.lookups,
+        watch.made.filled,
     )
 
 
@@ -376,7 +379,7 @@ class _Watch:
         self.uses: list[Use] = []
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
-        self.picked = picked
+        self.picked, self.made = picked, Made()
         self.picks: list[tuple[Tensor, Tensor]] = []  # parameters by ids
         self.reached: set[str] = set()
         self.reached_uses: set[int] = set()  # by their places in `uses`
@@ -385,7 +388,7 @@ class _Watch:
         self.nested = False
         self.asked_of: set[str] = set()
         self.functions: set[str] = set()
-        self.copies: list[tuple[Tensor, int]] = []  # in place of views, with their versions
+        self.copies: list[tuple[Tensor, int]] = []  # in place of views, and what they are of, with their versions
         self.counted = 0  # calls of functions that have a rule
 
     def begin(self, params: Params, zero: Tensor) -> Params:
@@ -400,6 +403,10 @@ class _Watch:
 
     def handle(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a call of a torch function."""
+        return self.made.call(self.noted, func, args, kwargs) if self.n is None else self.noted(func, args, kwargs)
+
+    def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The same, with what it says of parameters."""
         batched = self.n is not None
         refuse(func, args, kwargs, self.params, batched)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
@@ -419,7 +426,7 @@ class _Watch:
             if func in expansions.FOR_VMAP:  # its calls are not handed over
                 self.note(func, (args, kwargs))
             if func in expansions.COPIES:
-                self.copies.append((output, output._version))
+                self.copies.extend((t, t._version) for t in (output, args[0]))
             return output
         if func in views.VIEWS:
             output = func(*args, **kwargs)

@@ -188,19 +188,83 @@ def grouped_mm(
 
 def getitem(call: Callable[..., Any], x: Tensor, index: Any) -> Any:
     """`x[id]`, as of a label, whose value Python would read."""
-    entries = index if isinstance(index, tuple) else (index,)
-    ids = [at for at, entry in enumerate(entries) if _is_id(entry)]
-    allowed = (int, slice, EllipsisType, NoneType) if len(ids) == 1 else (int,)
-    if not ids or not all(at in ids or type(entry) in allowed for at, entry in enumerate(entries)):
+    found = _by_ids(index)
+    if found is None:
         return NotImplemented
-    before, after = entries[: ids[0]], entries[ids[0] + 1 :]
-    axis = -1 - _axes(after) if Ellipsis in before else _axes(before)
+    entries, ids, axis = found
     rows = call(Tensor.__getitem__, x, tuple(e[None] if at in ids else e for at, e in enumerate(entries)))
     return call(torch.select, rows, axis, 0)
 
 
+def setitem(call: Callable[..., Any], x: Tensor, index: Any, value: Any) -> Any:
+    """`x[id] = value` likewise, and `x[mask] = number`, `x[:length] = number`, whose entries Python would count."""
+    found = _by_ids(index)
+    if found is not None:  # along the first axes, for `vmap` misplaces values along others
+        entries, ids, axis = found
+        if len(ids) == 1:
+            whole = tuple(slice(None) if at in ids else e for at, e in enumerate(entries))
+            x, entries = call(torch.movedim, call(Tensor.__getitem__, x, whole), axis, 0), (entries[ids[0]],)
+        rows = tuple(e[None] if isinstance(e, Tensor) else e for e in entries)
+        if isinstance(value, Tensor):
+            value = value.expand(x.shape[len(rows) :])[None]
+        return call(Tensor.__setitem__, x, rows, value)
+    mask = _mask(x, index)
+    if mask is None or not (isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
+        return NotImplemented
+    call(Tensor.masked_fill_, x, mask, torch.as_tensor(value, dtype=x.dtype, device=x.device))
+    return None
+
+
+def _by_ids(index: Any) -> tuple[tuple[Any, ...], list[int], int] | None:
+    """The entries of an index, where its ids are, and the axis that a list in place of one adds; None without ids."""
+    entries = index if isinstance(index, tuple) else (index,)
+    ids = [at for at, entry in enumerate(entries) if _is_id(entry)]
+    allowed = (int, slice, EllipsisType, NoneType) if len(ids) == 1 else (int,)
+    if not ids or not all(at in ids or type(entry) in allowed for at, entry in enumerate(entries)):
+        return None
+    if any(type(entry) is slice and _has_id(entry) for entry in entries):
+        return None
+    before, after = entries[: ids[0]], entries[ids[0] + 1 :]
+    axis = -1 - _axes(after) if Ellipsis in before else _axes(before)
+    return entries, ids, axis
+
+
 def _is_id(entry: Any) -> bool:
     return isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype in (torch.int64, torch.int32)
+
+
+def _has_id(entry: slice) -> bool:
+    return _is_id(entry.start) or _is_id(entry.stop)
+
+
+def _mask(x: Tensor, index: Any) -> Tensor | None:
+    """Where x is indexed by one mask, or one slice between ids, beside whole axes, `[...]` as x broadcasts it."""
+    entries = index if isinstance(index, tuple) else (index,)
+    chosen = [at for at, e in enumerate(entries) if _is_mask(e) or (type(e) is slice and _has_id(e))]
+    whole = [
+        e is Ellipsis or (type(e) is slice and e == slice(None)) for at, e in enumerate(entries) if at not in chosen
+    ]
+    if len(chosen) != 1 or not all(whole):
+        return None
+    (at,), entry = chosen, entries[chosen[0]]
+    axes = 1 if type(entry) is slice else entry.dim()
+    after = len(entries) - 1 - at if Ellipsis in entries[:at] else x.dim() - at - axes
+    if type(entry) is slice:
+        entry = _between(entry, x.shape[x.dim() - after - 1], x.device)
+    return entry if entry is None else entry.reshape(*entry.shape, *(1,) * after)
+
+
+def _is_mask(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype is torch.bool and entry.dim() > 0
+
+
+def _between(bounds: slice, size: int, device: torch.device) -> Tensor | None:
+    """`[size]`: the positions of a slice, of which negative bounds count from the end."""
+    if bounds.step is not None:
+        return None
+    start, stop = 0 if bounds.start is None else bounds.start, size if bounds.stop is None else bounds.stop
+    at = torch.arange(size, device=device)
+    return (at >= start + size * (start < 0)) & (at < stop + size * (stop < 0))
 
 
 def _axes(entries: tuple[Any, ...]) -> int:
@@ -322,10 +386,11 @@ _LAYERS: dict[Any, Expansion] = {
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
 }
 COPIES: dict[Any, Expansion] = {Tensor.__getitem__: getitem}
-"""Without `vmap` they are views, which a loss may change in place: of a copy it must not."""
+"""Without `vmap` they are views: once there is a copy, a loss must change neither it nor what it is of in place."""
 FOR_VMAP: dict[Any, Expansion] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
+    Tensor.__setitem__: setitem,
     torch.lstm: recurrent(_lstm_cell),
     torch.gru: recurrent(_gru_cell),
     torch.rnn_tanh: recurrent(_tanh_cell),

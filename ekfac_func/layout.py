@@ -96,6 +96,7 @@ class Observed(NamedTuple):
     picked: set[int]  # calls on rows that values picked
     asked: dict[int, int]  # by call, how many truths the loss read before
     lookups: list[int]  # by ids that come from the batch: along how many entries
+    filled: bool  # a tensor that was one for all examples, by what depends on them
 
 
 def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Window]] | None:

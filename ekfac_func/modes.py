@@ -25,6 +25,12 @@ def innermost(t: Tensor) -> Tensor:
     return t
 
 
+def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    """The memory of the tensors of a tree, by its address."""
+    tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided]
+    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+
+
 def opaque(*tensors: Tensor) -> bool:
     """Whether block-by-block work goes into a graph as one opaque operator, which runs as in eager mode.
 

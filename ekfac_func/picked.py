@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .modes import storages
 
 READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # numbers for Python, by ways that are not dispatched
 
@@ -37,7 +38,7 @@ class Picked(TorchDispatchMode):
 
     def given(self, batch: Any) -> None:
         """The tensors of the batch."""
-        self.of_batch |= _storages(batch)
+        self.of_batch |= storages(batch)
 
     def enter(self, function: Any) -> None:
         """A torch function is called."""
@@ -60,7 +61,7 @@ class Picked(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags:
             self.truths += isinstance(made, bool)
             self.numbers |= not isinstance(made, bool) and self.function is not F.one_hot  # which checks its labels
-        addresses = _storages((args, kwargs)).keys()
+        addresses = storages((args, kwargs)).keys()
         picks = _picks(func, args) or not addresses.isdisjoint(self.storages)
         depends = not addresses.isdisjoint(self.of_batch) and func not in WITHOUT_VALUES
         for entries in self._looked_up(func, args, kwargs):
@@ -69,7 +70,7 @@ class Picked(TorchDispatchMode):
         if picks and self.call is not None:
             self.calls.add(self.call)
         if picks or depends:
-            written = _storages((made, args[:1] if func._schema.is_mutable else ()))
+            written = storages((made, args[:1] if func._schema.is_mutable else ()))
             self.storages |= written if picks else {}
             self.of_batch |= written if depends else {}
         return made
@@ -90,7 +91,7 @@ class Picked(TorchDispatchMode):
         else:
             return
         for entries, t in ids:
-            if isinstance(t, Tensor) and not _storages(t).keys().isdisjoint(self.of_batch):
+            if isinstance(t, Tensor) and not storages(t).keys().isdisjoint(self.of_batch):
                 yield entries
 
 
@@ -113,8 +114,3 @@ def _picks(func: Any, args: Any) -> bool:
     if func is torch.ops.aten.index.Tensor:
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return torch.Tag.dynamic_output_shape in func.tags or func is torch.ops.aten._pack_padded_sequence.default
-
-
-def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided]
-    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}

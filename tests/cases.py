@@ -89,6 +89,26 @@ def function(loss_fn: LossFn, params: Params, *shape: int, ruled: set[str]) -> C
     return Case(loss_fn, params, lambda n: torch.randn(n, *shape), frozenset(ruled))
 
 
+def _filled(params: Params, x: Tensor) -> Tensor:
+    """A recurrence that writes into tensors which it made beforehand."""
+    h, outputs, total = torch.full((4,), 0.1), x.new_zeros(3).repeat(4, 1).T.contiguous(), torch.tensor(0.0)
+    for t, row in enumerate(x):
+        h += torch.tanh(F.linear(row + h, params["w"], params["b"]))
+        outputs[t] = h
+    total += F.linear(outputs, params["v"]).sin().sum()
+    return total
+
+
+def _messages(params: Params, x: Tensor) -> Tensor:
+    """Of a graph of three nodes, added up where they arrive."""
+    degrees = torch.zeros(3).index_add_(0, TARGETS, torch.ones(4))
+    arrived = torch.zeros(3, 2).index_add_(0, TARGETS, F.linear(x[SOURCES], params["w"]))
+    return (arrived / degrees[:, None]).tanh().sum()
+
+
+SOURCES, TARGETS = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 2, 0, 1])
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape)
 
@@ -730,6 +750,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "nested loss": lambda: tokens(_nested_loss),
     **{f"dot products {how}": lambda how=how: dot_products(how) for how in DOT_PRODUCTS},  # type: ignore[misc]
     "in place": lambda: image(nn.Conv2d(4, 3, 3), nn.ReLU(inplace=True), channels=3, pixels=16),
+    "filled": lambda: function(
+        _filled, {"w": randn(4, 4), "b": randn(4), "v": randn(2, 4)}, 3, 4, ruled={"w", "b", "v"}
+    ),
+    "messages": lambda: function(_messages, {"w": randn(2, 4)}, 3, 4, ruled={"w"}),
     "constant input": lambda: function(_attended, {"w": randn(2, 4), "u": randn(2, 3)}, 5, 4, ruled={"w", "u"}),
 }
 

@@ -522,6 +522,19 @@ def test_what_a_loss_makes_it_may_change(kind: str) -> None:
         close(per_example_gradients(loss_fn, params, batch).dense(name), expected)
 
 
+@pytest.mark.parametrize("name", ["filled", "messages"])
+def test_a_tensor_that_the_loss_fills_is_no_reason_for_a_loop(name: str) -> None:
+    case, calls = make(name), itertools.count()
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        next(calls)
+        return case.loss_fn(params, x)
+
+    for _ in range(2):
+        per_example_gradients(loss_fn, case.params, case.batch(N))
+    assert next(calls) == 1 + 2  # discovery, and each of the two
+
+
 def test_chunks_that_differ_in_no_layer() -> None:
     params, batch, calls = {"w": torch.randn(3, 4)}, torch.randn(N, 4), itertools.count()
 
