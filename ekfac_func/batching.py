@@ -188,16 +188,19 @@ def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
     return {make: functools.partial(written, make) for make in MAKES}
 
 
-EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {
+EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.batch_norm: batch_norm}
+"""Where torch's own derivative is wrong."""
+MAPPED: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.embedding: embedding,
-    F.batch_norm: batch_norm,
     F.one_hot: one_hot,
     torch.select_scatter: select_scatter,
     Tensor.select_scatter: select_scatter,
     torch.as_strided: as_strided,
     Tensor.as_strided: as_strided,
 }
-"""Where torch's own is wrong, most of them under `vmap`."""
+"""Where torch's own is wrong under `vmap`."""
+COPIED = frozenset({torch.as_strided, Tensor.as_strided})
+"""Those that copy what is a view without `vmap`."""
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,

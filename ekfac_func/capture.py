@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
 from .backward import Probe, Probed, Run, StalePlan, batched, each, looped, summed
-from .batching import EXACT, OPEN, OPEN_LAYERS, own_of_each
+from .batching import COPIED, EXACT, MAPPED, OPEN, OPEN_LAYERS, own_of_each
 from .checks import check_inference_mode, check_loss
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .layout import spec
@@ -222,7 +222,9 @@ def _watched(
     compiling = torch.compiler.is_compiling()
     as_written = options.batched or (found.way is Way.LOOPED and len(found.calls) == 0)
     of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
-    replacing = {} if options.batched else EXACT | OPEN if of_vmap else EXACT
+    replacing: dict[Any, Callable[..., Any]] = {}
+    if not options.batched:
+        replacing = EXACT if found.way is Way.LOOPED else EXACT | MAPPED | (OPEN if of_vmap else {})
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
     exact = EXACT if found.way is Way.LOOPED else {}  # of tapped calls
     calls: list[Any] = []
@@ -267,7 +269,10 @@ def _watched(
                     picks.extend((part, ids) for part in parts)
                 return output
             if func not in options.rules:
-                return instead.get(func, func)(*args, **kwargs)
+                output = instead.get(func, func)(*args, **kwargs)
+                if func in COPIED and func in instead and not compiling:
+                    copies.extend((t, t._version) for t in map(innermost, (output, args[0])))
+                return output
             k, at = len(calls), len(counted)
             counted.append(func)
             if k == len(found.calls) or found.calls[k].at != at:

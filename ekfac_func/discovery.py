@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
-from .batching import OPEN
+from .batching import COPIED, OPEN
 from .checks import check_count, check_loss, check_randomness
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
 from .made import Made
@@ -443,6 +443,8 @@ class _Watch:
                 return output
         self.note(func, (args, kwargs), why)
         output = self.call(func, args, kwargs)
+        if func in COPIED and not batched:
+            self.copies.extend((t, t._version) for t in (output, args[0]))
         view = self.view_of(args[0]) if func == DATA else None
         if view is not None:  # the same memory, with a version of its own
             self.given.append((view.name, output, output._version))

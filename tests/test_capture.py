@@ -879,6 +879,11 @@ def _of_distributions(params: Params, example: Any) -> Tensor:
     return -weights.log_prob(label) - mixture.log_prob(y[0])
 
 
+def _with(x: Tensor, index: Any, value: Any) -> Tensor:
+    x[index] = value
+    return x
+
+
 LABELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "one hot": lambda z, y, label: (z.log_softmax(-1) * F.one_hot(label, 6)).sum(),
     "label": lambda z, y, label: -z.log_softmax(-1)[label],
@@ -888,6 +893,17 @@ LABELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "behind dots": lambda z, y, label: z.view(1, 3, 2)[..., label, :].square().sum(),
     "among slices": lambda z, y, label: z.view(3, 2)[None, label, 1:, None].square().sum(),
     "two labels": lambda z, y, label: z.view(3, 2)[label, label // 2].square(),
+    "at a label": lambda z, y, label: (z - _with(torch.zeros(6), label, 1.0)).square().sum(),
+    "in a column": lambda z, y, label: (_with(torch.ones(2, 3), (slice(None), label), z[:2]) * z.view(2, 3)).sum(),
+    "a row of one": lambda z, y, label: _with(torch.ones(3, 2), label, z[:1]).flatten().dot(z),
+    "at a label behind dots": lambda z, y, label: _with(z.view(2, 3).clone(), (..., label), 0.5).square().sum(),
+    "at two labels": lambda z, y, label: (_with(torch.zeros(3, 2), (label, label // 2), z[0]) * z[1]).sum(),
+    "at a mask": lambda z, y, label: _with(z.clone(), z < 0, y[0]).square().sum(),
+    "at masked columns": lambda z, y, label: _with(z.view(2, 3).clone(), (slice(None), y > 0), 0).square().sum(),
+    "at masked columns behind dots": lambda z, y, label: _with(z.view(2, 3).clone(), (..., y > 0), 1).square().sum(),
+    "whole numbers at a mask": lambda z, y, label: z.dot(_with(torch.arange(6), z < 0, 2.7).to(z)),
+    "from a label on": lambda z, y, label: z.dot(_with(torch.ones(6), slice(label + 1, None), 0.0)),
+    "up to a label": lambda z, y, label: z.dot(_with(torch.ones(2, 3), (..., slice(label - 3)), 0.0).flatten()),
     "gaussian": lambda z, y, label: F.gaussian_nll_loss(z[:3], y, F.softplus(z[3:])),
     "gaussian, small variances": lambda z, y, label: F.gaussian_nll_loss(z[:3], y, z[3:].relu(), True, 0.1, "sum"),
     "gaussian, one variance": lambda z, y, label: F.gaussian_nll_loss(z.view(2, 3), y, F.softplus(z[:2])),
@@ -964,8 +980,31 @@ def _changed_entries(params: Params, x: Tensor) -> Tensor:
     return h.square().sum()
 
 
-@pytest.mark.parametrize("loss_fn", [_scaled_view, _copied_into_a_view, _changed_entries])
-def test_a_view_by_an_id_that_is_changed_in_place(loss_fn: Any) -> None:
+def _changed_afterwards(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    row = h[torch.tensor(1)]
+    h.mul_(3.0)
+    return row.square().sum()
+
+
+def _strided_view(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    h.as_strided((2,), (1,)).mul_(2.0)
+    return h.square().sum()
+
+
+def _strided_before(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    some = torch.as_strided(h, (2,), (1,))
+    h += 1.0
+    return some.square().sum()
+
+
+VIEWED = [_scaled_view, _copied_into_a_view, _changed_entries, _changed_afterwards, _strided_view, _strided_before]
+
+
+@pytest.mark.parametrize("loss_fn", VIEWED)
+def test_a_view_that_vmap_copies_and_that_is_changed_in_place(loss_fn: Any) -> None:
     params, batch = {"w": torch.randn(5, 4)}, torch.randn(N, 3, 4)
     found = per_example_gradients(loss_fn, params, batch)
     losses, expected = loop(loss_fn, params, batch)
