@@ -535,6 +535,20 @@ def test_a_tensor_that_the_loss_fills_is_no_reason_for_a_loop(name: str) -> None
     assert next(calls) == 1 + 2  # discovery, and each of the two
 
 
+def test_a_constant_of_inference_mode() -> None:
+    with torch.inference_mode():
+        frozen = torch.randn(4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        total = torch.zeros(4)
+        total += frozen
+        total += F.linear(x, params["w"])
+        return total.square().sum()
+
+    params, batch = {"w": torch.randn(4, 4)}, torch.randn(N, 4)
+    close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+
+
 def test_chunks_that_differ_in_no_layer() -> None:
     params, batch, calls = {"w": torch.randn(3, 4)}, torch.randn(N, 4), itertools.count()
 
