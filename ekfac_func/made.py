@@ -1,0 +1,43 @@
+"""Which tensors of a loss depend on neither params nor the example, as `torch.zeros` makes them, until they are filled.
+
+`vmap` lets no function write what differs between the examples into a tensor that is one for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .modes import innermost, storages
+
+
+class Made:
+    """Follows the constants of a run within a transform, by their memory."""
+
+    def __init__(self) -> None:
+        self.filled = False  # by what is not constant
+        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+
+    def call(self, handle: Callable[[Any, Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a call."""
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        constants = [t for t in given if self._constant(t)]
+        versions = [(t, t._version) for t in map(innermost, constants) if not t.is_inference()]
+        output = handle(func, args, kwargs)
+        if len(constants) == len(given):
+            self.storages |= storages(pytree.tree_map_only(Tensor, innermost, output))
+            return output
+        for t, version in versions:
+            if t._version != version:
+                self.filled = True
+                self.storages.pop(t.untyped_storage()._cdata, None)
+        return output
+
+    def _constant(self, t: Tensor) -> bool:
+        """Closed over, or made of constants."""
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+        return not wrapped or not storages(innermost(t)).keys().isdisjoint(self.storages)
