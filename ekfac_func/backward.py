@@ -58,6 +58,10 @@ class StalePlan(RuntimeError):
     """The loss called other layers than discovery saw, or than for other examples."""
 
 
+class Copied(StalePlan):
+    """What is a view of a tensor was a copy of it, and one of the two was changed."""
+
+
 class _Marks(torch.autograd.Function):
     """The parameters of tapped calls, whose gradients come from these alone: none may arrive here.
 

@@ -183,7 +183,7 @@ def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
 
     def written(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         made = make(*args, **kwargs)
-        return like.new_empty(made.shape, dtype=made.dtype, device=made.device).copy_(made)
+        return like.new_empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device).copy_(made)
 
     return {make: functools.partial(written, make) for make in MAKES}
 
@@ -191,6 +191,7 @@ def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.batch_norm: batch_norm}
 """Where torch's own derivative is wrong."""
 MAPPED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
     F.embedding: embedding,
     F.one_hot: one_hot,
     torch.select_scatter: select_scatter,

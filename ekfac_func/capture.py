@@ -21,12 +21,12 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
-from .backward import Probe, Probed, Run, StalePlan, batched, each, looped, summed
+from .backward import Copied, Probe, Probed, Run, StalePlan, batched, each, looped, summed
 from .batching import COPIED, EXACT, MAPPED, OPEN, OPEN_LAYERS, own_of_each
 from .checks import check_inference_mode, check_loss
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .layout import spec
-from .modes import Draws, draws, innermost, no_autocast, transformed, undrawn
+from .modes import Draws, draws, innermost, no_autocast, share, transformed, undrawn
 from .refusals import refuse, refuse_changed
 from .rules import RULES
 from .tap import Tap, beneath, name_of, readings, traced, unfused, with_ids
@@ -164,8 +164,9 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
             like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
             folded = _retried(found, options, draws([]), lambda found: tapped(found, like, examples))[0]
     except RuntimeError:  # values are looked at, which torch says in several ways
-        with undrawn(pytree.tree_leaves((owned, batch))):
-            folded = tapped(found, owned, batch)[0]
+        leaves = pytree.tree_leaves((owned, batch))
+        with undrawn(leaves):
+            folded = _retried(found, options, draws(leaves), lambda found: tapped(found, owned, batch))[0]
     return _captured(folded)
 
 
@@ -175,6 +176,7 @@ UNMAPPED = (
     "does not yet have a batching rule",
     "setup_context",
     "doesn't match the broadcast shape",
+    "under vmap transform is not allowed",
 )
 """What torch says of what `vmap` does not know: operators, an `autograd.Function`, writing into a tensor of all."""
 
@@ -188,11 +190,12 @@ def _retried(
     except RuntimeError as error:
         if found.way in (Way.BATCHED, Way.LOOPED):
             raise
-        of_vmap = str(error).startswith("vmap: ")
+        copied = isinstance(error, Copied)
+        of_vmap = str(error).lower().startswith("vmap")
         if of_vmap and found.way is Way.SUMMED:
             found = found._replace(way=Way.EACH, open=False)
-        elif any(said in str(error) for said in UNMAPPED) or (of_vmap and options.randomness != "error"):
-            found = found._replace(way=Way.LOOPED, open=False, fills=False)
+        elif copied or any(said in str(error) for said in UNMAPPED) or (of_vmap and options.randomness != "error"):
+            found = found._replace(way=Way.LOOPED, open=False, fills=False, draws=False)
         else:
             raise
     before.repeat()
@@ -226,6 +229,7 @@ def _watched(
     if not options.batched:
         replacing = EXACT if found.way is Way.LOOPED else EXACT | MAPPED | (OPEN if of_vmap else {})
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
+    fills = found.fills or (found.draws and options.randomness == "different")
     exact = EXACT if found.way is Way.LOOPED else {}  # of tapped calls
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
@@ -237,10 +241,11 @@ def _watched(
         # 0 for the parameter, else which view it is: copies of different entries can have equal strides
         by_id = {} if compiling else {id(p): (name, 0) for p, name in known}
         counted: list[Any] = []
+        reshaped: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
         copies: list[tuple[Tensor, int]] = []  # in place of views, and what they are of, likewise
-        instead = replacing | own_of_each((example, fixed, free)) if found.fills else replacing
+        instead = replacing | own_of_each((example, fixed, free)) if fills else replacing
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             if not compiling:
@@ -258,6 +263,11 @@ def _watched(
                 if compiling and name is not None:
                     views.fix((args[1:], kwargs))
                 output = (func if name is not None else instead.get(func, func))(*args, **kwargs)
+                if func in views.MAY_COPY and not compiling:
+                    at = len(reshaped)
+                    reshaped.append(func)
+                    if at < len(found.shared) and found.shared[at] and not share(output, args[0]):
+                        copies.extend((t, t._version) for t in map(innermost, (output, args[0])))
                 parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
                     if not compiling:
@@ -311,7 +321,7 @@ def _watched(
             )
         refuse_changed(inputs=inputs)
         if any(copy._version != version for copy, version in copies):
-            raise StalePlan("the loss changes a view in place, which it did not when its layers were found")
+            raise Copied("the loss changes a view in place, which it did not when its layers were found")
         inputs.clear()  # the handler, which is in a cycle, would hold them
         copies.clear()
         ways.append(seen)

@@ -26,7 +26,7 @@ from .batching import COPIED, OPEN
 from .checks import check_count, check_loss, check_randomness
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
 from .made import Made
-from .modes import innermost, undrawn
+from .modes import innermost, share, undrawn
 from .picked import READS, Picked
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
@@ -86,6 +86,8 @@ class Plan(NamedTuple):
     way: Way
     open: bool = False  # no loss of `batching.OPEN` stands inside a transform of the user's own
     fills: bool = False  # the loss writes into tensors that it made, of which each example then needs its own
+    draws: bool = False  # likewise random numbers, where these are to be different
+    shared: tuple[bool, ...] = ()  # whether each call of `views.MAY_COPY` is a view
 
 
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -151,7 +153,14 @@ def _discover(
             _refuse_compiled(found)
         # under `vmap` an activation says that it requires a gradient within `grad` alone
         way, is_open = (Way.EACH, False) if found.asked_of else (Way.SUMMED, not found.nested)
-        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), way, is_open, found.filled)
+        return Plan(
+            *arrange(param_specs, found, [None] * len(found.uses)),
+            way,
+            is_open,
+            found.filled,
+            found.drawn,
+            found.shared,
+        )
     except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
         if not batched:
             layers = _unread(param_specs, "a branch on the values of tensors")
@@ -316,6 +325,8 @@ def _run(
         watch.picked.asked,
         watch.picked.lookups,
         watch.made.filled,
+        watch.made.drawn,
+        tuple(watch.shared),
     )
 
 
@@ -389,6 +400,7 @@ class _Watch:
         self.asked_of: set[str] = set()
         self.functions: set[str] = set()
         self.copies: list[tuple[Tensor, int]] = []  # in place of views, and what they are of, with their versions
+        self.shared: list[bool] = []  # whether each call of `views.MAY_COPY` was a view
         self.counted = 0  # calls of functions that have a rule
 
     def begin(self, params: Params, zero: Tensor) -> Params:
@@ -430,6 +442,8 @@ class _Watch:
             return output
         if func in views.VIEWS:
             output = func(*args, **kwargs)
+            if func in views.MAY_COPY:
+                self.shared.append(share(output, args[0]))
             if not self.follow(func, args, output):
                 self.note(func, args[:1])
             return output

@@ -5,9 +5,9 @@ It returns NotImplemented for arguments that it does not cover: the function its
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import EllipsisType, NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -188,74 +188,136 @@ def grouped_mm(
 
 def getitem(call: Callable[..., Any], x: Tensor, index: Any) -> Any:
     """`x[id]`, as of a label, whose value Python would read."""
-    found = _by_ids(index)
+    found = _by_ids(call, x, index) if any(_is_id(entry) for entry in _entries(index)) else None
     if found is None:
         return NotImplemented
-    entries, ids, axis = found
-    rows = call(Tensor.__getitem__, x, tuple(e[None] if at in ids else e for at, e in enumerate(entries)))
-    return call(torch.select, rows, axis, 0)
+    rows = call(Tensor.__getitem__, found.rows, found.ids)
+    if not found.axes:
+        return call(torch.select, rows, 0, 0)
+    return rows.movedim(tuple(range(found.axes)), tuple(range(found.at, found.at + found.axes)))
 
 
 def setitem(call: Callable[..., Any], x: Tensor, index: Any, value: Any) -> Any:
-    """`x[id] = value` likewise, and `x[mask] = number`, `x[:length] = number`, whose entries Python would count."""
-    found = _by_ids(index)
-    if found is not None:  # along the first axes, for `vmap` misplaces values along others
-        entries, ids, axis = found
-        if len(ids) == 1:
-            whole = tuple(slice(None) if at in ids else e for at, e in enumerate(entries))
-            x, entries = call(torch.movedim, call(Tensor.__getitem__, x, whole), axis, 0), (entries[ids[0]],)
-        rows = tuple(e[None] if isinstance(e, Tensor) else e for e in entries)
+    """`x[id] = value` likewise, and `x[mask] = number`, `x[:length] = number`, whose entries Python would count.
+
+    Lists of ids are along the first axes here: `vmap` misplaces values along others.
+    """
+    entries = _entries(index)
+    if all(_is_list(entry) for entry in entries):
+        return NotImplemented
+    found = None if _overlaps(x) else _by_ids(call, x, index)
+    if found is not None:
         if isinstance(value, Tensor):
-            value = value.expand(x.shape[len(rows) :])[None]
-        return call(Tensor.__setitem__, x, rows, value)
-    mask = _mask(x, index)
+            value = found.laid_out(value)
+        return call(Tensor.__setitem__, found.rows, found.ids, value)
+    mask = _mask(x, entries)
     if mask is None or not (isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
         return NotImplemented
-    call(Tensor.masked_fill_, x, mask, torch.as_tensor(value, dtype=x.dtype, device=x.device))
+    if isinstance(value, Tensor):
+        call(Tensor.masked_fill_, x, mask, value.to(x.dtype))
+    else:  # of a number `vmap` has a rule
+        call(Tensor.masked_fill_, x, mask, value if x.is_floating_point() else int(value))
     return None
 
 
-def _by_ids(index: Any) -> tuple[tuple[Any, ...], list[int], int] | None:
-    """The entries of an index, where its ids are, and the axis that a list in place of one adds; None without ids."""
-    entries = index if isinstance(index, tuple) else (index,)
-    ids = [at for at, entry in enumerate(entries) if _is_id(entry)]
-    allowed = (int, slice, EllipsisType, NoneType) if len(ids) == 1 else (int,)
-    if not ids or not all(at in ids or type(entry) in allowed for at, entry in enumerate(entries)):
+class _Rows(NamedTuple):
+    """A view of a tensor with the axes that ids index in front."""
+
+    rows: Tensor
+    ids: Any  # a list of one in place of each id alone
+    axes: int  # of the lists of ids among what is indexed; 0 of ids alone
+    at: int  # where these axes stand
+
+    def laid_out(self, value: Tensor) -> Tensor:
+        """What is written, as it is along the rows."""
+        lists = self.ids if isinstance(self.ids, tuple) else (self.ids,)
+        own, rest = torch.broadcast_shapes(*(t.shape for t in lists)), self.rows.shape[len(lists) :]
+        shape = (*rest[: self.at], *own, *rest[self.at :]) if self.axes else rest
+        while value.dim() > len(shape) and value.shape[0] == 1:
+            value = value[0]
+        if not self.axes:  # as `copy_`, which casts, and may read what it writes
+            return value.to(self.rows.dtype).expand(shape)[None].clone()
+        return value.expand(shape).movedim(tuple(range(self.at, self.at + len(own))), tuple(range(len(own))))
+
+
+def _by_ids(call: Callable[..., Any], x: Tensor, index: Any) -> _Rows | None:
+    """None of an index without ids, or with what is neither ids nor basic."""
+    entries = _entries(index)
+    lists, alone = ([at for at, e in enumerate(entries) if of_kind(e)] for of_kind in (_is_list, _is_id))
+    ids = sorted(lists + alone)
+    if not ids or not _plain(e for at, e in enumerate(entries) if at not in ids):
         return None
-    if any(type(entry) is slice and _has_id(entry) for entry in entries):
-        return None
-    before, after = entries[: ids[0]], entries[ids[0] + 1 :]
-    axis = -1 - _axes(after) if Ellipsis in before else _axes(before)
-    return entries, ids, axis
+    dotted = x.dim() - sum(e is not None and e is not Ellipsis for e in entries)
+    before, taken, axes, places = 0, 0, [], []  # axes of the view and of what is indexed, so far
+    for at, entry in enumerate(entries):
+        if at in ids:
+            axes.append(before)
+            places += [taken] if at in lists else []
+        wide = dotted if entry is Ellipsis else int(type(entry) is not int)
+        before, taken = before + wide, taken + wide * (at not in ids)
+    if len(ids) < len(entries):
+        x = call(Tensor.__getitem__, x, tuple(slice(None) if at in ids else e for at, e in enumerate(entries)))
+    if axes != list(range(len(axes))):
+        x = call(torch.movedim, x, tuple(axes), tuple(range(len(axes))))
+    found = [entries[at] if at in lists else entries[at][None] for at in ids]
+    own = max([0, *[entries[at].dim() for at in lists]])
+    together = len(set(places)) == 1
+    return _Rows(x, found[0] if len(found) == 1 else tuple(found), own, places[0] if together else 0)
+
+
+def _entries(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _is_id(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype in (torch.int64, torch.int32)
+    return _is_whole(entry) and entry.dim() == 0
 
 
-def _has_id(entry: slice) -> bool:
-    return _is_id(entry.start) or _is_id(entry.stop)
+def _is_list(entry: Any) -> bool:
+    return _is_whole(entry) and entry.dim() > 0
 
 
-def _mask(x: Tensor, index: Any) -> Tensor | None:
-    """Where x is indexed by one mask, or one slice between ids, beside whole axes, `[...]` as x broadcasts it."""
-    entries = index if isinstance(index, tuple) else (index,)
-    chosen = [at for at, e in enumerate(entries) if _is_mask(e) or (type(e) is slice and _has_id(e))]
-    whole = [
-        e is Ellipsis or (type(e) is slice and e == slice(None)) for at, e in enumerate(entries) if at not in chosen
-    ]
-    if len(chosen) != 1 or not all(whole):
-        return None
-    (at,), entry = chosen, entries[chosen[0]]
-    axes = 1 if type(entry) is slice else entry.dim()
-    after = len(entries) - 1 - at if Ellipsis in entries[:at] else x.dim() - at - axes
-    if type(entry) is slice:
-        entry = _between(entry, x.shape[x.dim() - after - 1], x.device)
-    return entry if entry is None else entry.reshape(*entry.shape, *(1,) * after)
+def _is_whole(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype in (torch.int64, torch.int32)
 
 
 def _is_mask(entry: Any) -> bool:
     return isinstance(entry, Tensor) and entry.dtype is torch.bool and entry.dim() > 0
+
+
+def _is_between(entry: Any) -> bool:
+    """A slice between ids."""
+    return type(entry) is slice and (_is_id(entry.start) or _is_id(entry.stop))
+
+
+def _plain(entries: Iterable[Any]) -> bool:
+    """Whether the entries take views, and no more than one of them is `...`."""
+    given = list(entries)
+    views = all(type(e) in (int, slice, EllipsisType, NoneType) and not _is_between(e) for e in given)
+    return views and sum(e is Ellipsis for e in given) < 2
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether entries share memory, as those of an expanded tensor."""
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _mask(x: Tensor, entries: tuple[Any, ...]) -> Tensor | None:
+    """Where x is indexed by one mask, or one slice between ids, beside whole axes, `[...]` as x broadcasts it."""
+    chosen = [at for at, e in enumerate(entries) if _is_mask(e) or _is_between(e)]
+    rest = [e for at, e in enumerate(entries) if at not in chosen]
+    if len(chosen) != 1 or not _plain(rest) or not all(e is Ellipsis or e == slice(None) for e in rest):
+        return None
+    (at,), entry = chosen, entries[chosen[0]]
+    own = entry.dim() if _is_mask(entry) else 1
+    after = len(entries) - 1 - at if Ellipsis in rest and Ellipsis in entries[:at] else x.dim() - at - own
+    before = x.dim() - after - own
+    if min(before, after) < 0 or len(rest) - (Ellipsis in rest) + own > x.dim():
+        return None
+    mask = entry if _is_mask(entry) else _between(entry, x.shape[before], x.device)
+    if mask is None or mask.shape != x.shape[before : before + own]:
+        return None
+    return mask.reshape(*mask.shape, *(1,) * after)
 
 
 def _between(bounds: slice, size: int, device: torch.device) -> Tensor | None:
@@ -267,9 +329,10 @@ def _between(bounds: slice, size: int, device: torch.device) -> Tensor | None:
     return (at >= start + size * (start < 0)) & (at < stop + size * (stop < 0))
 
 
-def _axes(entries: tuple[Any, ...]) -> int:
-    """How many axes these leave."""
-    return sum(type(entry) is not int for entry in entries)
+def requires_grad_(call: Callable[..., Any], input: Tensor, requires_grad: bool = True) -> Tensor:
+    """`torch.func` refuses it, and takes the same as an assignment."""
+    input.requires_grad = requires_grad
+    return input
 
 
 def gaussian_nll_loss(
@@ -298,26 +361,45 @@ def gaussian_nll_loss(
 Cell = Callable[..., tuple[Tensor, ...]]
 
 
-def _lstm_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: Tensor | None) -> tuple[Tensor, ...]:
+def _lstm_cell(call: Any, i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: Tensor | None) -> tuple[Tensor, ...]:
     take, forget, new, out = (i + h).chunk(4, -1)
     c = forget.sigmoid() * state[1] + take.sigmoid() * new.tanh()
     y = out.sigmoid() * c.tanh()
-    return (y if w_hr is None else F.linear(y, w_hr)), c
+    return (y if w_hr is None else call(F.linear, y, w_hr)), c
 
 
-def _gru_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
+def _gru_cell(call: Any, i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
     (i_reset, i_update, i_new), (h_reset, h_update, h_new) = i.chunk(3, -1), h.chunk(3, -1)
     update = (i_update + h_update).sigmoid()
     new = (i_new + (i_reset + h_reset).sigmoid() * h_new).tanh()
     return ((1 - update) * new + update * state[0],)
 
 
-def _tanh_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
+def _tanh_cell(call: Any, i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
     return ((i + h).tanh(),)
 
 
-def _relu_cell(i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
+def _relu_cell(call: Any, i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
     return ((i + h).relu(),)
+
+
+def one_step(cell: Cell) -> Expansion:
+    """`torch.lstm_cell`, `gru_cell`, `rnn_tanh_cell` and `rnn_relu_cell`."""
+
+    def stepped(
+        call: Callable[..., Any],
+        input: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        new = cell(call, call(F.linear, input, w_ih, b_ih), call(F.linear, state[0], w_hh, b_hh), state, None)
+        return new if len(new) > 1 else new[0]
+
+    return stepped
 
 
 def recurrent(cell: Cell) -> Expansion:
@@ -353,10 +435,10 @@ def recurrent(cell: Cell) -> Expansion:
                 w_ih, w_hh, *rest = weights[at * each : (at + 1) * each]
                 b_ih, b_hh = rest[:2] if has_biases else (None, None)
                 w_hr = rest[-1] if len(rest) % 2 else None
-                inputs = F.linear(x, w_ih, b_ih)
+                inputs = call(F.linear, x, w_ih, b_ih)
                 backwards, state, outputs = at % directions == 1, tuple(h[at] for h in states), []
                 for i in inputs.flip(0) if backwards else inputs:
-                    state = cell(i, F.linear(state[0], w_hh, b_hh), state, w_hr)
+                    state = cell(call, i, call(F.linear, state[0], w_hh, b_hh), state, w_hr)
                     outputs.append(state[0])
                 sides.append(torch.stack(outputs[::-1] if backwards else outputs))
                 last.append(state)
@@ -383,6 +465,10 @@ _LAYERS: dict[Any, Expansion] = {
     F.embedding_bag: embedding_bag,
     F.grouped_mm: grouped_mm,
     torch._grouped_mm: grouped_mm,
+    torch.lstm_cell: one_step(_lstm_cell),
+    torch.gru_cell: one_step(_gru_cell),
+    torch.rnn_tanh_cell: one_step(_tanh_cell),
+    torch.rnn_relu_cell: one_step(_relu_cell),
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
 }
 COPIES: dict[Any, Expansion] = {Tensor.__getitem__: getitem}
@@ -391,6 +477,7 @@ FOR_VMAP: dict[Any, Expansion] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
     Tensor.__setitem__: setitem,
+    Tensor.requires_grad_: requires_grad_,
     torch.lstm: recurrent(_lstm_cell),
     torch.gru: recurrent(_gru_cell),
     torch.rnn_tanh: recurrent(_tanh_cell),

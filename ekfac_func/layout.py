@@ -97,6 +97,8 @@ class Observed(NamedTuple):
     asked: dict[int, int]  # by call, how many truths the loss read before
     lookups: list[int]  # by ids that come from the batch: along how many entries
     filled: bool  # a tensor that was one for all examples, by what depends on them
+    drawn: bool  # likewise, by random numbers
+    shared: tuple[bool, ...]  # whether each call of `views.MAY_COPY` was a view
 
 
 def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Window]] | None:

@@ -14,12 +14,19 @@ from torch.utils import _pytree as pytree
 
 from .modes import innermost, storages
 
+DRAWN = frozenset(
+    getattr(Tensor, name + "_")
+    for name in ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
+)
+"""What fills a tensor with random numbers, of each example its own where it may differ."""
+
 
 class Made:
     """Follows the constants of a run within a transform, by their memory."""
 
     def __init__(self) -> None:
         self.filled = False  # by what is not constant
+        self.drawn = False  # by random numbers
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
 
     def call(self, handle: Callable[[Any, Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
@@ -28,6 +35,7 @@ class Made:
         constants = [t for t in given if self._constant(t)]
         versions = [(t, t._version) for t in map(innermost, constants) if not t.is_inference()]
         output = handle(func, args, kwargs)
+        self.drawn |= func in DRAWN and len(constants) == len(given)
         if len(constants) == len(given):
             self.storages |= storages(pytree.tree_map_only(Tensor, innermost, output))
             return output

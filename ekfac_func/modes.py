@@ -31,6 +31,11 @@ def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
+def share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of the same memory."""
+    return not storages(innermost(one)).keys().isdisjoint(storages(innermost(other)))
+
+
 def opaque(*tensors: Tensor) -> bool:
     """Whether block-by-block work goes into a graph as one opaque operator, which runs as in eager mode.
 

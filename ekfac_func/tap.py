@@ -113,6 +113,8 @@ def _no_checks() -> Iterator[None]:
 
 def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     """A call by the name that rules and repairs know: of operators, as in modules of `torch.export`, and of methods."""
+    if func is Tensor.unflatten:  # which Dynamo does not find in a dict, nor can trace under a function mode
+        return torch.unflatten, args, kwargs
     if func in ALIASES:
         return ALIASES[func], args, kwargs
     return REORDERED[func](*args, **kwargs) if func in REORDERED else (func, args, kwargs)
@@ -164,8 +166,8 @@ _aten = torch.ops.aten
 _OPERANDS = ("input", "weight", "bias", "running_mean", "running_var")
 ALIASES = _with_packets(
     {
-        Tensor.unflatten: torch.unflatten,  # Dynamo cannot trace Python methods of a tensor under a function mode
-        Tensor.split: torch.split,
+        Tensor.split: torch.split,  # Dynamo cannot trace Python methods of a tensor under a function mode
+        **dict.fromkeys((torch.mv, Tensor.mv, _aten.mv.default), torch.matmul),
         _aten.linear.default: F.linear,
         **{getattr(_aten, f"conv{d}d").default: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
         **{getattr(_aten, f"conv{d}d").padding: getattr(F, f"conv{d}d") for d in (1, 2, 3)},

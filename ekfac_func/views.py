@@ -148,7 +148,14 @@ def _made(view: View, part: Tensor) -> View | None:
 SAME = frozenset(
     getattr(Tensor, name) for name in ("contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "clone")
 )
-RESHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, torch.unflatten})
+RESHAPES = frozenset(
+    {
+        *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, torch.unflatten),
+        *(Tensor.ravel, torch.ravel),
+    }
+)
+MAY_COPY = (SAME | RESHAPES) - {Tensor.clone}
+"""Whether these share memory with their argument depends on how it lies there, under `vmap` too."""
 VIEWS = (
     frozenset(
         {

@@ -21,6 +21,7 @@ RULED = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention),
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d),
+    *(nn.RNNBase, nn.RNNCellBase),
 )
 
 
@@ -55,6 +56,22 @@ def classifier(net: nn.Module, *shape: int, ruled: set[str] | None = None, class
         return torch.randn(n, *shape), torch.randint(0, classes, (n,))
 
     return Case(loss_fn, params, batch, frozenset(ruled))
+
+
+class Cells(nn.Module):
+    """Recurrent cells in turn, step by step."""
+
+    def __init__(self, *cells: nn.Module) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(cells)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, c = self.cells[0](x[:, 0])
+        for t in range(1, x.shape[1]):
+            h, c = self.cells[0](x[:, t], (h, c))
+            for cell in self.cells[1:]:
+                h = cell(x[:, t], h)
+        return h * c
 
 
 class Here(TorchFunctionMode):
@@ -436,7 +453,7 @@ def _gru(params: Params, x: Tensor) -> Tensor:
 
 
 class Recurrent(nn.Module):
-    """A recurrent net, for which vmap has no rule, and a linear layer."""
+    """A recurrent net, for whose functions vmap has no rule, and a linear layer."""
 
     def __init__(self, net: nn.Module | None = None, width: int = 3) -> None:
         super().__init__()
@@ -707,7 +724,10 @@ CASES: dict[str, Callable[[], Case]] = {
         },
         3,
         4,
-        ruled=set(),
+        ruled={f"{kind}{at}" for kind in ("w_ih", "w_hh", "b_ih", "b_hh") for at in range(4)},
+    ),
+    "cells": lambda: classifier(
+        Cells(nn.LSTMCell(4, 3), nn.GRUCell(4, 3, bias=False), nn.RNNCell(4, 3, nonlinearity="relu")), 3, 4
     ),
     "recurrent tanh": lambda: classifier(Recurrent(nn.RNN(4, 3, batch_first=True)), 3, 4),
     "scattered": lambda: function(

@@ -245,14 +245,12 @@ class Recurrent(nn.Module):
 
 
 def lstm() -> Case:
-    """A recurrent net, for which vmap has no rule."""
+    """A recurrent net, for whose function vmap has no rule."""
 
     def loss(call: Any, example: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(call(example["input_ids"][None])[0, :-1], example["labels"][1:], ignore_index=-100)
 
-    net = Recurrent()
-    hidden = tuple(f"lstm.{name}" for name, p in net.lstm.named_parameters() if p.dim() > 1)
-    return case(net, loss, sentences, hidden)
+    return case(Recurrent(), loss, sentences)
 
 
 def norm(channels: int) -> nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import RULES, SUA, Call, Factored, PerExampleGradients, ekfac, kfac, per_example_gradients
+from ekfac_func import RULES, SUA, Call, Factored, PerExampleGradients, describe, ekfac, kfac, per_example_gradients
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.types import Dense, Params
@@ -353,12 +353,11 @@ def test_classification_losses_in_each_of_their_ways(kind: str) -> None:
 
 def test_a_loop_over_the_examples_with_class_labels() -> None:
     """Where `vmap` does not run the loss, its own versions of torch's losses, without a derivative, have no place."""
-    cell, out = nn.LSTMCell(4, 5).double(), torch.randn(3, 5)
-    params = {name: p.detach() for name, p in cell.named_parameters()}
+    params = {"w": torch.randn(3, 4)}
 
     def loss_fn(params: Params, example: Any) -> Tensor:
-        h = functional_call(cell, params, (example[0][None],))[0]
-        return F.cross_entropy(h @ out.T, example[1][None])
+        h = F.linear(example[0], params["w"])
+        return F.cross_entropy(torch.as_strided_scatter(h, h[:1].sin(), (1,), (1,), 1)[None], example[1][None])
 
     batch = torch.randn(5, 4), torch.randint(0, 3, (5,))
     found = per_example_gradients(loss_fn, params, batch)
@@ -912,6 +911,18 @@ LABELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "a row of one": lambda z, y, label: _with(torch.ones(3, 2), label, z[:1]).flatten().dot(z),
     "at a label behind dots": lambda z, y, label: _with(z.view(2, 3).clone(), (..., label), 0.5).square().sum(),
     "at two labels": lambda z, y, label: (_with(torch.zeros(3, 2), (label, label // 2), z[0]) * z[1]).sum(),
+    "at a label, of another dtype": lambda z, y, label: z.dot(_with(torch.zeros(6), label, label + 1)),
+    "at two labels beside a slice": lambda z, y, label: (
+        _with(torch.zeros(2, 3, 3), (slice(None), label, 2 - label), z[:2]).square().sum()
+    ),
+    "a list and a label": lambda z, y, label: z.view(3, 2)[IDS, label // 2].square().sum(),
+    "a list apart from a label": lambda z, y, label: z.view(3, 2, 1)[label, :, IDS - IDS].square().sum(),
+    "at a list behind a slice": lambda z, y, label: (
+        _with(torch.zeros(3, 3), (slice(None), y.argsort()), torch.outer(z[:3], y)).flatten().dot(torch.arange(9.0))
+    ),
+    "at a list of a function of the outputs": lambda z, y, label: (
+        _with(torch.outer(z, y), (..., y.argsort()), torch.outer(z, z[:3])).flatten().dot(torch.arange(18.0))
+    ),
     "at a mask": lambda z, y, label: _with(z.clone(), z < 0, y[0]).square().sum(),
     "at masked columns": lambda z, y, label: _with(z.view(2, 3).clone(), (slice(None), y > 0), 0).square().sum(),
     "at masked columns behind dots": lambda z, y, label: _with(z.view(2, 3).clone(), (..., y > 0), 1).square().sum(),
@@ -952,6 +963,55 @@ def test_labels_out_of_range_are_refused(label: int) -> None:
     batch[1][1] = label
     with pytest.raises(ValueError, match=r"F\.one_hot has labels from .* for num_classes=3"):
         per_example_gradients(loss_fn, params, batch)
+
+
+@pytest.mark.parametrize("mask", [lambda x: (x > 0)[None], lambda x: (x > 0)[:1], lambda x: (x > 0)[:, None]])
+def test_a_mask_of_another_shape_is_refused(mask: Any) -> None:
+    """As in a loop."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return _with(F.linear(x, params["w"]), mask(x), 0.0).square().sum()
+
+    with pytest.raises(IndexError):
+        per_example_gradients(loss_fn, {"w": torch.randn(4, 4)}, torch.randn(N, 4))
+
+
+def _drawn(params: Params, x: Tensor) -> Tensor:
+    noise = torch.empty(4).normal_() + torch.distributions.Normal(0.0, 1.0).rsample((4,))
+    return F.linear(x, params["w"] * torch.where(noise < torch.inf, 1.0, noise)).cos().sum()
+
+
+def _by_requires_grad(params: Params, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.linear(x, params["w"]).tanh().sum(), x, create_graph=True)
+    return slope.square().sum()
+
+
+def _by_data(params: Params, x: Tensor) -> Tensor:
+    h, mask = F.linear(x, params["w"]), torch.ones(4)
+    mask.data[0] = 0.5
+    return (mask * (h + (h.round() - h).data)).square().sum()
+
+
+@pytest.mark.parametrize("loss_fn", [_drawn, _by_requires_grad, _by_data])
+def test_what_torch_func_does_not_let_a_loss_do(loss_fn: Any) -> None:
+    """At once for all examples."""
+    params, batch, calls = {"w": torch.randn(4, 4)}, torch.randn(N, 4), itertools.count()
+
+    def counted(params: Params, x: Tensor) -> Tensor:
+        next(calls)
+        return loss_fn(params, x)
+
+    found = per_example_gradients(counted, params, batch)
+    assert next(calls) == 2
+    close(found.dense("w"), loop(loss_fn, params, batch)[1]["w"])
+    describe(loss_fn, params, batch)
+
+
+def test_draws_that_are_alike() -> None:
+    params, batch = {"w": torch.randn(4, 4)}, torch.randn(N, 4)
+    found = per_example_gradients(_drawn, params, batch, randomness="same")
+    close(found.dense("w"), loop(_drawn, params, batch)[1]["w"])
 
 
 def test_an_expert_that_a_label_picks() -> None:
@@ -1007,6 +1067,27 @@ def _strided_view(params: Params, x: Tensor) -> Tensor:
     return h.square().sum()
 
 
+def _made_turned(params: Params, x: Tensor) -> Tensor:
+    h = TURNED.T.clone()
+    h.reshape(-1)[:5] = F.linear(x[0], params["w"])  # of a copy
+    return h.square().sum() * F.linear(x[1], params["w"]).sum()
+
+
+TURNED = torch.arange(15.0).view(3, 5).double()
+
+
+def _reshaped(params: Params, x: Tensor) -> Tensor:
+    """A view in the loop alone."""
+    h = F.linear(x, params["w"])[:, x[0].argsort()]
+    h.reshape(-1)[:4] = 3.0
+    return (h * x).square().sum()
+
+
+def _two_dots(params: Params, x: Tensor) -> Tensor:
+    h = torch.outer(F.linear(x[0], params["w"]), x[1])
+    return (h * torch.arange(4.0))[..., x[2].argmax(), ...].square().sum()
+
+
 def _strided_before(params: Params, x: Tensor) -> Tensor:
     h = F.linear(x, params["w"])
     some = torch.as_strided(h, (2,), (1,))
@@ -1015,6 +1096,7 @@ def _strided_before(params: Params, x: Tensor) -> Tensor:
 
 
 VIEWED = [_scaled_view, _copied_into_a_view, _changed_entries, _changed_afterwards, _strided_view, _strided_before]
+VIEWED += [_made_turned, _reshaped, _two_dots]
 
 
 @pytest.mark.parametrize("loss_fn", VIEWED)

@@ -41,7 +41,7 @@ from ekfac_func.patches import Patches
 from ekfac_func.types import LossFn, Params
 
 from .cases import BATCHED, N, classifier, make
-from .oracles import close, close_trees
+from .oracles import close, close_trees, loop
 from .test_step import stack
 
 ESTIMATORS = [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac]
@@ -363,6 +363,24 @@ def test_per_example_gradients_compile() -> None:
         return found.norms(), found.dense("0.weight"), found.mean()
 
     close_trees(compiled(norms)(case.params, batch), norms(case.params, batch))
+
+
+def test_methods_of_a_tensor_and_places_by_a_label() -> None:
+    """`unflatten` is a method of Python; a label, a list behind a slice and a mask are where something is written."""
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, y = example
+        h, t = F.linear(x, params["w"]), torch.zeros(2, 4)
+        t[:, x.argsort()] = h.unflatten(-1, (2, 2)).repeat(1, 2)
+        t[0, y], t[t > 1] = 1.0, 0.5
+        return (h * t).square().sum()
+
+    params, batch = {"w": torch.randn(4, 4)}, (torch.randn(N, 4), torch.randint(0, 4, (N,)))
+
+    def dense(params: Params, batch: Any) -> Tensor:
+        return per_example_gradients(loss_fn, params, batch).dense("w")
+
+    close(compiled(dense, "eager")(params, batch), loop(loss_fn, params, batch)[1]["w"])
 
 
 @pytest.mark.slow
