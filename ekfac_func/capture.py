@@ -24,6 +24,7 @@ from .arrivals import Arrivals, output_shape
 from .backward import Copied, Probe, Probed, Run, StalePlan, batched, each, looped, summed
 from .batching import COPIED, EXACT, MAPPED, OPEN, OPEN_LAYERS, own_of_each
 from .checks import check_inference_mode, check_loss
+from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .layout import spec
 from .modes import Draws, draws, innermost, no_autocast, share, transformed, undrawn
@@ -244,19 +245,21 @@ def _watched(
         reshaped: list[Any] = []
         picks: list[tuple[Tensor, Tensor]] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
-        copies: list[tuple[Tensor, int]] = []  # in place of views, and what they are of, likewise
+        copies = Copies()
         instead = replacing | own_of_each((example, fixed, free)) if fills else replacing
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             if not compiling:
                 seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
+                copies.begins(func, args)
             refuse(func, args, kwargs, params, options.batched)
             if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
                 return True
             output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, as_written)
             if output is not NotImplemented:
                 if func in expansions.COPIES and not compiling:
-                    copies.extend((t, t._version) for t in map(innermost, (output, args[0])))
+                    copies.add(output, *args)
+                copies.ends(func)
                 return output
             if func in views.VIEWS:
                 name = name_of(args[0], known) if len(args) > 0 else None
@@ -267,7 +270,7 @@ def _watched(
                     at = len(reshaped)
                     reshaped.append(func)
                     if at < len(found.shared) and found.shared[at] and not share(output, args[0]):
-                        copies.extend((t, t._version) for t in map(innermost, (output, args[0])))
+                        copies.add(output, args[0])
                 parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
                     if not compiling:
@@ -281,7 +284,7 @@ def _watched(
             if func not in options.rules:
                 output = instead.get(func, func)(*args, **kwargs)
                 if func in COPIED and func in instead and not compiling:
-                    copies.extend((t, t._version) for t in map(innermost, (output, args[0])))
+                    copies.add(output, args[0])
                 return output
             k, at = len(calls), len(counted)
             counted.append(func)
@@ -320,10 +323,10 @@ def _watched(
                 "same layers whatever device, mode or values it meets"
             )
         refuse_changed(inputs=inputs)
-        if any(copy._version != version for copy, version in copies):
+        if copies.changed():
             raise Copied("the loss changes a view in place, which it did not when its layers were found")
         inputs.clear()  # the handler, which is in a cycle, would hold them
-        copies.clear()
+        copies.pairs.clear()
         ways.append(seen)
         if found.calls and _deciding(seen) != _deciding(ways[0]):
             raise StalePlan(

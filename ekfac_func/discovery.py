@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .batching import COPIED, OPEN
 from .checks import check_count, check_loss, check_randomness
+from .copies import Copies
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
 from .made import Made
 from .modes import innermost, share, undrawn
@@ -290,7 +291,7 @@ def _run(
             raise watch.mutations[0]
         loss = check_loss(loss, has_aux, n)[0]
         refuse_changed(watch.given, watch.inputs, versions)
-        if any(copy._version != version for copy, version in watch.copies):
+        if watch.copies.changed():
             raise DataDependentOutputException(torch.ops.aten.select.int)  # a view, which can be changed in place
         watch.functions |= _custom_functions(loss)
         return loss if n is None else loss.sum()
@@ -399,7 +400,7 @@ class _Watch:
         self.nested = False
         self.asked_of: set[str] = set()
         self.functions: set[str] = set()
-        self.copies: list[tuple[Tensor, int]] = []  # in place of views, and what they are of, with their versions
+        self.copies = Copies()
         self.shared: list[bool] = []  # whether each call of `views.MAY_COPY` was a view
         self.counted = 0  # calls of functions that have a rule
 
@@ -424,6 +425,7 @@ class _Watch:
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
         self.picked.enter(func)
+        self.copies.begins(func, args)
         if func in ASKS:
             asked = self.view_of(args[0])
             self.asked_of.add("" if asked is None else asked.name)
@@ -438,7 +440,8 @@ class _Watch:
             if func in expansions.FOR_VMAP:  # its calls are not handed over
                 self.note(func, (args, kwargs))
             if func in expansions.COPIES:
-                self.copies.extend((t, t._version) for t in (output, args[0]))
+                self.copies.add(output, *args)
+            self.copies.ends(func)
             return output
         if func in views.VIEWS:
             output = func(*args, **kwargs)
@@ -458,7 +461,7 @@ class _Watch:
         self.note(func, (args, kwargs), why)
         output = self.call(func, args, kwargs)
         if func in COPIED and not batched:
-            self.copies.extend((t, t._version) for t in (output, args[0]))
+            self.copies.add(output, args[0])
         view = self.view_of(args[0]) if func == DATA else None
         if view is not None:  # the same memory, with a version of its own
             self.given.append((view.name, output, output._version))

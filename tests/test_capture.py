@@ -897,6 +897,12 @@ def _with(x: Tensor, index: Any, value: Any) -> Tensor:
     return x
 
 
+def _increased(x: Tensor, *indices: Any) -> Tensor:
+    for index in indices:
+        x[index] += 1.5
+    return x
+
+
 LABELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "one hot": lambda z, y, label: (z.log_softmax(-1) * F.one_hot(label, 6)).sum(),
     "label": lambda z, y, label: -z.log_softmax(-1)[label],
@@ -923,6 +929,8 @@ LABELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "at a list of a function of the outputs": lambda z, y, label: (
         _with(torch.outer(z, y), (..., y.argsort()), torch.outer(z, z[:3])).flatten().dot(torch.arange(18.0))
     ),
+    "counted at labels": lambda z, y, label: z.dot(_increased(torch.zeros(6), label, label + 1, label)),
+    "more at labels": lambda z, y, label: _increased(z.view(2, 3).clone(), (..., label), (0, label)).square().sum(),
     "at a mask": lambda z, y, label: _with(z.clone(), z < 0, y[0]).square().sum(),
     "at masked columns": lambda z, y, label: _with(z.view(2, 3).clone(), (slice(None), y > 0), 0).square().sum(),
     "at masked columns behind dots": lambda z, y, label: _with(z.view(2, 3).clone(), (..., y > 0), 1).square().sum(),
@@ -1067,6 +1075,24 @@ def _strided_view(params: Params, x: Tensor) -> Tensor:
     return h.square().sum()
 
 
+def _returned_late(params: Params, x: Tensor) -> Tensor:
+    h, at = F.linear(x[0], params["w"]), x[1].argmax()
+    entry = h[at]
+    entry.mul_(2.0)
+    between = h.sum()
+    h[at] = entry
+    return h.square().sum() + between.sin()
+
+
+def _returned_and_kept(params: Params, x: Tensor) -> Tensor:
+    h, at = F.linear(x[0], params["w"]), x[1].argmax()
+    before = entry = h[at]
+    entry += 1.0
+    h[at] = entry
+    h.mul_(2.0)
+    return before.cos()
+
+
 def _made_turned(params: Params, x: Tensor) -> Tensor:
     h = TURNED.T.clone()
     h.reshape(-1)[:5] = F.linear(x[0], params["w"])  # of a copy
@@ -1096,7 +1122,7 @@ def _strided_before(params: Params, x: Tensor) -> Tensor:
 
 
 VIEWED = [_scaled_view, _copied_into_a_view, _changed_entries, _changed_afterwards, _strided_view, _strided_before]
-VIEWED += [_made_turned, _reshaped, _two_dots]
+VIEWED += [_returned_late, _returned_and_kept, _made_turned, _reshaped, _two_dots]
 
 
 @pytest.mark.parametrize("loss_fn", VIEWED)
