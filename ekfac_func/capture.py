@@ -102,7 +102,10 @@ def fold(
         return _tapped(found, loss_fn, params, batch, options, begin, add)
 
     if torch.compiler.is_compiling():
-        return tapped(plan(loss_fn, params, batch, options))[0]
+        found = plan(loss_fn, params, batch, options)
+        if found.way is Way.LOOPED:
+            raise RuntimeError(LOOPS)
+        return tapped(found)[0]
     check_inference_mode()
     plans, key = _memo(loss_fn), _key(loss_fn, params, batch, options)
     leaves = pytree.tree_leaves((params, batch))
@@ -133,6 +136,10 @@ def fold(
     return folded
 
 
+LOOPS = (
+    "loss_fn is run for one example after another, which a graph cannot: describe names the function that vmap does "
+    "not know, or says that the loss branches on values; replace it, or call the step in eager mode"
+)
 KEPT = (
     "loss_fn used a tensor that it had kept since its layers were found, on tensors without values, as a module does "
     "that fills a cache in its first call: empty the cache, or make the model anew, and call the model once as it is "

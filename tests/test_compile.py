@@ -383,6 +383,15 @@ def test_methods_of_a_tensor_and_places_by_a_label() -> None:
     close(compiled(dense, "eager")(params, batch), loop(loss_fn, params, batch)[1]["w"])
 
 
+def test_a_loop_over_the_examples_is_no_graph() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"])[x > 0].square().sum()
+
+    params, batch = {"w": torch.randn(4, 4)}, torch.randn(N, 4)
+    with pytest.raises(Exception, match=r"one example after another, which a graph cannot: describe names"):
+        compiled(lambda *given: per_example_gradients(loss_fn, *given).dense("w"), "eager")(params, batch)
+
+
 @pytest.mark.slow
 def test_a_step_compiled_in_parts() -> None:
     """Where the loss branches on values Dynamo leaves the step to run as it is."""
