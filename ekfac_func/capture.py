@@ -237,6 +237,7 @@ def _watched(
     if not options.batched:
         replacing = EXACT if found.way is Way.LOOPED else EXACT | MAPPED | (OPEN if of_vmap else {})
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
+    mapped = compiling or transformed()  # the parameters too may be of several
     fills = found.fills or (found.draws and options.randomness == "different")
     exact = EXACT if found.way is Way.LOOPED else {}  # of tapped calls
     calls: list[Any] = []
@@ -253,7 +254,7 @@ def _watched(
         picks: list[tuple[Tensor, Tensor]] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
         copies = Copies()
-        instead = replacing | own_of_each((example, fixed, free)) if fills else replacing
+        instead = replacing | own_of_each((example, fixed, free) if mapped else example) if fills else replacing
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
             if not compiling:
