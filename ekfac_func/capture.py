@@ -231,15 +231,16 @@ def _watched(
 ) -> tuple[Probed, list[Any], list[list[Any]]]:
     """The loss under the tap; the list in which a run leaves its calls; and that of the ways that the runs took."""
     compiling = torch.compiler.is_compiling()
-    as_written = options.batched or (found.way is Way.LOOPED and len(found.calls) == 0)
+    looping = found.way is Way.LOOPED
+    as_written = options.batched or (looping and len(found.calls) == 0)
     of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
     replacing: dict[Any, Callable[..., Any]] = {}
     if not options.batched:
-        replacing = EXACT if found.way is Way.LOOPED else EXACT | MAPPED | (OPEN if of_vmap else {})
+        replacing = EXACT if looping else EXACT | MAPPED | (OPEN if of_vmap else {})
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
     mapped = compiling or transformed()  # the parameters too may be of several
     fills = found.fills or (found.draws and options.randomness == "different")
-    exact = EXACT if found.way is Way.LOOPED else {}  # of tapped calls
+    exact = EXACT if looping else {}  # of tapped calls
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
 
@@ -263,7 +264,8 @@ def _watched(
             refuse(func, args, kwargs, params, options.batched)
             if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
                 return True
-            output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, as_written)
+            written = as_written or (looping and func in expansions.COPIES and name_of(args[0], known) is None)
+            output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, written)
             if output is not NotImplemented:
                 if func in expansions.COPIES and not compiling:
                     copies.add(output, *args)
@@ -274,10 +276,10 @@ def _watched(
                 if compiling and name is not None:
                     views.fix((args[1:], kwargs))
                 output = (func if name is not None else instead.get(func, func))(*args, **kwargs)
-                if func in views.MAY_COPY and not compiling:
+                if func in views.MAY_COPY and args and not compiling:
                     at = len(reshaped)
                     reshaped.append(func)
-                    if at < len(found.shared) and found.shared[at] and not share(output, args[0]):
+                    if at < len(found.shared) and found.shared[at] != share(output, args[0]):
                         copies.add(output, args[0])
                 parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
@@ -291,7 +293,7 @@ def _watched(
                 return output
             if func not in options.rules:
                 output = instead.get(func, func)(*args, **kwargs)
-                if func in COPIED and func in instead and not compiling:
+                if func in COPIED and func in instead and args and not compiling:
                     copies.add(output, args[0])
                 return output
             k, at = len(calls), len(counted)

@@ -5,20 +5,30 @@ from __future__ import annotations
 import weakref
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .modes import innermost, share
+from .modes import innermost
 
 
 class _Pair(NamedTuple):
-    held: weakref.ref[Tensor]  # the copy, as long as somebody may read it
+    held: weakref.ref[Tensor]  # the copy, as the loss has it
     copy: Tensor
     base: Tensor
     versions: tuple[int, int]
     index: Any  # by which the copy was read, if it was
+    holders: int  # of the copy's memory when it was made
 
     def changed(self) -> bool:
         return (self.copy._version, self.base._version) != self.versions
+
+    def gone(self) -> bool:
+        """Whether nobody can read it any more, by itself or by a view."""
+        return self.held() is None and _holders(self.copy) <= self.holders
+
+
+def _holders(t: Tensor) -> int:
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
 
 
 class Copies:
@@ -26,26 +36,31 @@ class Copies:
 
     def __init__(self) -> None:
         self.pairs: list[_Pair] = []
-        self.last: weakref.ref[Tensor] | None = None  # the first argument of the last call
+        self.last: tuple[weakref.ref[Tensor], int] | None = None  # first argument of the last call, its version before
         self.returned: _Pair | None = None  # that is being written back
 
     def add(self, copy: Tensor, base: Tensor, index: Any = None) -> None:
         """A copy was made of a tensor."""
         own, of = innermost(copy), innermost(base)
-        self.pairs.append(_Pair(weakref.ref(copy), own, of, (own._version, of._version), index))
+        if not (own.is_inference() or of.is_inference()):  # which nobody changes
+            self.pairs.append(_Pair(weakref.ref(copy), own, of, (own._version, of._version), index, _holders(own)))
 
     def begins(self, func: Any, args: Any) -> None:
         """A call begins. `x[id] += v` reads a copy, changes it and writes it back at once, as a view would be."""
-        last, self.last = self.last, weakref.ref(args[0]) if args and isinstance(args[0], Tensor) else None
+        last, self.last = self.last, None
+        if args and isinstance(args[0], Tensor) and not innermost(args[0]).is_inference():
+            self.last = weakref.ref(args[0]), innermost(args[0])._version
         if func is not Tensor.__setitem__:
             return
-        self.pairs = [pair for pair in self.pairs if pair.held() is not None or pair.changed()]
-        x, index, value = args
-        before = None if last is None else last()
+        self.pairs = [pair for pair in self.pairs if not pair.gone() or pair.changed()]
+        before = None if last is None else last[0]()
+        if before is None or last is None or not isinstance(args[2], Tensor):
+            return
+        x, value, changed = innermost(args[0]), innermost(args[2]), innermost(before)
         for at, pair in enumerate(self.pairs):
-            once = pair._replace(versions=(pair.versions[0] + 1, pair.versions[1]))
-            back = pair.index is index and pair.base is innermost(x) and isinstance(value, Tensor)
-            if back and not once.changed() and share(value, pair.copy) and before is not None and share(before, value):
+            own, of = pair.versions
+            now = last[1], pair.copy._version, pair.base._version
+            if pair.copy is value is changed and pair.base is x and pair.index is args[1] and now == (own, own + 1, of):
                 self.returned = self.pairs.pop(at)
                 return
 
@@ -53,8 +68,8 @@ class Copies:
         """It has ended."""
         if func is Tensor.__setitem__ and self.returned is not None:
             pair, self.returned = self.returned, None
-            if (copy := pair.held()) is not None:
-                self.pairs.append(pair._replace(versions=(innermost(copy)._version, pair.base._version)))
+            if not pair.gone():
+                self.pairs.append(pair._replace(versions=(pair.copy._version, pair.base._version)))
 
     def changed(self) -> bool:
         """Whether a copy, or what one is of, is not what it was."""

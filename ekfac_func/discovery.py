@@ -434,6 +434,10 @@ class _Watch:
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise _SecondOrder
         inner = depth() != self.level
+        if inner and not batched and func is Tensor.__setitem__ and _has_tensors(args[1]):
+            raise DataDependentOutputException(
+                torch.ops.aten.index_put.default
+            )  # a `vmap` within another misplaces what is written
         self.nested |= func in OPEN and inner
         output = expansions.expanded(func, args, kwargs, self.handle, batched)
         if output is not NotImplemented:
@@ -445,7 +449,7 @@ class _Watch:
             return output
         if func in views.VIEWS:
             output = func(*args, **kwargs)
-            if func in views.MAY_COPY:
+            if func in views.MAY_COPY and args:
                 self.shared.append(share(output, args[0]))
             if not self.follow(func, args, output):
                 self.note(func, args[:1])
@@ -460,11 +464,13 @@ class _Watch:
                 return output
         self.note(func, (args, kwargs), why)
         output = self.call(func, args, kwargs)
-        if func in COPIED and not batched:
+        if func in COPIED and args and not batched:
             self.copies.add(output, args[0])
-        view = self.view_of(args[0]) if func == DATA else None
-        if view is not None:  # the same memory, with a version of its own
-            self.given.append((view.name, output, output._version))
+        if func == DATA:  # the same memory, with a version of its own
+            of = [name for name, p in self.params.items() if share(output, p)]
+            self.given.extend((name, output, output._version) for name in of)
+            if not of and not batched:
+                self.copies.add(output, output)
         return output
 
     def use(self, at: int, func: Any, args: Any, kwargs: Any) -> Any:
@@ -537,6 +543,10 @@ class _Watch:
             view = self.view_of(leaf) if isinstance(leaf, Tensor) else None
             if view is not None and not _reads_shape(func):
                 self.hidden_by.setdefault(view.name, {})[f"{called(func)} {why}".strip()] = None
+
+
+def _has_tensors(index: Any) -> bool:
+    return any(isinstance(entry, Tensor) for entry in (index if isinstance(index, tuple) else (index,)))
 
 
 def _shown(tensor: Tensor, spec: str) -> str:

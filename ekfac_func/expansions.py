@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 Expansion = Callable[..., Any]
 
@@ -210,13 +211,18 @@ def setitem(call: Callable[..., Any], x: Tensor, index: Any, value: Any) -> Any:
         if isinstance(value, Tensor):
             value = found.laid_out(value)
         return call(Tensor.__setitem__, found.rows, found.ids, value)
+    if any(_is_list(entry) for entry in entries):  # beside what `_by_ids` does not know
+        raise DataDependentOutputException(torch.ops.aten.index_put.default)
     mask = _mask(x, entries)
     if mask is None or not (isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
         return NotImplemented
     if isinstance(value, Tensor):
-        call(Tensor.masked_fill_, x, mask, value.to(x.dtype))
-    else:  # of a number `vmap` has a rule
-        call(Tensor.masked_fill_, x, mask, value if x.is_floating_point() else int(value))
+        value = value.to(x.dtype)
+    elif x.dtype is torch.bool:
+        value = bool(value)
+    elif not (x.is_floating_point() or x.is_complex()):
+        value = int(value)
+    call(Tensor.masked_fill_, x, mask, value)  # of a number `vmap` has a rule
     return None
 
 
@@ -259,7 +265,7 @@ def _by_ids(call: Callable[..., Any], x: Tensor, index: Any) -> _Rows | None:
         x = call(Tensor.__getitem__, x, tuple(slice(None) if at in ids else e for at, e in enumerate(entries)))
     if axes != list(range(len(axes))):
         x = call(torch.movedim, x, tuple(axes), tuple(range(len(axes))))
-    found = [entries[at] if at in lists else entries[at][None] for at in ids]
+    found = [entries[at] if at in lists else entries[at][None].clone() for at in ids]  # which may change afterwards
     own = max([0, *[entries[at].dim() for at in lists]])
     together = len(set(places)) == 1
     return _Rows(x, found[0] if len(found) == 1 else tuple(found), own, places[0] if together else 0)
@@ -298,8 +304,13 @@ def _plain(entries: Iterable[Any]) -> bool:
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether entries share memory, as those of an expanded tensor."""
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    """Whether entries may share memory, as those of an expanded or unfolded tensor."""
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _mask(x: Tensor, entries: tuple[Any, ...]) -> Tensor | None:
@@ -396,6 +407,8 @@ def one_step(cell: Cell) -> Expansion:
         b_hh: Tensor | None = None,
     ) -> Any:
         state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        if any(h.shape[:-1] != input.shape[:-1] for h in state):
+            return NotImplemented
         new = cell(call, call(F.linear, input, w_ih, b_ih), call(F.linear, state[0], w_hh, b_hh), state, None)
         return new if len(new) > 1 else new[0]
 
@@ -423,6 +436,8 @@ def recurrent(cell: Cell) -> Expansion:
                 "example needs no packing, pass the sequence as it is and mask what is padding"
             )
         states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)  # each [(layers directions) m h]
+        if any(h.shape[1] != input.shape[0 if batch_first else 1] for h in states):
+            return NotImplemented
         directions = 2 if bidirectional else 1
         each = len(weights) // (num_layers * directions)
         x = input.transpose(0, 1) if batch_first else input  # [t m i]

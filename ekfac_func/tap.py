@@ -150,6 +150,10 @@ def _cross_entropy(
     return F.cross_entropy, (input, target, weight) if weight is not None else (input, target), rest
 
 
+def _mv(input: Tensor, vec: Tensor) -> tuple[Any, Any, Any]:
+    return torch.matmul if (input.dim(), vec.dim()) == (2, 1) else torch.mv, (input, vec), {}
+
+
 def _to(input: Tensor, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any, Any]:
     """`x.type(dtype)`."""
     if isinstance(dtype, torch.dtype) and not kwargs:
@@ -167,7 +171,6 @@ _OPERANDS = ("input", "weight", "bias", "running_mean", "running_var")
 ALIASES = _with_packets(
     {
         Tensor.split: torch.split,  # Dynamo cannot trace Python methods of a tensor under a function mode
-        **dict.fromkeys((torch.mv, Tensor.mv, _aten.mv.default), torch.matmul),
         _aten.linear.default: F.linear,
         **{getattr(_aten, f"conv{d}d").default: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
         **{getattr(_aten, f"conv{d}d").padding: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
@@ -186,6 +189,7 @@ REORDERED = _with_packets(
         **dict.fromkeys((torch.embedding, _aten.embedding.default), _embedding),
         _aten.cross_entropy_loss.default: _cross_entropy,
         Tensor.type: _to,
+        **dict.fromkeys((torch.mv, Tensor.mv, _aten.mv.default), _mv),
         **dict.fromkeys(
             (torch.batch_norm, _aten.batch_norm.default),
             _reordered(F.batch_norm, *_OPERANDS, "training", "momentum", "eps"),

@@ -935,6 +935,7 @@ LABELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "at masked columns": lambda z, y, label: _with(z.view(2, 3).clone(), (slice(None), y > 0), 0).square().sum(),
     "at masked columns behind dots": lambda z, y, label: _with(z.view(2, 3).clone(), (..., y > 0), 1).square().sum(),
     "whole numbers at a mask": lambda z, y, label: z.dot(_with(torch.arange(6), z < 0, 2.7).to(z)),
+    "truths at a mask": lambda z, y, label: z.dot(_with(torch.zeros(6, dtype=torch.bool), z < 0, 0.5).to(z)),
     "from a label on": lambda z, y, label: z.dot(_with(torch.ones(6), slice(label + 1, None), 0.0)),
     "up to a label": lambda z, y, label: z.dot(_with(torch.ones(2, 3), (..., slice(label - 3)), 0.0).flatten()),
     "gaussian": lambda z, y, label: F.gaussian_nll_loss(z[:3], y, F.softplus(z[3:])),
@@ -996,9 +997,8 @@ def _by_requires_grad(params: Params, x: Tensor) -> Tensor:
 
 
 def _by_data(params: Params, x: Tensor) -> Tensor:
-    h, mask = F.linear(x, params["w"]), torch.ones(4)
-    mask.data[0] = 0.5
-    return (mask * (h + (h.round() - h).data)).square().sum()
+    h = F.linear(x, params["w"])
+    return (h + (h.round() - h).data).square().sum()
 
 
 @pytest.mark.parametrize("loss_fn", [_drawn, _by_requires_grad, _by_data])
@@ -1093,6 +1093,59 @@ def _returned_and_kept(params: Params, x: Tensor) -> Tensor:
     return before.cos()
 
 
+def _viewed_and_gone(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x, params["w"])
+    some, other = h[torch.tensor(1)][1:], torch.zeros(2)
+    other[0] = 1.0
+    h[:] = 3.0 * h.detach()
+    return some.square().sum() + (h * other[0]).cos().sum()
+
+
+def _read_before_it_returned(params: Params, x: Tensor) -> Tensor:
+    h, at = F.linear(x, params["w"]).clone(), x[0].argmax() % 3
+    row = h[at]
+    row.add_(x[0, :1])
+    early, late = h.sum(), row.sum()
+    h[at] = row
+    return h.square().sum() + early * late
+
+
+def _part_returned(params: Params, x: Tensor) -> Tensor:
+    h, at = F.linear(x, params["w"]).clone(), x[0].argmax() % 3
+    row = h[at]
+    row.add_(1.0)
+    h[at] = row[:1]
+    return h.square().sum() + row.cos().sum()
+
+
+def _unfolded(params: Params, x: Tensor) -> Tensor:
+    h = torch.zeros(5) + F.linear(x[0], params["w"]).sum()
+    parts = h.unfold(0, 3, 1)
+    parts[x[0].argmax() % 3] = F.linear(x[0], params["w"])[:3]
+    return h.square().sum() + parts.cos().sum()
+
+
+def _label_in_a_transform(params: Params, x: Tensor) -> Tensor:
+    at = x[0].argmax()
+
+    def marked(row: Tensor) -> Tensor:
+        return _with(row * row, at, row.sum())
+
+    return torch.func.vmap(marked)(F.linear(x, params["w"])).cos().sum()
+
+
+def _written_through_data(params: Params, x: Tensor) -> Tensor:
+    mask = torch.ones(5)
+    mask.data[0] = 0.5
+    x.data.add_(1.0)
+    return (mask * F.linear(x, params["w"])).cos().sum()
+
+
+def _by_keywords(params: Params, x: Tensor) -> Tensor:
+    h = torch.reshape(input=F.linear(x, params["w"]), shape=(-1,))
+    return torch.flatten(input=h).dot(torch.arange(15.0)) + torch.mv(input=params["w"], vec=x[0]).cos().sum()
+
+
 def _made_turned(params: Params, x: Tensor) -> Tensor:
     h = TURNED.T.clone()
     h.reshape(-1)[:5] = F.linear(x[0], params["w"])  # of a copy
@@ -1122,13 +1175,16 @@ def _strided_before(params: Params, x: Tensor) -> Tensor:
 
 
 VIEWED = [_scaled_view, _copied_into_a_view, _changed_entries, _changed_afterwards, _strided_view, _strided_before]
-VIEWED += [_returned_late, _returned_and_kept, _made_turned, _reshaped, _two_dots]
+VIEWED += [_returned_late, _returned_and_kept, _made_turned, _reshaped, _two_dots, _viewed_and_gone, _part_returned]
+VIEWED += [_read_before_it_returned, _unfolded, _label_in_a_transform, _written_through_data, _by_keywords]
 
 
 @pytest.mark.parametrize("loss_fn", VIEWED)
 def test_a_view_that_vmap_copies_and_that_is_changed_in_place(loss_fn: Any) -> None:
     params, batch = {"w": torch.randn(5, 4)}, torch.randn(N, 3, 4)
+    given = batch.clone()
     found = per_example_gradients(loss_fn, params, batch)
+    assert torch.equal(batch, given)
     losses, expected = loop(loss_fn, params, batch)
     close(found.losses, losses)
     close(found.dense("w"), expected["w"])
