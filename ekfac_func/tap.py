@@ -150,8 +150,9 @@ def _cross_entropy(
     return F.cross_entropy, (input, target, weight) if weight is not None else (input, target), rest
 
 
-def _mv(input: Tensor, vec: Tensor) -> tuple[Any, Any, Any]:
-    return torch.matmul if (input.dim(), vec.dim()) == (2, 1) else torch.mv, (input, vec), {}
+def _mv(input: Tensor, vec: Tensor, **kwargs: Any) -> tuple[Any, Any, Any]:
+    product = (input.dim(), vec.dim()) == (2, 1) and not kwargs
+    return torch.matmul if product else torch.mv, (input, vec), kwargs
 
 
 def _to(input: Tensor, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any, Any]:
