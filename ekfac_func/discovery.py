@@ -441,7 +441,7 @@ class _Watch:
         self.nested |= func in OPEN and inner
         output = expansions.expanded(func, args, kwargs, self.handle, batched)
         if output is not NotImplemented:
-            if func in expansions.FOR_VMAP:  # its calls are not handed over
+            if func in expansions.FOR_VMAP:  # not all its calls are handed over
                 self.note(func, (args, kwargs))
             if func in expansions.COPIES:
                 self.copies.add(output, *args)
