@@ -1,7 +1,11 @@
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+gc.freeze()  # the objects of torch's modules, which every collection would walk again
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
