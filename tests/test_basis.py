@@ -194,7 +194,7 @@ def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monke
     step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, factor_decay=factor_decay, basis_every=2)
     state = step.init(params, torch.randn(5, 400))
     fast = torch.compile(step.precondition, fullgraph=True, backend="eager")
-    for n in (5, 7, 256, 9):
+    for n in (5, 7, 256):
         batch = torch.randn(n, 400)
         close_trees(fast(params, batch, state)[0], step.precondition(params, batch, state)[0], 1e-7)
         _, state, _ = step.precondition(params, batch, state)

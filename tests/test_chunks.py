@@ -127,7 +127,7 @@ def deep(n: int) -> Any:
     return loss_fn, params, torch.randn(n, 64, 32)
 
 
-@pytest.mark.parametrize("refreshing", [False, True])
+@pytest.mark.parametrize("refreshing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_batch(refreshing: bool) -> None:
     peaks = []
     for n in (32, 128):

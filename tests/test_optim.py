@@ -1025,6 +1025,7 @@ def test_the_predicted_decrease() -> None:
     close(exact, delta @ (G.T @ G / N + 1e-2 * torch.eye(15)) @ delta, 1e-8)
 
 
+@pytest.mark.slow
 def test_adaptive_damping_inside_a_compiled_step() -> None:
     net, _, batches = net_and_loss()
     loss_fn, counted = functional(net), []

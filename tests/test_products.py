@@ -91,7 +91,7 @@ FLOAT32 = ["mlp", "conv", "conv groups", "positions", "tied", "attention causal"
     ("name", "compiled"),
     [
         *((name, False) for name in FLOAT32),
-        *(pytest.param(name, True, marks=[] if name == "mlp" else [pytest.mark.slow]) for name in FLOAT32),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in FLOAT32),
     ],
 )
 def test_a_step_in_float32(name: str, compiled: bool) -> None:
