@@ -108,7 +108,7 @@ def function(loss_fn: LossFn, params: Params, *shape: int, ruled: set[str]) -> C
 
 def _filled(params: Params, x: Tensor) -> Tensor:
     """A recurrence that writes into tensors which it made beforehand."""
-    h, outputs, total = torch.full((4,), 0.1), x.new_zeros(3).repeat(4, 1).T.contiguous(), torch.tensor(0.0)
+    h, outputs, total = torch.ones(4), x.new_zeros(3).repeat(4, 1).T.contiguous(), torch.tensor(0.0)
     for t, row in enumerate(x):
         h += torch.tanh(F.linear(row + h, params["w"], params["b"]))
         outputs[t] = h
@@ -118,12 +118,10 @@ def _filled(params: Params, x: Tensor) -> Tensor:
 
 def _messages(params: Params, x: Tensor) -> Tensor:
     """Of a graph of three nodes, added up where they arrive."""
-    degrees = torch.zeros(3).index_add_(0, TARGETS, torch.ones(4))
-    arrived = torch.zeros(3, 2).index_add_(0, TARGETS, F.linear(x[SOURCES], params["w"]))
+    sources, targets = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 2, 0, 1])
+    degrees = torch.zeros(3).index_add_(0, targets, torch.ones(4))
+    arrived = torch.zeros(3, 2).index_add_(0, targets, F.linear(x[sources], params["w"]))
     return (arrived / degrees[:, None]).tanh().sum()
-
-
-SOURCES, TARGETS = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 2, 0, 1])
 
 
 def randn(*shape: int) -> Tensor:

@@ -29,8 +29,8 @@ from .test_cuda import training
 DEVICE = "absent"
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 AVERAGED: dict[str, Any] = {"second_moment": averaged_intra_batch(0.9), "factor_decay": 0.9}
-WITHOUT = ("attention",)  # torch asks an accelerator for a kernel of these
-READS = {"script": "aten._to_copy"}  # its own constants
+WITHOUT = ("attention", "filled")  # torch asks an accelerator for a kernel of these
+READS = {"script": "aten._to_copy", "messages": "aten.new_empty_strided"}  # their own constants
 
 
 @pytest.mark.parametrize(
