@@ -190,8 +190,9 @@ def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
 
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.batch_norm: batch_norm}
 """Where torch's own derivative is wrong."""
+DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 MAPPED: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
+    DATA: Tensor.detach,
     F.embedding: embedding,
     F.one_hot: one_hot,
     torch.select_scatter: select_scatter,

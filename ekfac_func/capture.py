@@ -198,11 +198,14 @@ def _retried(
     except RuntimeError as error:
         if found.way in (Way.BATCHED, Way.LOOPED):
             raise
-        copied = isinstance(error, Copied)
         of_vmap = str(error).lower().startswith("vmap")
         if of_vmap and found.way is Way.SUMMED:
             found = found._replace(way=Way.EACH, open=False)
-        elif copied or any(said in str(error) for said in UNMAPPED) or (of_vmap and options.randomness != "error"):
+        elif (
+            isinstance(error, Copied)
+            or any(said in str(error) for said in UNMAPPED)
+            or (of_vmap and options.randomness != "error")
+        ):
             found = found._replace(way=Way.LOOPED, open=False, fills=False, draws=False)
         else:
             raise
@@ -233,12 +236,12 @@ def _watched(
     compiling = torch.compiler.is_compiling()
     looping = found.way is Way.LOOPED
     as_written = options.batched or (looping and len(found.calls) == 0)
-    of_vmap = found.open and (compiling or not transformed())  # no `vmap` of the caller's own around it
+    mapped = transformed()  # the parameters too may be of several
+    of_vmap = found.open and (compiling or not mapped)  # no `vmap` of the caller's own around it
     replacing: dict[Any, Callable[..., Any]] = {}
     if not options.batched:
         replacing = EXACT if looping else EXACT | MAPPED | (OPEN if of_vmap else {})
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
-    mapped = compiling or transformed()  # the parameters too may be of several
     fills = found.fills or (found.draws and options.randomness == "different")
     exact = EXACT if looping else {}  # of tapped calls
     calls: list[Any] = []

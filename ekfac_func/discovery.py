@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
-from .batching import COPIED, OPEN
+from .batching import COPIED, DATA, OPEN
 from .checks import check_count, check_loss, check_randomness
 from .copies import Copies
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
@@ -233,7 +233,7 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
     return Plan(*arrange(param_specs, one, [places[use.at] for use in one.uses]), Way.BATCHED)
 
 
-DATA, REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("data", "requires_grad", "grad_fn"))
+REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn"))
 ASKS = frozenset({Tensor.register_hook, REQUIRES_GRAD, GRAD_FN})
 """What a loss asks a tensor, or does to it, because it is differentiated."""
 
@@ -435,9 +435,8 @@ class _Watch:
             raise _SecondOrder
         inner = depth() != self.level
         if inner and not batched and func is Tensor.__setitem__ and _has_tensors(args[1]):
-            raise DataDependentOutputException(
-                torch.ops.aten.index_put.default
-            )  # a `vmap` within another misplaces what is written
+            # a `vmap` within another misplaces what is written
+            raise DataDependentOutputException(torch.ops.aten.index_put.default)
         self.nested |= func in OPEN and inner
         output = expansions.expanded(func, args, kwargs, self.handle, batched)
         if output is not NotImplemented:
@@ -546,7 +545,7 @@ class _Watch:
 
 
 def _has_tensors(index: Any) -> bool:
-    return any(isinstance(entry, Tensor) for entry in (index if isinstance(index, tuple) else (index,)))
+    return any(isinstance(entry, Tensor) for entry in expansions.entries_of(index))
 
 
 def _shown(tensor: Tensor, spec: str) -> str:

@@ -189,7 +189,7 @@ def grouped_mm(
 
 def getitem(call: Callable[..., Any], x: Tensor, index: Any) -> Any:
     """`x[id]`, as of a label, whose value Python would read."""
-    found = _by_ids(call, x, index) if any(_is_id(entry) for entry in _entries(index)) else None
+    found = _by_ids(call, x, index) if any(_is_id(entry) for entry in entries_of(index)) else None
     if found is None:
         return NotImplemented
     rows = call(Tensor.__getitem__, found.rows, found.ids)
@@ -203,7 +203,7 @@ def setitem(call: Callable[..., Any], x: Tensor, index: Any, value: Any) -> Any:
 
     Lists of ids are along the first axes here: `vmap` misplaces values along others.
     """
-    entries = _entries(index)
+    entries = entries_of(index)
     if all(_is_list(entry) for entry in entries):
         return NotImplemented
     found = None if _overlaps(x) else _by_ids(call, x, index)
@@ -248,7 +248,7 @@ class _Rows(NamedTuple):
 
 def _by_ids(call: Callable[..., Any], x: Tensor, index: Any) -> _Rows | None:
     """None of an index without ids, or with what is neither ids nor basic."""
-    entries = _entries(index)
+    entries = entries_of(index)
     lists, alone = ([at for at, e in enumerate(entries) if of_kind(e)] for of_kind in (_is_list, _is_id))
     ids = sorted(lists + alone)
     if not ids or not _plain(e for at, e in enumerate(entries) if at not in ids):
@@ -271,7 +271,8 @@ def _by_ids(call: Callable[..., Any], x: Tensor, index: Any) -> _Rows | None:
     return _Rows(x, found[0] if len(found) == 1 else tuple(found), own, places[0] if together else 0)
 
 
-def _entries(index: Any) -> tuple[Any, ...]:
+def entries_of(index: Any) -> tuple[Any, ...]:
+    """Of `x[index]`, axis by axis."""
     return index if isinstance(index, tuple) else (index,)
 
 

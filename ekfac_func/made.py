@@ -35,8 +35,8 @@ class Made:
         constants = [t for t in given if self._constant(t)]
         versions = [(t, t._version) for t in map(innermost, constants) if not t.is_inference()]
         output = handle(func, args, kwargs)
-        self.drawn |= func in DRAWN and len(constants) == len(given)
         if len(constants) == len(given):
+            self.drawn |= func in DRAWN
             self.storages |= storages(pytree.tree_map_only(Tensor, innermost, output))
             return output
         for t, version in versions:

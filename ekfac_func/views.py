@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .expansions import entries_of
 from .types import constants
 
 
@@ -110,8 +111,7 @@ def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any)
 
 def _basic(index: Any) -> bool:
     """Whether an index takes a view: of whole numbers and slices, not of tensors or lists."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is ... or type(part) in (int, slice) for part in parts)
+    return all(part is None or part is ... or type(part) in (int, slice) for part in entries_of(index))
 
 
 def fix(index: Any) -> None:
