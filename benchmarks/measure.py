@@ -159,6 +159,10 @@ def measured(
                 times = interleaved(call, lambda: forward_backward(w), seconds, clock, "compiled" not in library)
                 steps = STEPS if kind == "T4" else 1
                 found[kind] = times._replace(call=[t / steps for t in times.call])._asdict()
+                if library == "ekfac_func-compiled":
+                    eager = getattr(LIBRARIES["ekfac_func"](w), KINDS[kind])
+                    pairs = interleaved(call, eager, 2 * seconds, clock)
+                    found[kind]["of_eager"] = min(pairs.call) / min(pairs.baseline)
     except Exception as error:  # shown in the table
         found["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
     return found

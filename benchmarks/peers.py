@@ -190,17 +190,15 @@ def floors(of: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def compiled(found: Measured) -> list[str]:
-    """Eager beside compiled, and the seconds of the first call."""
-    if not {"ekfac_func", "ekfac_func-compiled"} <= found.keys():
-        return []
-    lines = ["", "| | | eager | compiled | first call, s |", "|---|---|---|---|---|"]
-    for name, processes in found["ekfac_func-compiled"].items():
+    """Compiled beside eager in one process, and the seconds of the first call."""
+    lines = ["", "| | | compiled / eager | first call, s |", "|---|---|---|---|"]
+    for name, processes in found.get("ekfac_func-compiled", {}).items():
         for kind in TIMED:
-            seen = [process[kind]["first"] for process in processes if kind in process]
+            seen = [process[kind] for process in processes if kind in process]
             if seen:
-                pair = [medians(found[library][name], kind) for library in ("ekfac_func", "ekfac_func-compiled")]
-                lines.append(f"| {name} | {kind} | {number(pair[0])} | {number(pair[1])} | {median(seen):.0f} |")
-    return lines
+                ratio, first = (median(times[key] for times in seen) for key in ("of_eager", "first"))
+                lines.append(f"| {name} | {kind} | {number(ratio)} | {first:.0f} |")
+    return lines if len(lines) > 3 else []
 
 
 if __name__ == "__main__":

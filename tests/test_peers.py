@@ -83,14 +83,14 @@ def test_tables() -> None:
     assert value(ours[0], "T2") == 3.0  # over the shortest baseline of the process
     found: Measured = {
         "ekfac_func": {"W1": ours},
-        "ekfac_func-compiled": {"W1": [process(2.0, 1.0)]},
+        "ekfac_func-compiled": {"W1": [{"T2": process(2.0, 1.0)["T2"] | {"of_eager": 0.9}}]},
         "curvlinops": {"W1": [{"error": "ValueError: no"}]},
     }
     text = tables(found)
     assert "| T2 | ekfac_func | 3.00 |" in text
     assert "| T2 | bar | 2.1 |" in text
     assert "| W1 | 100.0 | 5.0 | 100 | 1.50 | 2.00 |" in text
-    assert "| W1 | T2 | 3.00 | 2.00 | 9 |" in text
+    assert "| W1 | T2 | 0.90 | 9 |" in text
     assert "curvlinops W1: ValueError: no" in text
     assert "| of it in tensors, MiB | ekfac_func | 12.0 |" in text
     assert "T4" not in text
