@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from .kronecker import (
     turn_inputs,
     turn_outputs,
 )
+from .memory import Rooms, scratch, writable
 from .modes import one_by_one, squared, transformed
 from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves
 from .patches import Patches, patches_of
@@ -256,20 +258,21 @@ def _formed_squares(
     entries = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
     by_itself = not convolved and entries * g.element_size() > CACHE_BYTES  # the sum: G is not read again for it
     formed, square = None, None
+    of_gradients, of_inputs = Rooms(), Rooms()
     left: Outside = (None, None, None)
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
         h = project_outputs(of_g, first)
         if convolved:
             gradients: Iterable[Tensor] = [of_a.gradients(h)]
         else:
-            of_x = of_a if isinstance(of_a, Tensor) else of_a.write_fast() if fast else of_a.write()
-            x = of_x if "Q_A" in late else project_inputs(of_x, whole)
+            of_x = of_a if isinstance(of_a, Tensor) else of_a.write_fast(of_inputs) if fast else of_a.write(of_inputs)
+            x = of_x if "Q_A" in late else turn_inputs(of_x, whole.Q_A, of_inputs)
             if of_samples:
                 left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
             if total and by_itself:
                 of_block = add_up(h, x)
                 formed = of_block if formed is None else formed + of_block
-            gradients = map(form, split(h, how.part), split(x, how.part))
+            gradients = map(form, split(h, how.part), split(x, how.part), itertools.repeat(of_gradients))
             del of_x, x  # what is not read again is freed before more is written
         for G in gradients:
             if total and not by_itself:
@@ -279,7 +282,8 @@ def _formed_squares(
                 left = added(left, of_part)
             else:
                 for name in late:
-                    G = turn_inputs(G, then.Q_A) if name == "Q_A" else turn_outputs(G, then.Q_B)
+                    turn, Q = (turn_inputs, then.Q_A) if name == "Q_A" else (turn_outputs, then.Q_B)
+                    G = turn(G, Q, of_gradients)
             square = _add(square, G, squared=True)
         del h, gradients, G
     assert square is not None
@@ -321,7 +325,9 @@ def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Bas
     whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
     if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
         return basis, False
-    return basis._replace(Q_A=basis.Q_A[:, a.inverse()]), True
+    Q, order = basis.Q_A, a.inverse()
+    reordered = torch.index_select(Q, 1, order, out=scratch(Q.shape, Q)) if writable(Q) else Q[:, order]
+    return basis._replace(Q_A=reordered), True
 
 
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:

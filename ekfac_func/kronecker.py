@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocking import in_blocks, nominal
+from .memory import Rooms
 from .patch_gram import patch_gram
 from .patches import Patches
 from .products import outer, rotate
@@ -299,9 +300,9 @@ def _dense(term: Term) -> Tensor:
             return G
 
 
-def form(g: Tensor, a: Tensor) -> Tensor:
+def form(g: Tensor, a: Tensor, rooms: Rooms | None = None) -> Tensor:
     """Per-example gradients `[n b o i k]` of output gradients `[n b s o]` and inputs `[n b s i k]`."""
-    return outer(g, a.flatten(3)).unflatten(3, a.shape[3:])
+    return outer(g, a.flatten(3), rooms).unflatten(3, a.shape[3:])
 
 
 def add_up(g: Tensor, a: Tensor) -> Tensor:
@@ -442,21 +443,21 @@ def written(Q: Side) -> Tensor:
     return _reflected(one.expand(Q.shape), Q)
 
 
-def turn_inputs(M: Tensor, Q: Side | Transposed) -> Tensor:
+def turn_inputs(M: Tensor, Q: Side | Transposed, rooms: Rooms | None = None) -> Tensor:
     """`M Q_A`: `[... b o i k]` to `[... b o I k]`; inputs `[n b s i k]` alike. Of a compact side k is 1."""
     if isinstance(Q, Reflections | Transposed):
         return _reflected(M[..., 0], Q)[..., None]
     if is_matrix(Q) and Q.shape[0] == M.shape[-1] == 1:
-        return rotate(M[..., 0], Q[0])[..., None]
+        return rotate(M[..., 0], Q[0], rooms)[..., None]
     return _turn(M, Q, "...bomdk,bmdD->...bomDk", -2)
 
 
-def turn_outputs(M: Tensor, Q: Side | Transposed) -> Tensor:
+def turn_outputs(M: Tensor, Q: Side | Transposed, rooms: Rooms | None = None) -> Tensor:
     """`Q_B^T M`: `[... b o i k]` to `[... b O i k]`."""
     if isinstance(Q, Reflections | Transposed):
         return _reflected_columns(M[..., 0], Q)[..., None]
     if is_matrix(Q) and Q.shape[0] == M.shape[-1] == 1:
-        return outer(Q, M[..., 0])[..., None]
+        return outer(Q, M[..., 0], rooms)[..., None]
     return _turn(M, Q, "...bmdik,bmdD->...bmDik", -3)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .memory import Rooms, writable
+
 ONEDNN = torch.backends.mkldnn.is_available()
 CHANNELS = 16  # of a block of oneDNN's, without which it takes its slow ways
 PIXELS = 4  # of the output for each channel, from which on patches take more time than a convolution without them
@@ -46,14 +48,14 @@ class Patches:
     def to(self, dtype: torch.dtype) -> Patches:
         return replace(self, x=self.x.to(dtype))
 
-    def write(self) -> Tensor:
-        """`[n b s i k]`, channels before kernel offsets on i, as in the weight."""
+    def write(self, rooms: Rooms | None = None) -> Tensor:
+        """`[n b s i k]`, channels before kernel offsets on i, as in the weight. rooms: where they may be written."""
         nd = len(self.kernel)
-        return self._written(self.windows().movedim(3, 3 + nd))  # [n b m *output c *kernel]
+        return self._written(self.windows().movedim(3, 3 + nd), rooms)  # [n b m *output c *kernel]
 
-    def write_fast(self) -> Tensor:
+    def write_fast(self, rooms: Rooms | None = None) -> Tensor:
         """`[n b s i 1]`, kernel offsets before channels on i, as in memory: `order` leads back. Not where apart."""
-        return self._written(self.windows().movedim(3, -1))  # [n b m *output *kernel c]
+        return self._written(self.windows().movedim(3, -1), rooms)  # [n b m *output *kernel c]
 
     def gradients(self, g: Tensor) -> Tensor:
         """Per-example gradients `[n b o i k]` of output gradients `[n b s o]`: of a convolution with a group for each.
@@ -86,12 +88,15 @@ class Patches:
         windows = replace(self, x=self.x.sum((0, 1))[None, None]).windows()
         return windows.sum(tuple(range(4, 4 + len(self.kernel))))[0, :, 0].flatten(1)
 
-    def _written(self, windows: Tensor) -> Tensor:
+    def _written(self, windows: Tensor, rooms: Rooms | None) -> Tensor:
         """Windows `[n b m *output ... ]` in the shape of the inputs, with the last one beside them."""
         shape = self.shape
+        if self.last is None and (math.prod(self.kernel) == 1 or rooms is None):
+            return windows.reshape(shape)  # of a kernel of one pixel a view
+        a = windows.new_empty(shape) if rooms is None or not writable(windows) else rooms.take(shape, windows)
         if self.last is None:
-            return windows.reshape(shape)
-        a = windows.new_empty(shape)
+            a.view(windows.shape).copy_(windows)
+            return a
         a[..., -1, :].fill_(self.last)  # assigned, a number is a tensor on the CPU to a compiler
         split = windows.shape[2 : 3 + len(self.kernel)], windows.shape[3 + len(self.kernel) :]
         a[..., :-1, 0].unflatten(3, split[1]).unflatten(2, split[0]).copy_(windows)

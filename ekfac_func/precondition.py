@@ -57,6 +57,7 @@ from .kronecker import (
     pack,
     unpack_all,
 )
+from .memory import empty, writable
 from .modes import draws, no_autocast, transformed, where
 from .orders import DEFAULT_CONTRACTIONS, Contractions, budget, check_contractions, contraction_of
 from .passes import LayerSums, add_gradients, add_if_any, add_layer_sums, read_gradient
@@ -570,7 +571,8 @@ def rescaled(
     sizes: tuple[int, int, int, int],
 ) -> Tensor:
     """`Q_B [ projected (m2 + damping)^exponent ] Q_A^T`; zero while there is no estimate of m2."""
-    damped = moment.value + torch.where(moment.weight > 0, damping, torch.inf)
+    value, added = moment.value, torch.where(moment.weight > 0, damping, torch.inf)
+    damped = torch.add(value, added, out=empty(value.shape, value)) if writable(value, added) else value + added
     if incomplete(basis):
         return rescale(mean, damped**exponent, basis)
     room = None if transformed() else damped  # new memory costs more than the arithmetic

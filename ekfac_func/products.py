@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from .memory import LARGE_BYTES, Rooms, empty, writable
 from .modes import transformed
 
 
@@ -39,23 +40,23 @@ NARROW, ROWS = 16, 4096  # columns up to which a product adds up its rows in tur
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
 
 
-def rotate(x: Tensor, Q: Tensor) -> Tensor:
-    """`x Q` of `[... d]` and `[d e]`."""
+def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None) -> Tensor:
+    """`x Q` of `[... d]` and `[d e]`. rooms: where it may be written."""
     many = not torch.compiler.is_compiling() and x.numel() * Q.shape[1] >= MULTIPLICATIONS
     if (many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _takes(x, Q):
         return _product(x.reshape(-1, x.shape[-1]), Q).reshape(*x.shape[:-1], Q.shape[1])
-    return matmul(x, Q)
+    return matmul(x, Q, rooms)
 
 
-def outer(x: Tensor, y: Tensor) -> Tensor:
-    """`x^T y` of `[... m d]` and `[... m e]`."""
+def outer(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
+    """`x^T y` of `[... m d]` and `[... m e]`. rooms: where it may be written."""
     if _sums_in_turn(x, y):
         cut = x.shape[-2] - x.shape[-2] % ROWS
         parts = (t[..., :cut, :].unflatten(-2, (-1, ROWS)) for t in (x, y))
         return outer(*parts).sum(-3) + outer(x[..., cut:, :], y[..., cut:, :])
     if x.shape[:-2] == y.shape[:-2] and x.shape[-1] * y.shape[-1] >= ENTRIES and _takes(x, y):
         return _product(x.mT, y)
-    return matmul(x.mT, y)
+    return matmul(x.mT, y, rooms)
 
 
 def _sums_in_turn(x: Tensor, y: Tensor) -> bool:
@@ -64,11 +65,15 @@ def _sums_in_turn(x: Tensor, y: Tensor) -> bool:
     return narrow and x.device.type == "cpu" and not transformed() and x.shape[-2] >= 2 * ROWS
 
 
-def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """`x y` of `[... m d]` and `[... d e]`."""
-    if x.device.type != "cuda" or x.itemsize > 4 or y.shape[-2] * y.shape[-1] < ENTRIES or not _plain():
+def matmul(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
+    """`x y` of `[... m d]` and `[... d e]`. rooms: where it may be written."""
+    if x.device.type == "cuda" and x.itemsize <= 4 and y.shape[-2] * y.shape[-1] >= ENTRIES and _plain():
+        return aligned(x, y)
+    large = max(x.shape[:-2].numel(), y.shape[:-2].numel()) * x.shape[-2] * y.shape[-1] * x.itemsize >= LARGE_BYTES
+    if (rooms is None and not large) or not writable(x, y):
         return x @ y
-    return aligned(x, y)
+    shape = (*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])
+    return torch.matmul(x, y, out=empty(shape, x) if rooms is None else rooms.take(shape, x))
 
 
 def aligned(x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""Memory for large results on CPUs, in eager mode: in large pages, and written again where nobody reads it any more."""
+
+import ctypes
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .modes import transformed
+
+LARGE_BYTES = 2**25  # from which on glibc asks the system each time
+SCRATCH_BYTES = 2**23  # from which on `scratch` does
+HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux; a hint, not more
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """As `like.new_empty(shape)`; a large one in pages of 2 MiB, for the first touch of each page takes its time."""
+    t = like.new_empty(shape)
+    if HUGE_PAGES is not None and t.nbytes >= LARGE_BYTES and writable(t):
+        start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = t.data_ptr() + t.nbytes
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), HUGE_PAGES)
+    return t
+
+
+def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Likewise for what is soon freed, which the system then has back: glibc keeps the pages, and finds them badly.
+
+    It takes aligned memory from a piece that is larger, so that the same product in a loop fills one after another.
+    """
+    size = math.prod(shape) * like.itemsize
+    if HUGE_PAGES is None or size < SCRATCH_BYTES or not writable(like):
+        return like.new_empty(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(HUGE_PAGES)
+    return torch.frombuffer(memory, dtype=like.dtype).view(*shape)
+
+
+def writable(*operands: Tensor) -> bool:
+    """Whether what is made of these can be written into memory of ours: on a CPU, without a derivative or transform."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    plain = not transformed() and forward_ad._current_level < 0 and _get_current_dispatch_mode() is None
+    return plain and not wanted and all(type(t) is Tensor and t.device.type == "cpu" for t in operands)
+
+
+class Rooms:
+    """Memory for results in a row: each is written where the one before the last was, which nobody reads any more."""
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """For a result of this shape."""
+        entries = math.prod(shape)
+        room = self.held.pop(0) if len(self.held) == 2 else None
+        if room is None or room.numel() < entries or room.dtype != like.dtype:
+            room = scratch((entries,), like)
+        self.held.append(room)
+        return room[:entries].view(*shape)
