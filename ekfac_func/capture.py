@@ -30,7 +30,7 @@ from .layout import spec
 from .modes import Draws, draws, innermost, no_autocast, share, transformed, undrawn
 from .refusals import refuse, refuse_changed
 from .rules import RULES
-from .tap import Tap, beneath, name_of, readings, traced, unfused, with_ids
+from .tap import Tap, beneath, name_of, of_table, readings, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, statistics_dtype
 
 
@@ -255,12 +255,13 @@ def _watched(
         by_id = {} if compiling else {id(p): (name, 0) for p, name in known}
         counted: list[Any] = []
         reshaped: list[Any] = []
-        picks: list[tuple[Tensor, Tensor]] = []
+        picks: list[views.Pick] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
         copies = Copies()
         instead = replacing | own_of_each((example, fixed, free) if mapped else example) if fills else replacing
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
+            func, args, kwargs = of_table(func, args, kwargs, (*fixed.values(), *free.values()))
             if not compiling:
                 seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
                 copies.begins(func, args)
@@ -290,9 +291,10 @@ def _watched(
                         by_id.update({id(part): (name, at) for at, part in enumerate(parts, len(known))})
                     known.extend((part, name) for part in parts)
                 # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
-                ids = views.ids_of(func, args, picks) if args and (name is not None or compiling) else None
+                hidden = compiling and name is None and not any(args[0] is p for p in free.values())
+                ids = views.ids_of(func, args, picks) if args and (name is not None or hidden) else None
                 if ids is not None:
-                    picks.extend((part, ids) for part in parts)
+                    picks.extend(views.Pick(part, ids, name) for part in parts)
                 return output
             if func not in options.rules:
                 output = instead.get(func, func)(*args, **kwargs)
@@ -324,7 +326,7 @@ def _watched(
                 seen.append((read.letters, read.split, bias, read.table, output.dtype))
                 own = map(innermost, pytree.tree_leaves(read.input))
                 inputs.extend((planned.weight, x, x._version) for x in own)
-            calls.append(with_ids(read, picks) if planned.picked else read)
+            calls.append(with_ids(read, picks, planned.weight) if planned.picked else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())
 

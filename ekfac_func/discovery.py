@@ -31,7 +31,7 @@ from .modes import innermost, share, undrawn
 from .picked import READS, Picked
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
-from .tap import Tap, beneath, called, depth, readings, traced, unchecked, unfused, with_ids
+from .tap import Tap, beneath, called, depth, of_table, readings, traced, unchecked, unfused, with_ids
 from .types import Batch, Layer, LossAuxFn, LossFn, Params
 from .views import View
 
@@ -392,7 +392,7 @@ class _Watch:
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
         self.picked, self.made = picked, Made()
-        self.picks: list[tuple[Tensor, Tensor]] = []  # parameters by ids
+        self.picks: list[views.Pick] = []
         self.reached: set[str] = set()
         self.reached_uses: set[int] = set()  # by their places in `uses`
         self.hidden_by: dict[str, dict[str, None]] = {}
@@ -420,6 +420,7 @@ class _Watch:
 
     def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The same, with what it says of parameters."""
+        func, args, kwargs = of_table(func, args, kwargs, self.params.values())
         batched = self.n is not None
         refuse(func, args, kwargs, self.params, batched)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
@@ -489,7 +490,7 @@ class _Watch:
             self.picked.enter_layer(at)
             output = self.call(func, args, kwargs)
             self.picked.leave_layer()
-            leaves = pytree.tree_leaves((with_ids(call, self.picks) if view.picked else call).input)
+            leaves = pytree.tree_leaves((with_ids(call, self.picks, view.name) if view.picked else call).input)
             self.uses.append(
                 Use(
                     at,
@@ -533,7 +534,7 @@ class _Watch:
             if part is not None:
                 self.known[id(t)] = (t, t._version, part)
         ids = views.ids_of(func, args, self.picks)
-        self.picks.extend((t, ids) for t in parts if ids is not None)
+        self.picks.extend(views.Pick(t, ids, view.name) for t in parts if ids is not None)
         return None not in followed
 
     def note(self, func: Any, tree: Any, why: str = "") -> None:

@@ -204,14 +204,14 @@ def setitem(call: Callable[..., Any], x: Tensor, index: Any, value: Any) -> Any:
     Lists of ids are along the first axes here: `vmap` misplaces values along others.
     """
     entries = entries_of(index)
-    if all(_is_list(entry) for entry in entries):
+    if all(is_list(entry) for entry in entries):
         return NotImplemented
     found = None if _overlaps(x) else _by_ids(call, x, index)
     if found is not None:
         if isinstance(value, Tensor):
             value = found.laid_out(value)
         return call(Tensor.__setitem__, found.rows, found.ids, value)
-    if any(_is_list(entry) for entry in entries):  # beside what `_by_ids` does not know
+    if any(is_list(entry) for entry in entries):  # beside what `_by_ids` does not know
         raise DataDependentOutputException(torch.ops.aten.index_put.default)
     mask = _mask(x, entries)
     if mask is None or not (isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
@@ -249,7 +249,7 @@ class _Rows(NamedTuple):
 def _by_ids(call: Callable[..., Any], x: Tensor, index: Any) -> _Rows | None:
     """None of an index without ids, or with what is neither ids nor basic."""
     entries = entries_of(index)
-    lists, alone = ([at for at, e in enumerate(entries) if of_kind(e)] for of_kind in (_is_list, _is_id))
+    lists, alone = ([at for at, e in enumerate(entries) if of_kind(e)] for of_kind in (is_list, _is_id))
     ids = sorted(lists + alone)
     if not ids or not _plain(e for at, e in enumerate(entries) if at not in ids):
         return None
@@ -280,7 +280,8 @@ def _is_id(entry: Any) -> bool:
     return _is_whole(entry) and entry.dim() == 0
 
 
-def _is_list(entry: Any) -> bool:
+def is_list(entry: Any) -> bool:
+    """Whether an entry of an index is a tensor of ids along an axis."""
     return _is_whole(entry) and entry.dim() > 0
 
 

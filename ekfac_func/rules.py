@@ -113,6 +113,26 @@ def einsum(equation: Any, *operands: Any) -> list[Call]:
     return [call for call in calls if call is not None]
 
 
+def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> list[Call]:
+    """`torch.tensordot`, as `einsum`."""
+    if isinstance(dims, Tensor):
+        return []
+    over = (range(a.dim() - dims, a.dim()), range(dims)) if isinstance(dims, int) else dims
+    of_a, of_b = ([axis] if isinstance(axis, int) else list(axis) for axis in over)
+    left, right = list(_LETTERS[: a.dim()]), list(_LETTERS[a.dim() :][: b.dim()])
+    output = [*left, *right]
+    for x, y in zip(of_a, of_b, strict=True):
+        output.remove(left[x])
+        output.remove(right[y])
+        right[y] = left[x]
+    return einsum(f"{''.join(left)},{''.join(right)}->{''.join(output)}", a, b)
+
+
+def inner(input: Tensor, other: Tensor, out: Tensor | None = None) -> list[Call]:
+    """`torch.inner`, as `einsum`."""
+    return tensordot(input, other, ([-1], [-1])) if input.dim() and other.dim() else []
+
+
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
     """`F.bilinear`: the input is the outer product of both."""
 
@@ -403,6 +423,8 @@ RULES: Rules = {
     F.instance_norm: instance_norm,
     F.batch_norm: batch_norm,
     torch.einsum: einsum,
+    torch.tensordot: tensordot,
+    **dict.fromkeys((torch.inner, Tensor.inner), inner),
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), matmul),
     **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), addmm),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch.backends import mha
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
 
+from .expansions import entries_of, is_list
 from .rules import Call, Rules
+from .views import Pick
 
 
 class Tap(TorchFunctionMode):
@@ -54,6 +56,26 @@ def beneath(tap: Tap) -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
+
+
+def of_table(func: Any, args: Any, kwargs: Any, params: Iterable[Tensor]) -> tuple[Any, Any, Any]:
+    """`w[ids]` and `index_select(w, 0, ids)` of a matrix among params as `F.embedding`; other calls as they are."""
+    if func not in LOOKUPS or not args or not any(args[0] is p for p in params) or args[0].dim() != 2:
+        return func, args, kwargs
+    if func is Tensor.__getitem__:
+        ids, *rest = entries_of(args[1])
+        if not is_list(ids) or not all(e is Ellipsis or (type(e) is slice and e == slice(None)) for e in rest):
+            return func, args, kwargs
+        ids = torch.where(ids < 0, ids + len(args[0]), ids)
+    else:
+        given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
+        ids = given.get("index")
+        if given.get("dim") not in (0, -2) or not is_list(ids) or "out" in given:
+            return func, args, kwargs
+    return F.embedding, (ids, args[0]), {}
+
+
+LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select)
 
 
 def _address(t: Tensor) -> int:
@@ -220,14 +242,21 @@ def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
     return [found] if isinstance(found, Call) else found
 
 
-def with_ids(call: Call, picks: Sequence[tuple[Tensor, Tensor]]) -> Call:
+def with_ids(call: Call, picks: Sequence[Pick], weight: str) -> Call:
     """A call of a weight whose blocks ids chose, with those ids beside its input."""
-    for picked, ids in picks:
-        if call.weight is picked:
-            return call._replace(input=(call.input, ids))
+    for pick in picks:
+        if call.weight is pick.made:
+            return call._replace(input=(call.input, pick.ids))
+    # Dynamo does not show `w[ids].mT`, nor of what `w.mT[ids]` picks
+    chosen = []
+    for pick in picks:
+        if pick.name == weight or (pick.name is None and pick.made.numel() >= call.weight.numel()):
+            chosen.append(pick.ids)
+    if chosen and all(ids is chosen[0] for ids in chosen):
+        return call._replace(input=(call.input, chosen[0]))
     raise RuntimeError(
-        "ids did not pick the weight of a call, as they did when the layers of the loss were found: in a compiled step "
-        "write w[ids].transpose(-2, -1) for w[ids].mT, which Dynamo does not show"
+        f"ids did not pick the weight of a call of {weight!r}, as they did when the layers of the loss were found: in "
+        "a compiled step write w[ids].transpose(-2, -1) for w[ids].mT, which Dynamo does not show"
     )
 
 

@@ -29,6 +29,14 @@ class View(NamedTuple):
     picked: bool = False  # ids chose, and may repeat, the entries along the first axis of the split
 
 
+class Pick(NamedTuple):
+    """What ids chose of the first axis of a parameter."""
+
+    made: Tensor
+    ids: Tensor
+    name: str | None  # of the parameter, where it is known
+
+
 class Axis(NamedTuple):
     """What a view shows of one axis of a parameter's split."""
 
@@ -98,7 +106,7 @@ def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any)
     source = args[0]
     if func is Tensor.__getitem__ and not _basic(args[1]):
         first = (view.shape[0], view.strides[0]) == (view.split[0], contiguous(view.split)[0])
-        if not is_ids(args[1]) or not first or not is_whole(view) or len(view.shape) < 3 or len(made) < 2:
+        if not is_ids(args[1]) or not first or not is_whole(view) or len(view.shape) < 3:
             return [None]
         return [view._replace(shape=tuple(made.shape), picked=True)]
     if func in SAME:
@@ -126,13 +134,13 @@ def is_ids(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
 
 
-def ids_of(func: Callable[..., Any], args: Sequence[Any], picks: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+def ids_of(func: Callable[..., Any], args: Sequence[Any], picks: Sequence[Pick]) -> Tensor | None:
     """The ids that chose the blocks of what a function of `VIEWS` makes."""
     if func is Tensor.__getitem__ and is_ids(args[1]):
         return args[1]
-    for picked, ids in picks:
-        if args[0] is picked:
-            return ids
+    for pick in picks:
+        if args[0] is pick.made:
+            return pick.ids
     return None
 
 

@@ -73,7 +73,7 @@ def _fresh() -> None:
 # one of each kind, and kinds whose tracing differs; what is traced alone takes a third of the time
 IN_FULL = {"mlp", "conv groups"}
 TRACED = {"bag offsets", "experts", "in place", "penalty", "script", "slices", "strided"}
-TRACED |= {"tied padded"}
+TRACED |= {"lookups", "tied padded"}
 NO_GRAPH = {"recurrent", "recurrent projected", "recurrent tanh"}  # torch's modules by `functional_call`
 EVERY_BACKEND = [
     case for case in in_part(BATCHED, IN_FULL, TRACED) if case.values[1] == "eager" or case.values[0] not in NO_GRAPH
@@ -434,3 +434,24 @@ def test_a_place_in_memory_is_counted_from_its_start() -> None:
         torch.testing.assert_close(found.dense("v")[n], torch.autograd.grad(loss_fn({"v": v}, x), v)[0])
     with pytest.raises(Exception, match=r"storage_offset=5 in a compiled step.*x\[1:\]"):
         compiled(lambda *given: per_example_gradients(loss_fn, *given).dense("v"), "eager")(params, batch)
+
+
+def test_a_picked_matrix_that_is_turned_out_of_sight() -> None:
+    """Dynamo does not show `.mT`: the ids are those that picked the weight, where it was picked once."""
+
+    def loss_fn(params: Params, example: Any, both: bool = False) -> Tensor:
+        x, y = example
+        h = x @ params["w"][y].mT
+        return (h @ params["w"][1 - y].mT if both else h).sin().sum()
+
+    params, batch = {"w": torch.randn(2, 4, 4)}, (torch.randn(N, 3, 4), torch.randint(0, 2, (N,)))
+
+    def dense(loss_fn: LossFn, batch: Any) -> Tensor:
+        return per_example_gradients(loss_fn, params, batch).dense("w")
+
+    twice = functools.partial(loss_fn, both=True)
+    for each in (loss_fn, twice):
+        close(dense(each, batch), loop(each, params, batch)[1]["w"])
+    close(compiled(functools.partial(dense, loss_fn), "eager")(batch), dense(loss_fn, batch))
+    with pytest.raises(Exception, match=r"of a call of 'w'.*write w\[ids\]\.transpose\(-2, -1\)"):
+        compiled(functools.partial(dense, twice), "eager")(batch)
