@@ -177,6 +177,10 @@ def _mv(input: Tensor, vec: Tensor, **kwargs: Any) -> tuple[Any, Any, Any]:
     return torch.matmul if product else torch.mv, (input, vec), kwargs
 
 
+def _index(input: Tensor, indices: Sequence[Tensor | None]) -> tuple[Any, Any, Any]:
+    return Tensor.__getitem__, (input, tuple(slice(None) if at is None else at for at in indices)), {}
+
+
 def _to(input: Tensor, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any, Any]:
     """`x.type(dtype)`."""
     if isinstance(dtype, torch.dtype) and not kwargs:
@@ -205,6 +209,7 @@ ALIASES = _with_packets(
         _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
         _aten.select_scatter.default: torch.select_scatter,
         _aten.as_strided.default: torch.as_strided,
+        _aten.index_select.default: torch.index_select,
     }
 )
 REORDERED = _with_packets(
@@ -212,6 +217,7 @@ REORDERED = _with_packets(
         **dict.fromkeys((torch.embedding, _aten.embedding.default), _embedding),
         _aten.cross_entropy_loss.default: _cross_entropy,
         Tensor.type: _to,
+        _aten.index.Tensor: _index,
         **dict.fromkeys((torch.mv, Tensor.mv, _aten.mv.default), _mv),
         **dict.fromkeys(
             (torch.batch_norm, _aten.batch_norm.default),

@@ -861,6 +861,22 @@ def test_padding_of_a_lookup_by_another_name(lookup: Any) -> None:
     assert found.captured.layers["table"].rule == "embedding"
 
 
+def test_rows_by_the_operators() -> None:
+    index, select = torch.ops.aten.index.Tensor, torch.ops.aten.index_select
+
+    def loss_fn(params: Params, ids: Tensor) -> Tensor:
+        rows = index(params["w"], [ids - 5]) + select(params["v"], 0, ids) + index(params["u"], [None, ids])[:3].T
+        return rows.sin().sum()
+
+    params, batch = (
+        {"w": torch.randn(5, 3), "v": torch.randn(5, 3), "u": torch.randn(3, 5)},
+        torch.randint(0, 5, (N, 4)),
+    )
+    found = per_example_gradients(loss_fn, params, batch)
+    close_trees({name: found.dense(name) for name in params}, loop(loss_fn, params, batch)[1])
+    assert [layer.rule for layer in found.captured.layers.values()] == ["embedding", "embedding", None]
+
+
 @pytest.mark.parametrize("scatter", [torch.ops.aten.select_scatter, torch.ops.aten.select_scatter.default])
 def test_select_scatter_by_another_name(scatter: Any) -> None:
     def loss_fn(params: Params, x: Tensor) -> Tensor:
