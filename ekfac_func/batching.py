@@ -103,7 +103,10 @@ def attention(
 
 
 def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.embedding`, of which `vmap` forgets under a batched weight that padding has no gradient."""
+    """`F.embedding`, of which `vmap` forgets under a batched weight the range of ids and padding without gradient."""
+    low, high = _extremes(input)
+    if low < 0 or high >= len(weight):
+        raise IndexError(f"F.embedding has ids from {low} to {high} for a weight of shape {tuple(weight.shape)}")
     rows = F.embedding(input, weight, None, *args, **kwargs)
     if padding_idx is None:
         return rows
@@ -125,6 +128,11 @@ def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storag
             f"before them (storage_offset={storage_offset}): take it of the tensor that it is a view of"
         )
     return torch.as_strided(copy, size, stride, offset)
+
+
+def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    """torch 2.13 has the derivative w.r.t. an index without axes wrong."""
+    return torch.index_select(input, dim, index.reshape(1) if index.dim() == 0 else index)
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
@@ -154,12 +162,20 @@ def batch_norm(
     return (y if bias is None else y + bias.reshape(of_channels)).to(input.dtype)
 
 
+def _extremes(ids: Tensor) -> tuple[int, int]:
+    """The least and the largest, where to look at them waits for no device; else zeros."""
+    if torch.compiler.is_dynamo_compiling():
+        return 0, 0
+    own = innermost(ids)
+    readable = own.device.type == "cpu" and not isinstance(own, FakeTensor) and own.numel() > 0
+    low, high = own.aminmax() if readable else (0, 0)
+    return int(low), int(high)
+
+
 def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     """`F.one_hot`, which under `vmap` does not look at its labels; here it does where that waits for no device."""
-    if num_classes > 0 and not torch.compiler.is_dynamo_compiling():
-        labels = innermost(tensor)
-        readable = labels.device.type == "cpu" and not isinstance(labels, FakeTensor) and labels.numel() > 0
-        low, high = (int(label) for label in labels.aminmax()) if readable else (0, 0)
+    if num_classes > 0:
+        low, high = _extremes(tensor)
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"F.one_hot has labels from {low} to {high} for num_classes={num_classes}: give labels from 0 to "
@@ -195,8 +211,8 @@ MAPPED: dict[Callable[..., Any], Callable[..., Tensor]] = {
     DATA: Tensor.detach,
     F.embedding: embedding,
     F.one_hot: one_hot,
-    torch.select_scatter: select_scatter,
-    Tensor.select_scatter: select_scatter,
+    **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), select_scatter),
+    **dict.fromkeys((torch.index_select, Tensor.index_select), index_select),
     torch.as_strided: as_strided,
     Tensor.as_strided: as_strided,
 }

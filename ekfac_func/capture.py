@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -261,7 +262,10 @@ def _watched(
         instead = replacing | own_of_each((example, fixed, free) if mapped else example) if fills else replacing
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            func, args, kwargs = of_table(func, args, kwargs, (*fixed.values(), *free.values()))
+            if not options.batched and F.embedding in options.rules:
+                if of_table(func, args, kwargs, free.values())[0] is not func:
+                    counted.append(func)  # as discovery does
+                func, args, kwargs = of_table(func, args, kwargs, fixed.values())
             if not compiling:
                 seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
                 copies.begins(func, args)

@@ -420,8 +420,9 @@ class _Watch:
 
     def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The same, with what it says of parameters."""
-        func, args, kwargs = of_table(func, args, kwargs, self.params.values())
         batched = self.n is not None
+        if not batched and F.embedding in self.rules:  # in a batch rows in another order would be other examples'
+            func, args, kwargs = of_table(func, args, kwargs, self.params.values())
         refuse(func, args, kwargs, self.params, batched)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)

@@ -115,10 +115,12 @@ def einsum(equation: Any, *operands: Any) -> list[Call]:
 
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> list[Call]:
     """`torch.tensordot`, as `einsum`."""
-    if isinstance(dims, Tensor):
+    if not isinstance(dims, int | list | tuple):
         return []
     over = (range(a.dim() - dims, a.dim()), range(dims)) if isinstance(dims, int) else dims
     of_a, of_b = ([axis] if isinstance(axis, int) else list(axis) for axis in over)
+    if len({axis % a.dim() for axis in of_a}) < len(of_a) or len({axis % b.dim() for axis in of_b}) < len(of_b):
+        return []
     left, right = list(_LETTERS[: a.dim()]), list(_LETTERS[a.dim() :][: b.dim()])
     output = [*left, *right]
     for x, y in zip(of_a, of_b, strict=True):
@@ -316,6 +318,8 @@ def _product(
     if any(letter not in x_letters + output for letter in w_letters):
         return None  # summed before it meets the input
     kinds = "".join("i" if c not in output else "b" if c in x_letters else "o" for c in w_letters)
+    if kinds in ("ii", "oo"):
+        return None  # of which one side would have as many dimensions as the matrix has entries
     if len(kinds) > 2 and kinds[0] == "o" and "o" in kinds[1:]:  # experts that all see the same input
         kinds = "b" + kinds[1:]
     b, o, i = ("".join(c for c, kind in zip(w_letters, kinds, strict=True) if kind == want) for want in "boi")

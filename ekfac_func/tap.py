@@ -62,15 +62,17 @@ def of_table(func: Any, args: Any, kwargs: Any, params: Iterable[Tensor]) -> tup
     """`w[ids]` and `index_select(w, 0, ids)` of a matrix among params as `F.embedding`; other calls as they are."""
     if func not in LOOKUPS or not args or not any(args[0] is p for p in params) or args[0].dim() != 2:
         return func, args, kwargs
+    ids: Any
     if func is Tensor.__getitem__:
         ids, *rest = entries_of(args[1])
-        if not is_list(ids) or not all(e is Ellipsis or (type(e) is slice and e == slice(None)) for e in rest):
+        whole = all(e is Ellipsis or (type(e) is slice and e == slice(None)) for e in rest)
+        if not is_list(ids) or not whole or len(rest) > 1:
             return func, args, kwargs
         ids = torch.where(ids < 0, ids + len(args[0]), ids)
     else:
         given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
         ids = given.get("index")
-        if given.get("dim") not in (0, -2) or not is_list(ids) or "out" in given:
+        if given.get("dim") not in (0, -2) or not is_list(ids) or ids.dim() > 1 or "out" in given:
             return func, args, kwargs
     return F.embedding, (ids, args[0]), {}
 

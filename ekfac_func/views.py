@@ -137,7 +137,7 @@ def is_ids(index: Any) -> bool:
 def ids_of(func: Callable[..., Any], args: Sequence[Any], picks: Sequence[Pick]) -> Tensor | None:
     """The ids that chose the blocks of what a function of `VIEWS` makes."""
     if func is Tensor.__getitem__ and is_ids(args[1]):
-        return args[1]
+        return args[1] if args[0].dim() > 2 else None
     for pick in picks:
         if args[0] is pick.made:
             return pick.ids

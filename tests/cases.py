@@ -731,7 +731,7 @@ CASES: dict[str, Callable[[], Case]] = {
         },
         3,
         4,
-        ruled=set("abcdef"),
+        ruled=set("abcdf"),
     ),
     "one element": lambda: function(
         lambda p, x: F.linear(F.linear(x, p["w"]).sin(), p["v"], p["b"]).cos().sum(),

@@ -487,3 +487,16 @@ def test_places_within_the_examples_pick_no_rows() -> None:
     rows = [torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in loss_fn(leaves, batch)]
     for name, expected in zip(params, zip(*rows, strict=True), strict=True):
         close(found.dense(name), torch.stack(expected))
+
+
+def test_rows_by_ids_in_another_order() -> None:
+    """They are differentiated as they are: by their places a rule would take them for other examples'."""
+
+    def losses_fn(params: Params, ids: Tensor) -> Tensor:
+        rows = params["w"][ids.flip(0)].flip(0) + params["v"].index_select(0, torch.cat([ids, ids + 1]))[: len(ids)]
+        return (rows * params["u"][ids]).sin().sum(1)
+
+    params, batch = {name: torch.randn(5, 3) for name in "wvu"}, torch.randint(0, 4, (N,))
+    found = per_example_gradients(losses_fn, params, batch, batched=True)
+    expected = loop(lambda params, y: losses_fn(params, y[None])[0], params, batch)[1]
+    close_trees({name: found.dense(name) for name in params}, expected)

@@ -877,6 +877,57 @@ def test_rows_by_the_operators() -> None:
     assert [layer.rule for layer in found.captured.layers.values()] == ["embedding", "embedding", None]
 
 
+LOOKUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda w, ids: w[ids],
+    "label": lambda w, ids: w[ids[1]],
+    "index_select": lambda w, ids: w.index_select(0, ids),
+    "embedding": lambda w, ids: F.embedding(ids, w),
+}
+
+
+@pytest.mark.parametrize("bad", [5, 6, 100, -6])
+@pytest.mark.parametrize("used_elsewhere", [False, True])
+@pytest.mark.parametrize("how", LOOKUPS)
+def test_ids_out_of_range(how: str, used_elsewhere: bool, bad: int) -> None:
+    """Not even one that would be in the range of the next example's copy of the table."""
+
+    def loss_fn(params: Params, ids: Tensor) -> Tensor:
+        loss = LOOKUPS[how](params["w"], ids).sin().sum()
+        return loss + params["w"].square().sum() if used_elsewhere else loss
+
+    params, ids = {"w": torch.randn(5, 3)}, torch.randint(0, 5, (N, 4))
+    per_example_gradients(loss_fn, params, ids)
+    ids[2, 1] = bad
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)|has ids from -?\d+ to \d+"):
+        per_example_gradients(loss_fn, params, ids)
+
+
+def test_index_select_of_a_label() -> None:
+    """Of which torch's own derivative is wrong under vmap."""
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, y = example
+        h = F.linear(x, params["w"])
+        return (h.index_select(0, y) * params["v"].index_select(0, y)).sin().sum()
+
+    params = {"w": torch.randn(3, 4), "v": torch.randn(3, 3)}
+    batch = torch.randn(N, 3, 4), torch.randint(0, 3, (N,))
+    found = per_example_gradients(loss_fn, params, batch)
+    close_trees({name: found.dense(name) for name in params}, loop(loss_fn, params, batch)[1])
+
+
+def test_a_matrix_that_is_summed_in_full_has_two_sides() -> None:
+    """Not one of as many dimensions as it has entries."""
+    losses: list[Callable[[Params, Tensor], Tensor]] = [
+        lambda params, x: torch.tensordot(x, params["w"]).sin(),
+        lambda params, x: torch.tensordot(x[0, 0], params["w"], 0).sin().sum(),
+        lambda params, x: torch.einsum("ij,ij->", x, params["w"]).sin(),
+    ]
+    for loss_fn in losses:
+        (layer,) = plan(loss_fn, {"w": torch.randn(6, 5)}, torch.randn(N, 6, 5), Options(RULES)).layers
+        assert layer.sizes == (1, 6, 5, 1)
+
+
 @pytest.mark.parametrize("scatter", [torch.ops.aten.select_scatter, torch.ops.aten.select_scatter.default])
 def test_select_scatter_by_another_name(scatter: Any) -> None:
     def loss_fn(params: Params, x: Tensor) -> Tensor:
