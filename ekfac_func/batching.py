@@ -130,9 +130,9 @@ def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storag
     return torch.as_strided(copy, size, stride, offset)
 
 
-def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
-    """torch 2.13 has the derivative w.r.t. an index without axes wrong."""
-    return torch.index_select(input, dim, index.reshape(1) if index.dim() == 0 else index)
+def index_select(input: Tensor, dim: int, index: Tensor, **out: Tensor) -> Tensor:
+    """torch 2.13 has the derivative wrong under `vmap` for an index without axes."""
+    return torch.index_select(input, dim, index.reshape(1) if index.dim() == 0 else index, **out)
 
 
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Memory for large results on CPUs, in eager mode: in large pages, and written again where nobody reads it any more."""
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -36,7 +37,8 @@ def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
     if HUGE_PAGES is None or size < SCRATCH_BYTES or not writable(like):
         return like.new_empty(shape)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(HUGE_PAGES)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(HUGE_PAGES)
     return torch.frombuffer(memory, dtype=like.dtype).view(*shape)
 
 
