@@ -31,7 +31,7 @@ from .layout import spec
 from .modes import Draws, draws, innermost, no_autocast, share, transformed, undrawn
 from .refusals import refuse, refuse_changed
 from .rules import RULES
-from .tap import Tap, beneath, name_of, of_table, readings, traced, unfused, with_ids
+from .tap import LOOKUPS, Tap, beneath, name_of, of_table, readings, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, statistics_dtype
 
 
@@ -245,6 +245,7 @@ def _watched(
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
     fills = found.fills or (found.draws and options.randomness == "different")
     exact = EXACT if looping else {}  # of tapped calls
+    by_ids = not options.batched and F.embedding in options.rules
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
 
@@ -262,7 +263,7 @@ def _watched(
         instead = replacing | own_of_each((example, fixed, free) if mapped else example) if fills else replacing
 
         def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            if not options.batched and F.embedding in options.rules:
+            if by_ids and func in LOOKUPS:
                 if of_table(func, args, kwargs, free.values())[0] is not func:
                     counted.append(func)  # as discovery does
                 func, args, kwargs = of_table(func, args, kwargs, fixed.values())

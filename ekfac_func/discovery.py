@@ -31,7 +31,7 @@ from .modes import innermost, share, undrawn
 from .picked import READS, Picked
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
-from .tap import Tap, beneath, called, depth, of_table, readings, traced, unchecked, unfused, with_ids
+from .tap import LOOKUPS, Tap, beneath, called, depth, of_table, readings, traced, unchecked, unfused, with_ids
 from .types import Batch, Layer, LossAuxFn, LossFn, Params
 from .views import View
 
@@ -421,7 +421,8 @@ class _Watch:
     def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The same, with what it says of parameters."""
         batched = self.n is not None
-        if not batched and F.embedding in self.rules:  # in a batch rows in another order would be other examples'
+        # in a batch rows in another order would be taken for other examples'
+        if func in LOOKUPS and not batched and F.embedding in self.rules:
             func, args, kwargs = of_table(func, args, kwargs, self.params.values())
         refuse(func, args, kwargs, self.params, batched)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words

@@ -58,9 +58,12 @@ def beneath(tap: Tap) -> Iterator[None]:
             _push_mode(mode)
 
 
+LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select)
+
+
 def of_table(func: Any, args: Any, kwargs: Any, params: Iterable[Tensor]) -> tuple[Any, Any, Any]:
-    """`w[ids]` and `index_select(w, 0, ids)` of a matrix among params as `F.embedding`; other calls as they are."""
-    if func not in LOOKUPS or not args or not any(args[0] is p for p in params) or args[0].dim() != 2:
+    """A call of `LOOKUPS`: `w[ids]` and `index_select(w, 0, ids)` of a matrix among params as `F.embedding`."""
+    if not args or not any(args[0] is p for p in params) or args[0].dim() != 2:
         return func, args, kwargs
     ids: Any
     if func is Tensor.__getitem__:
@@ -75,9 +78,6 @@ def of_table(func: Any, args: Any, kwargs: Any, params: Iterable[Tensor]) -> tup
         if given.get("dim") not in (0, -2) or not is_list(ids) or ids.dim() > 1 or "out" in given:
             return func, args, kwargs
     return F.embedding, (ids, args[0]), {}
-
-
-LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select)
 
 
 def _address(t: Tensor) -> int:
