@@ -318,8 +318,8 @@ def _product(
     if any(letter not in x_letters + output for letter in w_letters):
         return None  # summed before it meets the input
     kinds = "".join("i" if c not in output else "b" if c in x_letters else "o" for c in w_letters)
-    if kinds in ("ii", "oo"):
-        return None  # of which one side would have as many dimensions as the matrix has entries
+    if kinds == "oo" or (len(kinds) > 1 and set(kinds) == {"i"}):
+        return None  # of which one side would have as many dimensions as the weight has entries
     if len(kinds) > 2 and kinds[0] == "o" and "o" in kinds[1:]:  # experts that all see the same input
         kinds = "b" + kinds[1:]
     b, o, i = ("".join(c for c, kind in zip(w_letters, kinds, strict=True) if kind == want) for want in "boi")

@@ -927,6 +927,12 @@ def test_a_matrix_that_is_summed_in_full_has_two_sides() -> None:
         (layer,) = plan(loss_fn, {"w": torch.randn(6, 5)}, torch.randn(N, 6, 5), Options(RULES)).layers
         assert layer.sizes == (1, 6, 5, 1)
 
+    def of_three(params: Params, x: Tensor) -> Tensor:
+        return torch.tensordot(x, params["w"], 3).sin()
+
+    (layer,) = plan(of_three, {"w": torch.randn(6, 5, 4)}, torch.randn(N, 6, 5, 4), Options(RULES)).layers
+    assert layer.sizes == (1, 6, 20, 1)
+
 
 @pytest.mark.parametrize("scatter", [torch.ops.aten.select_scatter, torch.ops.aten.select_scatter.default])
 def test_select_scatter_by_another_name(scatter: Any) -> None:
