@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from .arrivals import Arrivals
-from .modes import draws, transformed
+from .modes import draws, past_vmap, transformed
 from .types import Batch, Params
 
 
@@ -131,18 +129,9 @@ def _taps(arrived: Callable[[int, Tensor], None], start: Tensor) -> Probe:
 
 
 def _batched_taps(arrived: Callable[[int, Tensor], None], start: Tensor, n: int) -> Probe:
-    """The same inside one `vmap`: of the batch that it maps over, past `torch.func`, whose own way takes far longer."""
+    """The same inside one `vmap`: of the batch that it maps over, for the way of `torch.func` takes far longer."""
     tap = _taps(arrived, start)
-
-    def tap_batch(k: int, output: Tensor) -> Tensor:
-        level = functorch.current_level()
-        whole, axis = functorch._unwrap_batched(output, level)
-        with temporarily_pop_interpreter_stack():
-            whole = whole.expand(n, *whole.shape).contiguous() if axis is None else whole.movedim(axis, 0)
-            tapped = tap(k, whole)
-        return functorch._add_batch_dim(tapped, 0, level)
-
-    return tap_batch
+    return lambda k, output: past_vmap(functools.partial(tap, k), output, n)
 
 
 def _adds(probes: list[Tensor]) -> Probe:

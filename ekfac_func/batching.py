@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from . import expansions
-from .modes import innermost
+from . import expansions, products
+from .modes import innermost, past_vmap
 from .rules import each, padded
 
 
@@ -42,6 +43,15 @@ def conv(
     if bias is not None:
         y = y + _under_autocast([bias])[0].reshape(-1, *(1,) * nd)
     return y if input.dim() == nd + 2 else y[0]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of a weight and a bias that are those of all examples: `vmap` adds the bias in a pass of its own."""
+    if any(t is not None and functorch.is_functorch_wrapped_tensor(t) for t in (weight, bias)):
+        return F.linear(input, weight, bias)
+    if functorch.is_batchedtensor(input):
+        return past_vmap(lambda x: products.linear(x, weight, bias), input)
+    return products.linear(input, weight, bias)
 
 
 def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -227,6 +237,8 @@ OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
 """Where torch's own rule fixes the batch size of a graph, or is slow."""
 OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
 """The same, of calls that are tapped."""
+EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.linear: linear}
+"""Of calls that are tapped, in eager mode and in at most one `vmap`."""
 
 
 @torch.library.custom_op("ekfac_func::conv", mutates_args=())

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
 from .backward import Copied, Probe, Probed, Run, StalePlan, batched, each, looped, summed
-from .batching import COPIED, EXACT, MAPPED, OPEN, OPEN_LAYERS, own_of_each
+from .batching import COPIED, EAGER_LAYERS, EXACT, MAPPED, OPEN, OPEN_LAYERS, own_of_each
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
@@ -245,6 +245,7 @@ def _watched(
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
     fills = found.fills or (found.draws and options.randomness == "different")
     exact = EXACT if looping else {}  # of tapped calls
+    of_batch = EAGER_LAYERS if not (compiling or mapped) and found.way in (Way.SUMMED, Way.BATCHED) else {}
     by_ids = not options.batched and F.embedding in options.rules
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
@@ -319,7 +320,7 @@ def _watched(
                 held = (read.weight,) if bias is None else (read.weight, read.bias)
                 args, kwargs = without_gradient((args, kwargs), *held)
             # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
-            layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else {}
+            layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else of_batch
             output = layers_of.get(func, exact.get(func, func))(*args, **kwargs)
             named = name == planned.weight or (compiling and name is None)  # a view by `w.T`
             if read is None or not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo

@@ -9,20 +9,34 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def transformed() -> bool:
     """Whether a trace or a transform of `torch.func` is under way."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
 
 
 def innermost(t: Tensor) -> Tensor:
     """Without the wrappers of transforms: what has memory, and counts the changes in place."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
     return t
+
+
+def past_vmap(f: Callable[[Tensor], Tensor], x: Tensor, n: int = 1) -> Tensor:
+    """`f` of the examples that the one `vmap` under way maps over, along the first axis: past `torch.func`.
+
+    n: how many, for an x that is the same in all.
+    """
+    level = functorch.current_level()
+    whole, axis = functorch._unwrap_batched(x, level)
+    with temporarily_pop_interpreter_stack():
+        y = f(whole.expand(n, *whole.shape).contiguous() if axis is None else whole.movedim(axis, 0))
+    return functorch._add_batch_dim(y, 0, level)
 
 
 def storages(tree: Any) -> dict[int, torch.UntypedStorage]:

@@ -11,6 +11,7 @@ alignment, at a third of the speed (measured on an H100).
 
 import math
 import platform
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +41,37 @@ NARROW, ROWS = 16, 4096  # columns up to which a product adds up its rows in tur
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
 
 
-def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None) -> Tensor:
-    """`x Q` of `[... d]` and `[d e]`. rooms: where it may be written."""
+def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None, columns: bool = False) -> Tensor:
+    """`x Q` of `[... d]` and `[d e]`. rooms: where it may be written. columns: it had best lie by columns in memory."""
     many = not torch.compiler.is_compiling() and x.numel() * Q.shape[1] >= MULTIPLICATIONS
-    if (many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _takes(x, Q):
-        return _product(x.reshape(-1, x.shape[-1]), Q).reshape(*x.shape[:-1], Q.shape[1])
-    return matmul(x, Q, rooms)
+    if not ((many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _takes(x, Q)):
+        return matmul(x, Q, rooms)
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], Q.shape[1])
+    if columns and Q.mT.is_contiguous():
+        return _product(Q.mT, rows.mT).mT.reshape(shape)
+    return _product(rows, Q).reshape(shape)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of a weight and a bias that nobody differentiates, in eager mode."""
+    alike = all(_fits(x, t) for t in (weight, bias) if t is not None) and not torch.is_autocast_enabled("cpu")
+    if weight.numel() < ENTRIES or not alike or _get_current_dispatch_mode() is not None:
+        return F.linear(x, weight, bias)
+    linear: Tensor = _Linear.apply(x, weight, bias)
+    return linear
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = _multiplied(x.reshape(-1, x.shape[-1]), weight.mT, bias)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return rotate(gradients[0], weight) if ctx.needs_input_grad[0] else None, None, None
 
 
 def outer(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
@@ -103,11 +129,12 @@ def _filled(x: Tensor, rows: int, columns: int, transposed: bool) -> Tensor:
 
 
 def _takes(x: Tensor, y: Tensor) -> bool:
-    if not FASTER or not x.dtype == y.dtype == torch.float32 or x.device.type != "cpu":
-        return False
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return False
-    return _plain()
+    wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    return _fits(x, y) and not wanted
+
+
+def _fits(x: Tensor, y: Tensor) -> bool:
+    return FASTER and x.dtype == y.dtype == torch.float32 and x.device.type == "cpu" and _plain()
 
 
 def _plain() -> bool:
@@ -121,20 +148,21 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return _multiplied(x, y) if plain else product(x, y)
 
 
-def _multiplied(x: Tensor, y: Tensor) -> Tensor:
+def _multiplied(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """bias: of two matrices."""
     if x.numel() == 0 or y.numel() == 0:
-        return x @ y
+        return x @ y if bias is None else x @ y + bias
     if x.shape[:-2].numel() == 1:
-        return _of_matrices(x.flatten(0, -2), y.flatten(0, -2)).reshape(*x.shape[:-1], y.shape[-1])
+        return _of_matrices(x.flatten(0, -2), y.flatten(0, -2), bias).reshape(*x.shape[:-1], y.shape[-1])
     found = x.new_empty(*x.shape[:-1], y.shape[-1])
     for z, of_x, of_y in zip(found.flatten(0, -3), x.flatten(0, -3), y.flatten(0, -3), strict=True):
         z.copy_(_of_matrices(of_x, of_y))
     return found
 
 
-def _of_matrices(x: Tensor, y: Tensor) -> Tensor:
+def _of_matrices(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     y = y if y.mT.is_contiguous() else y.contiguous()  # of a matrix with gaps oneDNN takes its reference code
-    return torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, y.mT, bias, "none", [], "")
 
 
 @torch.library.custom_op("ekfac_func::product", mutates_args=())

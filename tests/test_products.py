@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ekfac_func import compact, curvature, ekfac
 from ekfac_func.kronecker import symmetric
-from ekfac_func.products import ONEDNN, outer, product, rotate
+from ekfac_func.products import ONEDNN, linear, outer, product, rotate
 
 from .cases import N, make
-from .oracles import close, close_trees
+from .oracles import close, close_trees, same_bits
 
 pytestmark = pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
 
@@ -41,8 +41,29 @@ def test_products(shape: tuple[int, int, int], lead: tuple[int, ...]) -> None:
         R = torch.cat([R, R], -1)[:, :e] if gaps_y else R
         R = R.mT.contiguous().mT if turned else R
         close(outer(f, h).double(), f.double().mT @ h.double(), 1e-5)
-        close(rotate(f, R).double(), f.double() @ R.double(), 1e-5)
+        for columns in (False, True):
+            close(rotate(f, R, columns=columns).double(), f.double() @ R.double(), 1e-5)
         close(outer(f, h[None]).double(), f.double().mT @ h[None].double(), 1e-5)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (0,), (2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(lead: tuple[int, ...], bias: bool) -> None:
+    """And its derivative; under autocast, a dispatch mode and for other dtypes PyTorch's own."""
+    x, weight, b = torch.randn(*lead, 5).float(), torch.randn(7, 5).float(), torch.randn(7).float() if bias else None
+    x.requires_grad_()
+    found, expected = linear(x, weight, b), F.linear(x, weight, b)
+    close(found, expected, 1e-5)
+    g = torch.randn_like(found)
+    for slope, wanted in zip(*(torch.autograd.grad(y, x, g) for y in (found, expected)), strict=True):
+        close(slope, wanted, 1e-5)
+    assert not linear(x.detach(), weight, b).requires_grad
+    same_bits(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        same_bits(linear(x, weight, b), F.linear(x, weight, b))
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight, b)
+    assert counter.get_total_flops() == 2 * 5 * found.numel()
 
 
 def test_the_operator() -> None:
