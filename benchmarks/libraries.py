@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.workloads import DAMPING, Work, cross_entropy, naive, precondition_gradient
-from ekfac_func import State, compact, ekfac, per_example_gradients, rank, second_moments, thin
+from ekfac_func import State, compact, ekfac, per_example_gradients, qr, rank, second_moments, thin
 from ekfac_func.types import Params
 
 STEPS = 10  # from one refresh to the next
@@ -36,13 +36,13 @@ class Calls(NamedTuple):
 def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
     """T1 is the whole of `precondition` on a step with a refresh: its rescaling is counted too.
 
-    T2 is `second_moments`. The basis is the identity as a dense matrix, at which every
+    The refreshes are those of a training under way, of which the first can be another. T2 is `second_moments`. The basis is the identity as a dense matrix, at which every
     product costs what it does in any basis. settings: of `ekfac`.
     """
     ekf = ekfac(w.loss_fn, **{"damping": DAMPING, "basis_every": STEPS, **settings})
     wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, fullgraph=True)) if compiled else (lambda f: f)
     fresh = ekf.init(w.params, w.batch)
-    known = dataclasses.replace(fresh, step=1)
+    due, known = dataclasses.replace(fresh, step=STEPS), dataclasses.replace(fresh, step=1)
     step = wrap(ekf.precondition)
     found = per_example_gradients(w.loss_fn, w.params, w.batch)
     layers, gradient = found.captured.layers, found.mean()
@@ -63,14 +63,14 @@ def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
         return precondition_call(gradient, observed[0])
 
     def steps() -> Params:
-        params, state = w.params, fresh
+        params, state = w.params, due
         for _ in range(STEPS):
             natural, state, _ = step(params, w.batch, state)
             params = {name: p - LEARNING_RATE * natural[name] for name, p in params.items()}
         return params
 
     return Calls(
-        lambda: step(w.params, w.batch, fresh),
+        lambda: step(w.params, w.batch, due),
         lambda: moment_call(w.params, w.batch),
         rescale,
         steps,
@@ -225,6 +225,7 @@ def kronfluence(w: Work) -> Calls:
 LIBRARIES: dict[str, Callable[[Work], Calls]] = {
     "ekfac_func": ours,
     "ekfac_func-compiled": lambda w: ours(w, compiled=True),
+    "ekfac_func-qr": lambda w: ours(w, refresh=qr()),
     "ekfac_func-rank": lambda w: ours(w, bases={"*": rank(256)}),
     "ekfac_func-thin": lambda w: ours(w, bases={"*": thin}, basis_every=1)._replace(moment=None, precondition=None),
     "ekfac_func-compact": compactly,

@@ -35,7 +35,7 @@ WORKLOADS = {
     "W5": "ResNet-18 without BatchNorm on 3x32x32, batch 32",
 }
 PEERS = {"curvlinops": "curvlinops-for-pytorch", "nngeometry": "nngeometry", "kronfluence": "kronfluence"}
-VARIANTS = ["ekfac_func-rank", "ekfac_func-thin", "ekfac_func-compact"]  # of the bases (r = 256)
+VARIANTS = ["ekfac_func-qr", "ekfac_func-rank", "ekfac_func-thin", "ekfac_func-compact"]  # refresh, bases (r = 256)
 LIBRARIES = ["ekfac_func", *VARIANTS, "naive", *PEERS]
 TIMED = ["T1", "T2", "T3", "T4", "step"]
 KINDS = [*TIMED, "memory", "floor"]

@@ -169,6 +169,7 @@ WORKLOADS = {
     "mlp": Workload(mlp, 256, (784,)),
     "cnn": Workload(cnn, 64, (3, 32, 32)),
     "positions": Workload(Pixels, 64, (16, 64)),
+    "toy": Workload(lambda: mlp(32, 20), 32, (20,)),
     "W1": Workload(mlp, 256, (784,)),
     "W2": Workload(deep_cnn, 128, (3, 32, 32)),
     "W3": Workload(GPT, 16, (128,), 1000, 1000),
@@ -195,7 +196,7 @@ TINY_ON_GPU = {
     "MLP 4096": TINY["W1"],
 }
 
-SMALL = ("mlp", "cnn", "positions")
+SMALL = ("mlp", "cnn", "positions", "toy")
 
 
 def work(
