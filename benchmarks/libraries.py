@@ -36,8 +36,9 @@ class Calls(NamedTuple):
 def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
     """T1 is the whole of `precondition` on a step with a refresh: its rescaling is counted too.
 
-    The refreshes are those of a training under way, of which the first can be another. T2 is `second_moments`. The basis is the identity as a dense matrix, at which every
-    product costs what it does in any basis. settings: of `ekfac`.
+    The refreshes are those of a training under way, of which the first can be another. T2 is `second_moments`. The
+    basis is the identity as a dense matrix, at which every product costs what it does in any basis. settings: of
+    `ekfac`.
     """
     ekf = ekfac(w.loss_fn, **{"damping": DAMPING, "basis_every": STEPS, **settings})
     wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, fullgraph=True)) if compiled else (lambda f: f)

@@ -218,13 +218,7 @@ def moment_shape(layer: Layer, choice: Choice) -> tuple[int, int, int, int]:
 
 def identity(layer: Layer, choice: Choice, like: Tensor) -> Basis:
     """The basis before the first refresh: the parameters' own coordinates; of a side of some rank any columns."""
-    return laid_out(Basis(*(_start(shape, like, choice) for shape in shapes(layer, choice))))
-
-
-def laid_out(basis: Basis) -> Basis:
-    """Q_A by columns in memory, from which products with many inputs read it faster; Q_B by rows, for the way back."""
-    Q = basis.Q_A
-    return basis if isinstance(Q, Reflections) else basis._replace(Q_A=Q.mT.contiguous().mT)
+    return Basis(*(_start(shape, like, choice) for shape in shapes(layer, choice)))
 
 
 def empty(layer: Layer, choice: Choice, like: Tensor) -> Basis:

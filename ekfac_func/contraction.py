@@ -26,7 +26,7 @@ from .kronecker import (
     turn_inputs,
     turn_outputs,
 )
-from .memory import Rooms
+from .memory import Rooms, scratch, writable
 from .modes import one_by_one, squared, transformed
 from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves
 from .patches import Patches, patches_of
@@ -95,7 +95,7 @@ def _with_outside(square: Tensor, terms: Terms, basis: Basis) -> Tensor:
 def _single_square(term: Factored, basis: Basis) -> Tensor:
     if incomplete(basis):
         return single_sums(term.g, term.inputs, basis)[1]
-    h, x = project_outputs(term.g, basis), project_inputs(term.inputs, basis, columns=True)
+    h, x = project_outputs(term.g, basis), project_inputs(term.inputs, basis)
     return add_up(_squared(h, basis.Q_B), _squared(x, basis.Q_A))
 
 
@@ -325,7 +325,9 @@ def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Bas
     whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
     if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
         return basis, False
-    return basis._replace(Q_A=a.reordered(basis.Q_A)), True
+    Q, order = basis.Q_A, a.inverse()
+    reordered = torch.index_select(Q, 1, order, out=scratch(Q.shape, Q)) if writable(Q) else Q[:, order]
+    return basis._replace(Q_A=reordered), True
 
 
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:

@@ -443,12 +443,12 @@ def written(Q: Side) -> Tensor:
     return _reflected(one.expand(Q.shape), Q)
 
 
-def turn_inputs(M: Tensor, Q: Side | Transposed, rooms: Rooms | None = None, columns: bool = False) -> Tensor:
+def turn_inputs(M: Tensor, Q: Side | Transposed, rooms: Rooms | None = None) -> Tensor:
     """`M Q_A`: `[... b o i k]` to `[... b o I k]`; inputs `[n b s i k]` alike. Of a compact side k is 1."""
     if isinstance(Q, Reflections | Transposed):
         return _reflected(M[..., 0], Q)[..., None]
     if is_matrix(Q) and Q.shape[0] == M.shape[-1] == 1:
-        return rotate(M[..., 0], Q[0], rooms, columns)[..., None]
+        return rotate(M[..., 0], Q[0], rooms)[..., None]
     return _turn(M, Q, "...bomdk,bmdD->...bomDk", -2)
 
 
@@ -471,9 +471,9 @@ def out_of_basis(M: Tensor, basis: Basis, sizes: tuple[int, int, int, int]) -> T
     return into_basis(M, Basis(*map(transposed, basis)))[..., : sizes[1], : sizes[2], :]
 
 
-def project_inputs(a: Tensor, basis: Basis, columns: bool = False) -> Tensor:
-    """Inputs in the basis: `[n b s i k]` to `[n b s I k]`. columns: I had best be the first axis in memory."""
-    return turn_inputs(a, basis.Q_A, columns=columns)
+def project_inputs(a: Tensor, basis: Basis) -> Tensor:
+    """Inputs in the basis: `[n b s i k]` to `[n b s I k]`."""
+    return turn_inputs(a, basis.Q_A)
 
 
 def project_outputs(g: Tensor, basis: Basis) -> Tensor:

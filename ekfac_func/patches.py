@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .memory import Rooms, scratch, writable
+from .memory import Rooms, writable
 
 ONEDNN = torch.backends.mkldnn.is_available()
 CHANNELS = 16  # of a block of oneDNN's, without which it takes its slow ways
@@ -113,16 +113,9 @@ class Patches:
         """Where `write_fast` has each input of `write`."""
         return self._turned(math.prod(self.kernel), self.x.shape[-1])
 
-    def reordered(self, Q: Tensor) -> Tensor:
-        """A matrix `[b i I]` with i as `write_fast` has it, lying in memory as before."""
-        c, offsets = self.x.shape[-1], math.prod(self.kernel)
-        if not writable(Q):
-            return Q[:, self._turned(c, offsets)]
-        found = scratch(Q.mT.shape, Q).mT if Q.mT.is_contiguous() else scratch(Q.shape, Q)
-        channels, others = Q.split([c * offsets, Q.shape[1] - c * offsets], 1)
-        found[:, : c * offsets].unflatten(1, (offsets, c)).copy_(channels.unflatten(1, (c, offsets)).transpose(1, 2))
-        found[:, c * offsets :].copy_(others)
-        return found
+    def inverse(self) -> Tensor:
+        """Where `write` has each input of `write_fast`."""
+        return self._turned(self.x.shape[-1], math.prod(self.kernel))
 
     def _turned(self, outer: int, inner: int) -> Tensor:
         one = torch.arange(outer * inner, device=self.x.device)

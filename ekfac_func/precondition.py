@@ -504,7 +504,6 @@ def _refresh(
     spans = [name for name in means if isinstance(chosen[name], Thin)]
     new, kept = refresh_bases(used, state.bases, how, state.step == 0, spans)
     new = of_first(new, ranks)
-    new = {name: eigenbasis.laid_out(basis) for name, basis in new.items()}
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)

@@ -41,15 +41,12 @@ NARROW, ROWS = 16, 4096  # columns up to which a product adds up its rows in tur
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for the fast kernels of CUDA devices
 
 
-def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None, columns: bool = False) -> Tensor:
-    """`x Q` of `[... d]` and `[d e]`. rooms: where it may be written. columns: it had best lie by columns in memory."""
+def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None) -> Tensor:
+    """`x Q` of `[... d]` and `[d e]`. rooms: where it may be written."""
     many = not torch.compiler.is_compiling() and x.numel() * Q.shape[1] >= MULTIPLICATIONS
-    if not ((many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _takes(x, Q)):
-        return matmul(x, Q, rooms)
-    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], Q.shape[1])
-    if columns and Q.mT.is_contiguous():
-        return _product(Q.mT, rows.mT).mT.reshape(shape)
-    return _product(rows, Q).reshape(shape)
+    if (many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _takes(x, Q):
+        return _product(x.reshape(-1, x.shape[-1]), Q).reshape(*x.shape[:-1], Q.shape[1])
+    return matmul(x, Q, rooms)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

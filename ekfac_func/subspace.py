@@ -74,7 +74,7 @@ def sample_squares(g: Tensor, a: Tensor, g_O: Tensor, a_I: Tensor, basis: Basis)
 def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     """Sums over the examples of G and its squares, inside and outside, `[b O I k]`, of one position: squares factor."""
     c_i, c_o = map(outside, basis)
-    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis, columns=True)
+    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
     h, x = g_O.square(), a_I.square()
     if c_o:
         h = _replace_last(h, _rest_outputs(g, g_O, basis).square().sum(-1, keepdim=True) / c_o, -1)

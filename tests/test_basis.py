@@ -26,7 +26,6 @@ from ekfac_func import (
 )
 from ekfac_func import basis as eigenbasis
 from ekfac_func.kronecker import symmetric
-from ekfac_func.patches import Patches
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
 
 from .cases import CASES, N, make
@@ -328,32 +327,3 @@ def test_extreme_gradients_in_float32(scale: float) -> None:
     assert info.kept_bases == 0
     for value in (natural["w"], state.second_moments["w"].value, state.bases["w"].Q_A):
         assert torch.isfinite(value).all()
-
-
-@pytest.mark.parametrize(
-    "refresh", [refreshes.eigh(), refreshes.qr(), refreshes.adaptive(0.1)], ids=lambda how: how.name
-)
-@pytest.mark.parametrize("name", ["mlp", "conv", "positions"])
-def test_a_basis_lies_in_memory_as_its_products_read_it(name: str, refresh: refreshes.Refresh) -> None:
-    """From the start on, so that a step is compiled for one layout."""
-    case = make(name)
-    step = ekfac(case.loss_fn, damping=1e-2, refresh=refresh)
-    state = step.init(case.params, case.batch(N))
-    for _ in range(3):
-        for Q_A, Q_B in state.bases.values():
-            assert Q_A.mT.is_contiguous()
-            assert Q_B.is_contiguous()
-        _, state, _ = step.precondition(case.params, case.batch(N), state)
-
-
-@pytest.mark.parametrize("last", [None, 2.0])
-def test_a_basis_in_the_order_of_patches(last: float | None) -> None:
-    """As they are written fast, whatever way it lies in memory."""
-    patches = Patches(torch.randn(2, 1, 1, 5, 5, 3), (2, 3), (1, 1), (1, 1), last)
-    i = patches.shape[3]
-    Q = torch.randn(1, i, i)
-    expected = patches.write()[..., 0] @ Q[:, None]
-    for turned in (Q, Q.mT.contiguous().mT):
-        close(patches.write_fast()[..., 0] @ patches.reordered(turned)[:, None], expected)
-    many = torch.vmap(patches.reordered)(torch.stack([Q, -Q]))
-    close(many[1], -patches.reordered(Q))
