@@ -54,6 +54,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return products.linear(input, weight, bias)
 
 
+def addmm(*operands: Any, **named: Any) -> Tensor:
+    """`torch.addmm`; of a vector and two matrices it is a linear layer."""
+    if len(operands) == 3 and not named and operands[0].dim() == 1:
+        return linear(operands[1], operands[2].mT, operands[0])
+    return torch.addmm(*operands, **named)
+
+
 def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.cross_entropy`; class indices without weights or smoothing keep the batch size open."""
     if len(args) > 0 or not _given(kwargs) <= {"ignore_index", "reduction"} or target.is_floating_point():
@@ -237,7 +244,10 @@ OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
 """Where torch's own rule fixes the batch size of a graph, or is slow."""
 OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
 """The same, of calls that are tapped."""
-EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.linear: linear}
+EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: linear,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), addmm),
+}
 """Of calls that are tapped, in eager mode and in at most one `vmap`."""
 
 

@@ -51,8 +51,9 @@ def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of a weight and a bias that nobody differentiates, in eager mode."""
-    alike = all(_fits(x, t) for t in (weight, bias) if t is not None) and not torch.is_autocast_enabled("cpu")
-    if weight.numel() < ENTRIES or not alike or _get_current_dispatch_mode() is not None:
+    alike = _fits(x, weight) and (bias is None or (_fits(x, bias) and bias.shape == weight.shape[:1]))
+    plain = _get_current_dispatch_mode() is None and not torch.is_autocast_enabled("cpu")
+    if weight.numel() < ENTRIES or not (alike and plain):
         return F.linear(x, weight, bias)
     linear: Tensor = _Linear.apply(x, weight, bias)
     return linear

@@ -58,6 +58,7 @@ def test_linear(lead: tuple[int, ...], bias: bool) -> None:
         close(slope, wanted, 1e-5)
     assert not linear(x.detach(), weight, b).requires_grad
     same_bits(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+    close(linear(x, weight.mT.contiguous().mT, torch.ones(1).float()), F.linear(x, weight) + 1, 1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         same_bits(linear(x, weight, b), F.linear(x, weight, b))
     with FlopCounterMode(display=False) as counter:
@@ -104,7 +105,7 @@ def test_a_compact_curvature_on_many_trees(compiled: bool) -> None:
         close(one, (operator @ {"w": expected})["w"], 1e-5)
 
 
-FLOAT32 = ["mlp", "conv", "conv groups", "positions", "tied", "attention causal", "ids"]
+FLOAT32 = ["mlp", "addmm", "conv", "conv groups", "positions", "tied", "attention causal", "ids"]
 
 
 @pytest.mark.parametrize(
