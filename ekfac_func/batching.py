@@ -47,7 +47,9 @@ def conv(
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of a weight and a bias that are those of all examples: `vmap` adds the bias in a pass of its own."""
-    if any(t is not None and functorch.is_functorch_wrapped_tensor(t) for t in (weight, bias)):
+    of_all = not any(t is not None and functorch.is_functorch_wrapped_tensor(t) for t in (weight, bias))
+    along = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])  # of others some lie along positions
+    if not (of_all and along):
         return F.linear(input, weight, bias)
     if functorch.is_batchedtensor(input):
         return past_vmap(lambda x: products.linear(x, weight, bias), input)

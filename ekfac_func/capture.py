@@ -247,6 +247,7 @@ def _watched(
     exact = EXACT if looping else {}  # of tapped calls
     of_batch = EAGER_LAYERS if not (compiling or mapped) and found.way in (Way.SUMMED, Way.BATCHED) else {}
     by_ids = not options.batched and F.embedding in options.rules
+    biases = {layer.weight: layer.bias for layer in found.layers}
     calls: list[Any] = []
     ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
 
@@ -329,6 +330,12 @@ def _watched(
                     "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
                 )
             if not compiling:
+                added = biases[planned.weight] if planned.biased else None
+                if bias != added:
+                    raise StalePlan(
+                        f"call {k} of a layer, of {planned.weight!r}, adds the parameter {bias!r} where discovery saw "
+                        f"{added!r}: let the loss call the same layers whatever device, mode or values it meets"
+                    )
                 seen.append((read.letters, read.split, bias, read.table, output.dtype))
                 own = map(innermost, pytree.tree_leaves(read.input))
                 inputs.extend((planned.weight, x, x._version) for x in own)

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
 from ekfac_func import RULES, SUA, Call, Factored, PerExampleGradients, describe, ekfac, kfac, per_example_gradients
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
+from ekfac_func.modes import innermost
 from ekfac_func.types import Dense, Params
 
 from .cases import CASES, SPATIAL, Case, N, classifier, every_case, every_case_and_table, make
@@ -702,6 +704,34 @@ def test_a_use_that_no_function_mode_sees_from_now_on(way: str, name: str) -> No
             found = {p: of_both[1] for p, of_both in mapped.items()}
         for p in params:
             close(found[p], expected[p])
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["nowhere else", "of another layer"])
+def test_a_bias_from_now_on(elsewhere: bool) -> None:
+    """The calls are those of the last time but for what they add."""
+    added = SimpleNamespace(on=False)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y = F.linear(x, params["v"], params["b"] if elsewhere or not added.on else None)
+        return (F.linear(x, params["w"], params["b"] if added.on else None) * y).cos().sum()
+
+    params, batch = {"w": torch.randn(3, 4), "v": torch.randn(3, 4), "b": torch.randn(3)}, torch.randn(N, 4)
+    for added.on in (False, True, False):
+        expected = loop(loss_fn, params, batch)[1]
+        found = per_example_gradients(loss_fn, params, batch)
+        for p in params:
+            close(found.dense(p), expected[p])
+
+
+def test_a_bias_that_discovery_does_not_see() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        values = not isinstance(innermost(x), FakeTensor)
+        y = F.linear(x, params["v"], params["b"])
+        return (F.linear(x, params["w"], params["b"] if values else None) * y).cos().sum()
+
+    params, batch = {"w": torch.randn(3, 4), "v": torch.randn(3, 4), "b": torch.randn(3)}, torch.randn(N, 4)
+    with pytest.raises(RuntimeError, match="adds the parameter 'b' where discovery saw None"):
+        per_example_gradients(loss_fn, params, batch)
 
 
 def test_a_loss_that_differentiates_its_layers_from_now_on() -> None:

@@ -1,20 +1,23 @@
 """Products by oneDNN equal PyTorch's own."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ekfac_func import compact, curvature, ekfac
+from ekfac_func import compact, curvature, ekfac, per_example_gradients
 from ekfac_func.kronecker import symmetric
 from ekfac_func.products import ONEDNN, linear, outer, product, rotate
+from ekfac_func.types import Params
 
 from .cases import N, make
-from .oracles import close, close_trees, same_bits
+from .oracles import close, close_trees, loop, same_bits
 
 pytestmark = pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
 
@@ -58,7 +61,7 @@ def test_linear(lead: tuple[int, ...], bias: bool) -> None:
         close(slope, wanted, 1e-5)
     assert not linear(x.detach(), weight, b).requires_grad
     same_bits(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
-    close(linear(x, weight.mT.contiguous().mT, torch.ones(1).float()), F.linear(x, weight) + 1, 1e-5)
+    close(linear(x, weight.mT.contiguous().mT, b), found, 1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         same_bits(linear(x, weight, b), F.linear(x, weight, b))
     with FlopCounterMode(display=False) as counter:
@@ -103,6 +106,47 @@ def test_a_compact_curvature_on_many_trees(compiled: bool) -> None:
     found = times({"w": many})["w"]
     for one, expected in zip(found, many, strict=True):
         close(one, (operator @ {"w": expected})["w"], 1e-5)
+
+
+def of_columns(p: Params, x: Tensor) -> Tensor:
+    return F.linear(F.linear(x, p["w"], p["b"]).tanh(), p["v"], p["c"]).square().sum()
+
+
+def of_broadcast(p: Params, x: Tensor) -> Tensor:
+    y = F.linear(x, p["w"], p["b"][None])
+    return (F.linear(y.cos(), p["v"], x[:1, :1]) + F.linear(y.sin(), p["v"], x[:, :1])).square().sum()
+
+
+def of_biases(p: Params, x: Tensor) -> Tensor:
+    """A bias that is made of a parameter, of all examples and of one."""
+    return F.linear(F.linear(x, p["w"], p["b"].sin()), p["v"], F.linear(x, p["v"]).mean(0)).square().sum()
+
+
+@pytest.mark.parametrize("loss_fn", [of_columns, of_broadcast, of_biases])
+def test_whatever_the_bias(loss_fn: Any) -> None:
+    """With gaps between its entries, of other shapes, or differentiated."""
+    columns = torch.randn(4, 2).float()
+    params = {"w": torch.randn(4, 4).float(), "v": torch.randn(4, 4).float(), "b": columns[:, 1], "c": columns[:, 0]}
+    batch = torch.randn(3, 5, 4).float()
+    losses, expected = loop(loss_fn, params, batch)
+    found = per_example_gradients(loss_fn, params, batch)
+    close(found.losses, losses, 1e-4)
+    for name in params:
+        close(found.dense(name), expected[name], 1e-4)
+
+
+def test_a_bias_made_of_the_batch() -> None:
+    """Whose gradient goes on to what it was made of."""
+    params, x = {"w": torch.randn(4, 4).float(), "v": torch.randn(4, 4).float()}, torch.randn(3, 4).float()
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"], F.linear(x, p["v"]).mean(0)).square().sum(1)
+
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    expected = torch.autograd.grad(losses(leaves, x).mean(), list(leaves.values()))
+    found = per_example_gradients(losses, params, x, batched=True).mean()
+    for name, gradient in zip(params, expected, strict=True):
+        close(found[name], gradient, 1e-4)
 
 
 FLOAT32 = ["mlp", "addmm", "conv", "conv groups", "positions", "tied", "attention causal", "ids"]
