@@ -184,3 +184,11 @@ def test_many_rows_of_a_narrow_matrix(d: int) -> None:
     x = torch.randn(2, 300_000, d).float()
     exact = x.double().mT @ x.double()
     assert (symmetric(x) - exact).abs().max() <= 1e-6 * exact.max()
+
+
+def test_a_matrix_with_an_odd_number_of_columns_and_many_rows() -> None:
+    """By rows, by columns and with gaps."""
+    x, y = torch.randn(1024, 512).float(), torch.randn(512, 515).float()
+    for Q in (y[:, :513], y[:, :513].contiguous(), y[:, :513].mT.contiguous().mT):
+        close(rotate(x, Q).double(), x.double() @ Q.double(), 1e-4)
+        close(outer(x.mT, Q).double(), x.double() @ Q.double(), 1e-4)
