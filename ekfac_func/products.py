@@ -57,11 +57,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.numel() < ENTRIES or not plain or any(t.requires_grad or not _fits(x, t) for t in own):
         return F.linear(x, weight, bias)
     # of a bias with gaps oneDNN reads the wrong entries
-    linear: Tensor = _Linear.apply(x, weight, None if bias is None else bias.contiguous())
-    return linear
+    y: Tensor = _Linear.apply(x, weight, None if bias is None else bias.contiguous())
+    return y
 
 
 class _Linear(torch.autograd.Function):
+    """`F.linear` by oneDNN, in which only the input is differentiated."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
