@@ -54,7 +54,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of a weight `[e d]` and a bias `[e]`, in eager mode; faster where neither is differentiated."""
     own = [t for t in (weight, bias) if t is not None]
     plain = _get_current_dispatch_mode() is None and not torch.is_autocast_enabled("cpu")
-    if weight.numel() < ENTRIES or not plain or any(t.requires_grad or not _fits(x, t) for t in own):
+    large = weight.numel() >= ENTRIES and x.numel() > 0
+    if not (large and plain) or any(t.requires_grad or not _fits(x, t) for t in own):
         return F.linear(x, weight, bias)
     # of a bias with gaps oneDNN reads the wrong entries
     y: Tensor = _Linear.apply(x, weight, None if bias is None else bias.contiguous())
@@ -67,7 +68,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        y = _multiplied(x.reshape(-1, x.shape[-1]), weight.mT, bias)
+        y = _of_matrices(x.reshape(-1, x.shape[-1]), weight.mT, bias)
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -150,12 +151,11 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return _multiplied(x, y) if plain else product(x, y)
 
 
-def _multiplied(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-    """bias: of two matrices."""
+def _multiplied(x: Tensor, y: Tensor) -> Tensor:
     if x.numel() == 0 or y.numel() == 0:
-        return x @ y if bias is None else x @ y + bias
+        return x @ y
     if x.shape[:-2].numel() == 1:
-        return _of_matrices(x.flatten(0, -2), y.flatten(0, -2), bias).reshape(*x.shape[:-1], y.shape[-1])
+        return _of_matrices(x.flatten(0, -2), y.flatten(0, -2)).reshape(*x.shape[:-1], y.shape[-1])
     found = x.new_empty(*x.shape[:-1], y.shape[-1])
     for z, of_x, of_y in zip(found.flatten(0, -3), x.flatten(0, -3), y.flatten(0, -3), strict=True):
         z.copy_(_of_matrices(of_x, of_y))
