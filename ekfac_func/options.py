@@ -1,6 +1,7 @@
 """What the commands share: numbers as options, the packages they need, the directory they write to."""
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,9 +66,10 @@ def extra(command: str) -> Iterator[None]:
 
 
 def make_directory(path: Path, error: Callable[[str], NoReturn]) -> None:
-    """Make the directory of `--out` where there is none; `error` reports one that cannot be."""
+    """Make the directory of `--out` where there is none; `error` reports one that cannot be, or be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as reason:
         error(f"argument --out: {reason}: give a directory that can be written")
 

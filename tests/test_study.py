@@ -199,8 +199,10 @@ def test_text_is_that_of_the_help_topics() -> None:
         (["--estimators", "best"], "--estimators", "intra_batch"),
         (["--examples", "5000"], "--examples", "1438"),
         (["--batch-size", "300"], "--batch-size", "two batches"),
+        (["--examples", "65", "--batch-size", "16"], "--batch-size", "the estimator split cannot halve"),
         (["--data", "text"], "--data", "give text with transformer"),
         (["--load", "nowhere.pt"], "--load", "torch.save"),
+        (["--load", __file__], "--load", "no parameters of cnn on digits"),
     ],
 )
 def test_a_bad_option_is_named_with_its_remedy(

@@ -130,6 +130,14 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "give a directory" in message
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a directory in which nobody makes a file")
+def test_an_out_that_takes_no_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", "/proc"])
+    assert stopped.value.code == 2
+    assert "give a directory that can be written" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "digits-mlp.checkpoint.pt"
     other = io.BytesIO()

@@ -110,6 +110,11 @@ def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
             f"argument --batch-size: {settings.batch_size} leaves fewer than two batches of {settings.examples} "
             "examples: give less"
         )
+    if 1 in (settings.batch_size, settings.examples % settings.batch_size) and "split" in settings.estimators:
+        error(
+            f"argument --batch-size: in batches of {settings.batch_size} of {settings.examples} examples one is by "
+            "itself, which the estimator split cannot halve: give another size"
+        )
     if settings.load is not None and not settings.load.is_file():
         error(f"argument --load: {settings.load} is not a file: give one that torch.save wrote")
     make_directory(options.out, error)
@@ -118,7 +123,10 @@ def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     torch.set_flush_denormal(True)
     line, started = command_line(settings, options.threads, options.out), time.perf_counter()
     print(line, flush=True)
-    found = run.run(settings, loaded)
+    try:
+        found = run.run(settings, loaded)
+    except run.Unloadable as reason:
+        error(f"argument --load: {reason}")
     figures = plots.draw(found)
     seconds = time.perf_counter() - started
     for path in (

@@ -51,12 +51,22 @@ class Study(NamedTuple):
         return [row.record for row in self.rows if row.part == part and stage in (None, row.stage)]
 
 
+class Unloadable(Exception):
+    """The file to start from does not have the parameters of the model."""
+
+
 def run(settings: Settings, data: Data) -> Study:
-    """Train, compare and look closer. Everything random follows from the seed."""
+    """Train, compare and look closer. Everything random follows from the seed. Unloadable for a file of others."""
     torch.manual_seed(settings.seed)
     task = make(settings.model, data.train[0], settings.seed)
     if settings.load is not None:
-        task.net.load_state_dict(torch.load(settings.load, weights_only=True), strict=True)
+        try:
+            task.net.load_state_dict(torch.load(settings.load, weights_only=True), strict=True)
+        except Exception as reason:  # of bytes at random the unpickler raises anything
+            raise Unloadable(
+                f"{settings.load} has no parameters of {settings.model} on {settings.data} ({type(reason).__name__}): "
+                "give a dict of its tensors that torch.save wrote"
+            ) from reason
     wanted = sorted({*settings.stages, *_trajectory_steps(settings)})
     points = dict(trained(task, data, settings, wanted))
     task.net.double()
