@@ -66,8 +66,6 @@ def whole_batch(terms: OfLayers, n: int) -> tuple[OfLayers, OfLayers]:
 
 def split_batch(terms: OfLayers, n: int) -> tuple[OfLayers, OfLayers]:
     """The basis from the first half of the batch, the moment from the second: the moment does not see its own basis."""
-    if n < 2:
-        raise ValueError(f"a batch of {n} example cannot be split: give at least 2 examples a batch")
 
     def halved(term: Terms, first: bool) -> Terms:
         total = count(term)
@@ -195,6 +193,8 @@ def compare(
     """
     if not isinstance(estimators, Mapping):
         raise TypeError(f"estimators is a {type(estimators).__name__}: pass a dict from names to estimators")
+    if not estimators:
+        raise ValueError("estimators is empty: pass at least one, by name, or leave it out")
     if not isinstance(batches, Sequence):
         raise TypeError(f"batches is a {type(batches).__name__}: pass a list of batches")
     chosen = {name: _checked(name, estimator) for name, estimator in estimators.items()}
@@ -208,6 +208,13 @@ def compare(
     for at in trajectory:
         check_params(at)
     counts = [check_batch(batch) for batch in batches]
+    for t, n in enumerate(counts):
+        split = [name for name, estimator in chosen.items() if estimator.basis is split_batch]
+        if n < 2 and split:
+            raise ValueError(
+                f"batches[{t}] has {n} example, which estimators[{split[0]!r}] cannot split: give at least 2 examples "
+                "a batch, or leave that estimator out"
+            )
 
     recipes: dict[Any, dict[str, Estimator]] = {}
     for name, estimator in chosen.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .basis import fills_up, real
-from .checks import check_not_negative, check_tree
+from .checks import check_count, check_not_negative, check_number, check_tree
 from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
 from .types import Basis, Layer, Number, Params, State
@@ -59,7 +59,11 @@ class Curvature:
         return self._of(lambda name, v: v + by[name])
 
     def power(self, exponent: Number) -> Curvature:
-        """`F^exponent`. Where F has an eigenvalue 0 a negative one gives infinities: take `damped` first."""
+        """`F^exponent`. Where F has an eigenvalue 0 a negative one gives infinities: take `damped` first.
+
+        exponent: any finite number, or a 0-d tensor.
+        """
+        check_number("exponent", exponent)
         return self._of(lambda name, v: v**exponent)
 
     def __matmul__(self, tree: Mapping[str, Tensor]) -> Params:
@@ -80,6 +84,8 @@ class Curvature:
 
         generator: the only randomness, `torch.Generator().manual_seed(seed)` on the device of the state.
         """
+        if count is not None:
+            check_count("count", count)
         root = self.power(0.5).values
         ahead = () if count is None else (count,)
         draws = {}

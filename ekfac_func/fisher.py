@@ -45,6 +45,15 @@ class Fisher(NamedTuple):
     draws: bool = True
 
 
+def check_fisher(fisher: object) -> None:
+    """Refuse what is no Fisher."""
+    if not isinstance(fisher, Fisher):
+        raise TypeError(
+            f"fisher={fisher!r} is not a Fisher: pass empirical, sampled(model, likelihood), exact(model, likelihood), "
+            "gradient(loss) or a Fisher"
+        )
+
+
 def _as_they_are(params: Mapping[str, Tensor], batch: Batch) -> Batch:
     return batch
 

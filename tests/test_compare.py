@@ -453,13 +453,15 @@ def test_bad_arguments() -> None:
         run(batches=())
     with pytest.raises(TypeError, match="batches is a dict: pass a list of batches"):
         run(batches={"x": batch})
+    with pytest.raises(ValueError, match="estimators is empty: pass at least one"):
+        compare(case.loss_fn, case.params, [batch], damping=1.0, estimators={})
     with pytest.raises(TypeError, match="estimators is a list: pass a dict"):
         compare(case.loss_fn, case.params, [batch], damping=1.0, estimators=["kfac"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="params has 2 trees for 1 batches"):
         run(params=[case.params, case.params])
     with pytest.raises(ValueError, match="damping=-1"):
         run(damping=-1)
-    with pytest.raises(ValueError, match="cannot be split: give at least 2"):
+    with pytest.raises(ValueError, match=r"'x'. cannot split: give at least 2"):
         run(batches=[case.batch(1)], x=Estimator(basis=split_batch))
     with pytest.raises(ValueError, match="use sampled"):
         run(x=Estimator(running_average(0.5), fisher=exact(model, lambda z: Categorical(logits=z))))

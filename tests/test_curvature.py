@@ -1,6 +1,7 @@
 """The curvature as an operator, against `Q diag(m2) Q^T` by explicit Kronecker products, and against curvlinops."""
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -276,6 +277,19 @@ def test_what_cannot_be_is_refused() -> None:
         curvature(initial)
     with pytest.raises(TypeError, match="state is a dict"):
         curvature({})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the tree is a Tensor: give a dict"):
+        curvature(stepped(case, batch)) @ batch[0]
+    for exponent, error, message in (
+        (torch.ones(2), ValueError, r"exponent has shape \(2,\).*0-d"),
+        (math.nan, ValueError, "exponent=nan.*finite"),
+        (True, TypeError, "exponent is a bool"),
+    ):
+        with pytest.raises(error, match=message):
+            curvature(stepped(case, batch)).power(exponent)
+    with pytest.raises(ValueError, match="count=0: give a whole number"):
+        curvature(stepped(case, batch)).sample(torch.Generator(), 0)
+    with pytest.raises(TypeError, match="fisher='exact' is not a Fisher"):
+        fisher_blocks(case.loss_fn, case.params, batch, fisher="exact")  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="give one tensor for each"):
         curvature(stepped(case, batch)) @ {"0.weight": case.params["0.weight"]}
     with pytest.raises(

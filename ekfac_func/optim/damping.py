@@ -95,6 +95,7 @@ def preconditioned_quadratic(
 
     `natural = (C + damping)^-1 gradient`, so it is `learning_rate^2 natural . gradient`. True of the exponent -1 alone.
     """
+    check_like(gradient, natural, "natural", "gradient")
     return learning_rate**2 * total(dots(natural, gradient))
 
 

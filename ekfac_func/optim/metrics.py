@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..basis import counts, real
-from ..checks import check_count
+from ..checks import check_count, check_not_negative
 from ..refreshes import EIGH, Refresh, check_refresh, due
 from ..types import Info, Number, State
 from .norms import dots, squares, total
@@ -45,6 +45,9 @@ def metrics(
 
     The effective rank is that of Roy & Vetterli 2007, https://ieeexplore.ieee.org/document/7098875.
     """
+    if not isinstance(info, Info):
+        raise TypeError(f"info is a {type(info).__name__}: give natural, info and state, in this order")
+    check_not_negative("learning_rate", learning_rate)
     gradient_square, natural_square = total(squares(info.gradient)), total(squares(natural))
     product = total(dots(natural, info.gradient))
     lengths = gradient_square.sqrt() * natural_square.sqrt()

@@ -1,7 +1,7 @@
 """Schedules: functions of the step, a 0-d integer tensor, so that a compiled step needs one graph for all of them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,16 +38,20 @@ def warm_up(steps: int, schedule: Schedule) -> Schedule:
         raise TypeError(f"schedule={schedule!r} is no function of the step: give constant(value), cosine(start, steps)")
 
     def warmed(step: Tensor) -> Tensor:
-        return schedule((step - steps).clamp(min=0)) * ((_real(step) + 1) / steps).clamp(max=1)
+        return ((_real(step) + 1) / steps).clamp(max=1) * schedule((step - steps).clamp(min=0))
 
     return warmed
 
 
-def value_at(value: Number | Schedule, step: Tensor) -> Number | Tensor:
+def value_at(value: Number | Schedule, step: Tensor) -> Number:
     """A schedule's value at the step; a number as it is."""
     return value(step) if callable(value) else value
 
 
 def _real(step: Tensor) -> Tensor:
     """In float32 at least, whatever the default dtype is."""
+    if isinstance(step, Mapping):
+        raise TypeError(
+            "a schedule was called with a dict, as a damping rule is: give damping=schedule(step), its value"
+        )
     return torch.as_tensor(step).to(torch.promote_types(torch.get_default_dtype(), torch.float32))
