@@ -16,6 +16,7 @@ from .checks import check_count
 from .types import Basis, Layer, Reflections, Side, outside
 
 LARGE = 8192  # dimensions of a basis, above which a warning says what it takes
+PRIME, FIRST = 2_097_143, 1_234_567  # whose cube is an int64, and from where on cubes modulo it have no order
 
 
 class Blocks(NamedTuple):
@@ -53,16 +54,17 @@ def rank(r: int) -> Rank:
     basis; outside it is the mean over the complement: a number for both sides outside, a vector along the inside
     coordinates where one side is. A refresh is a subspace iteration from the old eigenvectors, `U <- qr(C U)` once (or
     as often as `qr(iterations)` says; at the first step once more), then the eigenvectors of `U^T C U` (Rayleigh-Ritz):
-    Halko, Martinsson & Tropp 2011, https://arxiv.org/abs/0909.4061. The start is a Gaussian matrix of a fixed seed,
-    orthonormalised; every iteration has `max(8, r / 8)` columns more, orthogonal to the old ones, for what these have
-    no part in.
+    Halko, Martinsson & Tropp 2011, https://arxiv.org/abs/0909.4061. It starts from a matrix without order, the same
+    every time, orthonormalised; every iteration has `max(8, r / 8)` columns more, orthogonal to the old ones, for what
+    these have no part in.
 
     With `factor_decay=0` the state keeps no factor, and none is formed but that of a convolution's patches: `C U` is
-    `X^T (X U)` of the samples X. An average needs it in full, `[i i]`. No more samples than all these columns are not
-    iterated but, outside of graphs, orthonormalised themselves, and their eigenvectors exact. Of fewer than r the basis
-    holds them all (in graphs after a few refreshes where they are others than before), and the rest of its columns is
-    arbitrary, as the null space of a full basis is. The rows of a lookup table stay diagonal. A side of no more than
-    r + 1 dimensions is full: a complement of one dimension is a direction like any other.
+    `X^T (X U)` of the samples X. An average needs it in full, `[i i]`, and so do several processes. No more samples
+    than all these columns are not iterated but, outside of graphs, orthonormalised themselves, and their eigenvectors
+    exact. Of fewer than r the basis holds them all (in graphs and of formed factors after a few refreshes where they
+    are others than before), and the rest of its columns is arbitrary, as the null space of a full basis is. The rows of
+    a lookup table stay diagonal. A side of no more than r + 1 dimensions is full: a complement of one dimension is a
+    direction like any other.
     """
     check_count("r", r)
     return Rank(r)
@@ -244,10 +246,16 @@ def _start(shape: tuple[int, ...], like: Tensor, choice: Choice) -> Side:
     if columns == rows or columns == 0:
         one = torch.eye(rows, columns, dtype=like.dtype, device=like.device)
         return one.repeat(b, *between, 1, 1)
-    generator = torch.Generator("cpu").manual_seed(0)
-    sketch = torch.randn(rows, columns - 1, dtype=torch.float64, device="cpu", generator=generator)
-    U = torch.linalg.qr(sketch.to(like.dtype)).Q.to(like.device)
-    return F.pad(U, (0, 1)).repeat(b, 1, 1)
+    return F.pad(torch.linalg.qr(noise(rows, columns - 1, like, PRIME // 2)).Q, (0, 1)).repeat(b, 1, 1)
+
+
+def noise(d: int, columns: int, like: Tensor, skipped: int = 0) -> Tensor:
+    """`[d columns]` in [-1, 1], the same every time: cubes modulo a prime, for no graph or `vmap` takes a generator.
+
+    skipped: how many of the numbers that there are to leave out, for a matrix that has nothing of another one.
+    """
+    k = (torch.arange(d * columns, device=like.device) + FIRST + skipped) % PRIME
+    return (2 * (k**3 % PRIME).to(like.dtype) / PRIME - 1).reshape(d, columns)
 
 
 def counts(basis: Basis, like: Tensor) -> Tensor:

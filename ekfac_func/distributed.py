@@ -31,9 +31,9 @@ def ranks(group: dist.ProcessGroup | None = None) -> Ranks:
     Each steps on its own share of a batch, of any size from one example on, from the same params and state, which is to
     be seen to at the start. All then have the natural gradient, state and info of the whole batch, to rounding and but
     for what null spaces are (factors are formed here); `info.aux`, and with `batched=True` the statistics of BatchNorm,
-    are of the share. A step is one collective for each dtype, and two more where a basis is refreshed; an error in one
-    process leaves the others waiting. Random numbers, of dropout or of a sampled Fisher, are each process's own: seed
-    them apart. RuntimeError where there is no process group.
+    are of the share. A step is one collective for each dtype, and three more where a basis is refreshed; an error in
+    one process leaves the others waiting. Random numbers, of dropout or of a sampled Fisher, are each process's own:
+    seed them apart. RuntimeError where there is no process group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("there is no process group: call torch.distributed.init_process_group before ranks()")

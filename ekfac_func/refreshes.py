@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .basis import noise
 from .checks import check_count
 from .kronecker import formed
 from .modes import one_by_one, where
@@ -27,10 +28,9 @@ eigensolver = torch.linalg.eigh  # replaceable, so that tests can make it fail o
 
 ORTHONORMAL = {torch.float64: 1e-6, torch.float32: 1e-4}  # largest entry of |Q^T Q - I| of a good basis, as solved
 PROBES = 8  # vectors on which orthonormality is tried, in place of a product of a fifth of the solver's time
-MAX_GROUPS = 4  # each is a graph of its own, beside those of the first step and of no refresh; Dynamo's limit is eight
+MAX_GROUPS = 4  # each is a graph of its own, beside those of the first step and of no refresh
 RANK_ITERATIONS = 1  # multiplications by the factor at a refresh of a rank(r) side, one more at the first step
 LEAST_FRESH = 8  # columns beside those of a rank(r) side that an iteration starts from; r / 8 where that is more
-PRIME, FIRST = 2_097_143, 1_234_567  # whose cube is an int64, and from where on cubes modulo it have no order
 LARGE = 96  # dimensions from which on a thread of its own pays for a matrix
 
 
@@ -133,7 +133,9 @@ def staggered(groups: int, of: Refresh = EIGH) -> Refresh:
     Each layer is refreshed every `basis_every` steps; the groups `basis_every / groups` steps apart, from the first
     step on, which refreshes all layers. Between, a layer keeps its factors and basis, and its moment goes on.
 
-    groups: from 2 to 4; each is a graph of a compiled step.
+    groups: from 2 to 4. A compiled step has a graph for the first step, one for each group and one for no refresh,
+        with `moment_every` up to twice as many, and as many again for a second batch size: where that is more than
+        eight, raise `torch._dynamo.config.recompile_limit`.
     of: how: `eigh()`, the default, `qr(iterations)` or `adaptive(tolerance)`.
     """
     check_count("groups", groups)
@@ -306,7 +308,7 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
         U, R = torch.linalg.qr(torch.cat([x.mT, U[..., : max(r - samples, 0)]], -1))
         y = R[..., :samples].mT
     else:
-        fresh = _noise(d, beside, U)
+        fresh = noise(d, beside, U)
         U = torch.cat([U, fresh - U @ (U.mT @ fresh)], -1)
         for _ in range(iterations):
             U = torch.linalg.qr(x.mT @ (x @ U) if isinstance(C, Gram) else x @ U).Q
@@ -320,12 +322,6 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
         return torch.where(good & ~nothing, F.pad(turned, (0, 1)), old), (~good & ~nothing).sum()
 
     return Problem((T + T.mT) / 2, None, read)
-
-
-def _noise(d: int, columns: int, like: Tensor) -> Tensor:
-    """`[d columns]` in [-1, 1], the same every time: cubes modulo a prime, for a graph takes no generator."""
-    k = (torch.arange(d * columns, device=like.device) + FIRST) % PRIME
-    return (2 * (k**3 % PRIME).to(like.dtype) / PRIME - 1).reshape(d, columns)
 
 
 def _scaled(C: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,16 @@ def test_bases_are_those_of_the_first_process() -> None:
     same_bits(of_first(tree, Ranks(lambda t: t, first=False)), pytree.tree_map(torch.zeros_like, tree))
 
 
+def test_kept_bases_are_those_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that is not the first, in a world without others, so that nothing is kept."""
+    case = make("deep")
+    monkeypatch.setattr("ekfac_func.refreshes.eigensolver", lambda C: (C, C * torch.nan))
+    for first, kept in ((True, True), (False, False)):
+        step = ekfac(case.loss_fn, damping=0.1, ranks=Ranks(lambda t: t, first))
+        _, _, info = step.precondition(case.params, case.batch(4), step.init(case.params, case.batch(4)))
+        assert bool(info.kept_bases > 0) == kept
+
+
 def test_ranks_of_the_world_are_pickled() -> None:
     world = Ranks(functools.partial(_all_reduce, None), first=True)
     assert pickle.loads(pickle.dumps(world)).first

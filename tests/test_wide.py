@@ -752,6 +752,19 @@ def test_vmap_over_states_of_every_refresh(name: str) -> None:
             close_trees({name: p[at] for name, p in together.items()}, alone, 1e-8)
 
 
+@pytest.mark.parametrize("choice", [rank(2), compact(1), blocks(2), FULL], ids=str)
+def test_vmap_of_init(choice: Any) -> None:
+    """Every member of an ensemble starts as it does alone."""
+    params, batch = {"w": torch.randn(2, 6, 5)}, torch.randn(N, 5)
+
+    def loss_fn(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, p["w"]).square().sum()
+
+    step = ekfac(loss_fn, damping=0.1, bases={"*": choice})
+    states = torch.vmap(lambda w: step.init({"w": w}, batch))(params["w"])
+    same_bits(pytree.tree_map(lambda t: t[1], states), step.init({"w": params["w"][1]}, batch))
+
+
 def test_vmap_of_second_moments() -> None:
     batch, weights = torch.randn(N, 5), torch.randn(3, 6, 5)
 
