@@ -31,6 +31,7 @@ class Arrivals:
         self.layers = {layer.weight: layer for layer in found.layers}
         self.planned, self.params, self.calls, self.take, self.n = found.calls, params, calls, take, n
         self.inputs: list[Any] = []
+        self.started = False
         self.gradients: dict[int, Tensor] = {}
         self.missing = set(range(len(found.calls)))
         self.uses: dict[str, list[int]] = {}
@@ -42,7 +43,7 @@ class Arrivals:
 
     def start(self, inputs: list[Any]) -> None:
         """inputs: of the calls; they are taken out of this list."""
-        self.inputs = inputs
+        self.inputs, self.started = inputs, True
         for k, planned in enumerate(self.planned):
             if planned.along is not None:
                 leaves, tree = pytree.tree_flatten(inputs[k])
@@ -52,7 +53,9 @@ class Arrivals:
             self.bytes_each += sum(sizes) + math.prod(output_shape(planned, 1)) * planned.output.dtype.itemsize
 
     def arrived(self, k: int, g: Tensor) -> None:
-        """The gradient w.r.t. the output of a call."""
+        """The gradient w.r.t. the output of a call. Before the start it is of a pass for what has no rule."""
+        if not self.started:
+            return
         planned = self.planned[k]
         self.gradients[k] = g if planned.along is None else _examples_first(g, planned.along[0], self.n)
         self.missing.remove(k)
@@ -89,7 +92,8 @@ class Arrivals:
             planned = self.planned[k]
             shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.output.shape)
             self.arrived(k, torch.zeros(shape, dtype=planned.output.dtype, device=planned.output.device))
-        self.take, self.inputs = _refuse, []
+        del self.take
+        self.inputs = []
 
 
 def _check_term(term: Any, planned: Tapped) -> None:
@@ -107,10 +111,6 @@ def _check_term(term: Any, planned: Tapped) -> None:
             f"the rule of a call of {planned.weight!r} gave a of shape {a} and g of shape {g}: let its term return "
             f"a [n b s i k] and g [n b s o], of the letters that it gave the weight's axes b = {b}, i = {i}, o = {o}"
         )
-
-
-def _refuse(layer: Layer, terms: Terms, bytes_each: int) -> None:
-    raise AssertionError(f"the terms of {layer.weight!r} came late")
 
 
 def output_shape(call: Tapped, n: int | None) -> tuple[int, ...]:

@@ -170,6 +170,20 @@ def summed(
     return dense, run.losses, run.aux
 
 
+def _of_each(losses: Tensor, free: Params, n: int) -> Params:
+    """The gradient of each loss `[n]`, in passes that keep the graph."""
+    wanted = list(free.values())
+    gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
+    if wanted and losses.requires_grad:
+        each = torch.eye(n, dtype=losses.dtype, device=losses.device)
+        gradients = torch.autograd.grad(
+            losses, wanted, each, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+    return {
+        name: p.new_zeros(n, *p.shape) if g is None else g for (name, p), g in zip(free.items(), gradients, strict=True)
+    }
+
+
 def _detached(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
@@ -223,26 +237,26 @@ def batched(
 ) -> Part:
     """The batch as it is; a parameter without a rule takes a backward pass an example."""
 
-    def total(probe: Probe, fixed: Params, free: Params, batch: Batch) -> tuple[Tensor, Run]:
-        losses, run = probed(probe, fixed, free, batch, n)
-        return losses.sum(), run
+    dense: Params = {}
 
     def of_taps(start: Tensor, free: Params, batch: Batch) -> tuple[Tensor, Run]:
-        return total(_taps(arrivals.arrived, start), _marked([start], fixed), free, batch)
+        losses, run = probed(_taps(arrivals.arrived, start), _marked([start], fixed), free, batch, n)
+        dense.update(_of_each(losses, free, n))
+        return losses.sum(), run
 
-    if len(free) == 0 and not transformed():
+    if not transformed():
         _, run = _freed(of_taps, free, batch, arrivals.start)
-        return {}, run.losses, run.aux
+        return dense, run.losses, run.aux
 
     def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], Run]]:
         def at_zeros(probes: list[Tensor], batch: Batch) -> tuple[Tensor, Run]:
-            return total(_adds(probes), _marked(probes, fixed), free, batch)
+            losses, run = probed(_adds(probes), _marked(probes, fixed), free, batch, n)
+            return losses.sum(), run
 
         of_f: Callable[..., Any] = torch.func.grad(at_zeros, has_aux=True)
         outputs, run = of_f(arrivals.probes(), batch)
         return run.losses, (outputs, run)
 
-    dense: Params = {}
     if len(free) > 0:  # in one forward pass, for a second one would draw other random numbers
         pulled: Any = torch.func.vjp(of_outputs, free, has_aux=True)
         losses, pull, (outputs, run) = pulled

@@ -214,12 +214,12 @@ def _retried(
     return _retried(found, options, before, tapped)
 
 
-def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int]]) -> Iterator[Any]:
+def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int, bool]]) -> Iterator[Any]:
     """Which parameters a call was given, and which of their entries: a plan is stale where that changes."""
     for leaf in pytree.tree_leaves(tree):
         of_param = by_id.get(id(leaf))
-        if of_param is not None:
-            yield of_param, leaf.shape, leaf.stride(), leaf.storage_offset()
+        if of_param is not None:  # the strides of a copy are those that `vmap` gives it
+            yield of_param, leaf.shape, (leaf.stride(), leaf.storage_offset()) if of_param[2] else ()
 
 
 def _deciding(seen: Sequence[Any]) -> list[Any]:
@@ -255,8 +255,8 @@ def _watched(
         calls.clear()
         seen: list[Any] = []
         known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
-        # 0 for the parameter, else which view it is: copies of different entries can have equal strides
-        by_id = {} if compiling else {id(p): (name, 0) for p, name in known}
+        # 0 for the parameter, else which part of it, and whether it is a view: not all that `views.VIEWS` give are
+        by_id = {} if compiling else {id(p): (name, 0, True) for p, name in known}
         counted: list[Any] = []
         reshaped: list[Any] = []
         picks: list[views.Pick] = []
@@ -295,7 +295,8 @@ def _watched(
                 parts = [output] if isinstance(output, Tensor) else output
                 if name is not None:
                     if not compiling:
-                        by_id.update({id(part): (name, at) for at, part in enumerate(parts, len(known))})
+                        viewed = by_id[id(args[0])][2] and share(parts[0], args[0])
+                        by_id.update({id(part): (name, at, viewed) for at, part in enumerate(parts, len(known))})
                     known.extend((part, name) for part in parts)
                 # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
                 hidden = compiling and name is None and not any(args[0] is p for p in free.values())
@@ -337,14 +338,17 @@ def _watched(
                         f"{added!r}: let the loss call the same layers whatever device, mode or values it meets"
                     )
                 seen.append((read.letters, read.split, bias, read.table, output.dtype))
-                own = map(innermost, pytree.tree_leaves(read.input))
-                inputs.extend((planned.weight, x, x._version) for x in own)
+                if torch.is_grad_enabled():
+                    own = map(innermost, pytree.tree_leaves(read.input))
+                    inputs.extend((planned.weight, x, x._version) for x in own)
             calls.append(with_ids(read, picks, planned.weight) if planned.picked else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())
 
         with contextlib.nullcontext() if compiling else traced(), unfused(), beneath(Tap(handle)):
             loss = loss_fn({name: fixed[name] if name in fixed else free[name] for name in params}, example)
+        if not compiling:
+            del handle  # which calls itself, and in that cycle would keep the parameters and the inputs of calls
         if len(calls) != len(found.calls):
             raise StalePlan(
                 f"the loss called {len(calls)} layers where discovery saw {len(found.calls)}: let the loss call the "
@@ -353,8 +357,6 @@ def _watched(
         refuse_changed(inputs=inputs)
         if copies.changed():
             raise Copied("the loss changes a view in place, which it did not when its layers were found")
-        inputs.clear()  # the handler, which is in a cycle, would hold them
-        copies.pairs.clear()
         ways.append(seen)
         if found.calls and _deciding(seen) != _deciding(ways[0]):
             raise StalePlan(
@@ -376,6 +378,11 @@ def _tapped(
     fixed = {name: p for name, p in params.items() if name in owned}
     free = {name: p for name, p in params.items() if name not in owned}
     device = pytree.tree_leaves(batch)[0].device
+    if found.cuts and free and options.batched and transformed():  # one transform within another, which it is not of
+        raise RuntimeError(
+            f"loss_fn calls {found.cuts}, which in a transform or a compiled step does not reach {next(iter(free))!r}, "
+            "which has no rule: write detach(), as x + (f(x) - x).detach(), or call the step in eager mode"
+        )
     probed, calls, ways = _watched(found, loss_fn, params, options, device)
     run = WAYS[found.way.name]
     read = begin(layers)

@@ -89,6 +89,7 @@ class Plan(NamedTuple):
     fills: bool = False  # the loss writes into tensors that it made, of which each example then needs its own
     draws: bool = False  # likewise random numbers, where these are to be different
     shared: tuple[bool, ...] = ()  # whether each call of `views.MAY_COPY` is a view
+    cuts: str = ""  # what the loss calls that changes the graph of its derivative, if anything
 
 
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -194,11 +195,14 @@ def _discover(
             ) from None
         found = run(None, plain=True)
         return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
-    except RuntimeError:
-        if not batched or values is None:
+    except RuntimeError as error:
+        if batched and values is not None:
+            n = pytree.tree_leaves(values[1])[0].shape[0]  # it may not take every number of examples
+            return _of_batches(param_specs, run, n, 2 * n)
+        if batched or "meta" not in str(error):
             raise
-        n = pytree.tree_leaves(values[1])[0].shape[0]  # it may not take every number of examples
-        return _of_batches(param_specs, run, n, 2 * n)
+        # forward mode of a norm, which torch computes as if tensors without values were on their device
+        return Plan(_unread(param_specs, "a derivative that torch cannot take of shapes alone"), (), Way.EACH)
 
 
 def _unread(param_specs: Mapping[str, Spec], why: str) -> tuple[Layer, ...]:
@@ -214,28 +218,29 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
     else:
         picking = set(range(max(len(one.lookups), len(two.lookups))))
     if picking:
-        one, two = run(few, picking=picking), run(more, picking=picking)
-    if [use.at for use in one.uses] != [use.at for use in two.uses]:
-        raise ValueError(
-            "loss_fn calls other layers for another batch size or other examples: with batched=True it may not"
-        )
-    skip = {at: "on rows that values picked" for at in one.asked if at in one.picked | two.picked}
-    skip |= {at: "after values were read" for at, asked in one.asked.items() if asked != two.asked[at]}
-    places = {}
-    for use, other in zip(one.uses, two.uses, strict=True):
-        place = places_of(use, other, few, more)
-        if place is None:  # on what all examples share
-            skip.setdefault(use.at, "")
-        else:
-            places[use.at] = place
-    if skip:  # those calls are differentiated as they are
-        one = run(few, skip)
-    return Plan(*arrange(param_specs, one, [places[use.at] for use in one.uses]), Way.BATCHED)
+        one, two = run(few, {}, picking), run(more, {}, picking)
+    skip: dict[int, str] = {}  # calls that are differentiated as they are; without them others may be a layer's
+    while True:
+        if [use.at for use in one.uses] != [use.at for use in two.uses]:
+            raise ValueError(
+                "loss_fn calls other layers for another batch size or other examples: with batched=True it may not"
+            )
+        places = {x.at: places_of(x, y, few, more) for x, y in zip(one.uses, two.uses, strict=True)}
+        more_skipped = {at: "" for at, place in places.items() if place is None}  # on what all examples share
+        more_skipped |= {at: "on rows that values picked" for at in one.asked if at in one.picked | two.picked}
+        more_skipped |= {at: "after values were read" for at, asked in one.asked.items() if asked != two.asked.get(at)}
+        if not more_skipped:
+            tapped = arrange(param_specs, one, [places[use.at] for use in one.uses])
+            return Plan(*tapped, Way.BATCHED, cuts=one.cuts)
+        skip |= more_skipped
+        one, two = run(few, skip, picking), run(more, skip, picking)
 
 
 REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn"))
 ASKS = frozenset({Tensor.register_hook, REQUIRES_GRAD, GRAD_FN})
 """What a loss asks a tensor, or does to it, because it is differentiated."""
+
+CUTS = frozenset({Tensor.detach_, torch.detach_, Tensor.register_hook})
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
@@ -278,6 +283,11 @@ def _run(
         except Exception as error:
             if isinstance(error, RuntimeError):
                 refuse_checkpoint(error)
+                if "inference tensor" in str(error):
+                    raise RuntimeError(
+                        "loss_fn uses a tensor made in torch.inference_mode, which no transform takes: make it in "
+                        "torch.no_grad"
+                    ) from error
                 if "setup_context" in str(error):
                     raise _WithoutContext from error
                 if "mutating directly with `.data`" in str(error):
@@ -328,6 +338,7 @@ def _run(
         watch.made.filled,
         watch.made.drawn,
         tuple(watch.shared),
+        watch.cuts,
     )
 
 
@@ -402,6 +413,7 @@ class _Watch:
         self.functions: set[str] = set()
         self.copies = Copies()
         self.shared: list[bool] = []  # whether each call of `views.MAY_COPY` was a view
+        self.cuts = ""
         self.counted = 0  # calls of functions that have a rule
 
     def begin(self, params: Params, zero: Tensor) -> Params:
@@ -429,6 +441,8 @@ class _Watch:
             raise DataDependentOutputException(func)
         self.picked.enter(func)
         self.copies.begins(func, args)
+        if (func in CUTS or func == DATA) and args[0].requires_grad:
+            self.cuts = ".data" if func == DATA else called(func)
         if func in ASKS:
             asked = self.view_of(args[0])
             self.asked_of.add("" if asked is None else asked.name)
@@ -507,7 +521,8 @@ class _Watch:
                     tuple(spec(x, x.shape) for x in leaves),
                 )
             )
-            self.inputs.extend((view.name, x, x._version) for x in leaves)
+            if torch.is_grad_enabled():  # else no gradient needs them
+                self.inputs.extend((view.name, x, x._version) for x in leaves)
             return output + _Mark.apply(self.zero, len(self.uses) - 1, self.reached_uses).to(output)
         return NotImplemented
 

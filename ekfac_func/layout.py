@@ -99,6 +99,7 @@ class Observed(NamedTuple):
     filled: bool  # a tensor that was one for all examples, by what depends on them
     drawn: bool  # likewise, by random numbers
     shared: tuple[bool, ...]  # whether each call of `views.MAY_COPY` was a view
+    cuts: str  # what the loss called that changes the graph of its derivative, if anything
 
 
 def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Window]] | None:
@@ -227,8 +228,6 @@ def _agreed(uses: Sequence[Use]) -> Groups | None:
         same = use.groups == first.groups
         if not same and (use.groups.swapped() != first.groups or use.table or use.groups.k):
             return None
-    if first.table and (first.groups.b or first.groups.k):
-        return None
     return first.groups
 
 

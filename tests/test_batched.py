@@ -392,6 +392,15 @@ def test_a_batched_loss_that_does_not_take_every_number_of_examples() -> None:
     assert found.captured.layers["w"].rule == "linear"
 
 
+def every_example(loss_fn: LossFn, params: Params, batch: Any) -> dict[str, Tensor]:
+    """The gradients of each loss of a batch, in a graph of plain autograd."""
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    wanted = list(leaves.values())
+    losses = loss_fn(leaves, batch)
+    rows = [torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True) for loss in losses]
+    return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+
 def _sorted(params: Params, batch: Any) -> Tensor:
     """By length, and back, as for packed sequences."""
     x, y, lengths = batch
@@ -461,13 +470,9 @@ def test_rows_in_an_order_that_comes_from_the_batch(loss_fn: Any) -> None:
     sizes = {"w": (6, 4), "v": (3, 6)} | ({"gate": (4, 6), "experts": (4, 6, 6)} if loss_fn is _dispatched else {})
     params = {name: torch.randn(size) for name, size in sizes.items()}
     batch = torch.randn(N, 3, 4), torch.randint(0, 3, (N,)), torch.randint(1, 4, (N,))
-    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    losses = loss_fn(leaves, batch)
-    rows = [torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in losses]
     found = per_example_gradients(loss_fn, params, batch, batched=True)
-    close(found.losses, losses.detach())
-    for name, expected in zip(params, zip(*rows, strict=True), strict=True):
-        close(found.dense(name), torch.stack(expected))
+    close(found.losses, loss_fn(params, batch))
+    close_trees({name: found.dense(name) for name in params}, every_example(loss_fn, params, batch))
 
 
 def test_places_within_the_examples_pick_no_rows() -> None:
@@ -483,10 +488,7 @@ def test_places_within_the_examples_pick_no_rows() -> None:
     batch = torch.randint(0, 7, (N, 3)), torch.randint(0, 5, (N,)), torch.randint(0, 3, (N,))
     found = per_example_gradients(loss_fn, params, batch, batched=True)
     assert all(layer.rule for layer in found.captured.layers.values())
-    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    rows = [torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in loss_fn(leaves, batch)]
-    for name, expected in zip(params, zip(*rows, strict=True), strict=True):
-        close(found.dense(name), torch.stack(expected))
+    close_trees({name: found.dense(name) for name in params}, every_example(loss_fn, params, batch))
 
 
 def test_rows_by_ids_in_another_order() -> None:
@@ -500,3 +502,63 @@ def test_rows_by_ids_in_another_order() -> None:
     found = per_example_gradients(losses_fn, params, batch, batched=True)
     expected = loop(lambda params, y: losses_fn(params, y[None])[0], params, batch)[1]
     close_trees({name: found.dense(name) for name in params}, expected)
+
+
+def _normalised(params: Params, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        params["w"].mv(torch.ones(4))
+    w = params["w"] / params["w"].mv(torch.ones(4)).sum()
+    return (F.linear(x, w).tanh() * F.linear(x, params["u"])).sum(-1)
+
+
+def _shared_and_detached(params: Params, x: Tensor) -> Tensor:
+    target = F.linear(x, params["w"]).detach()
+    place = F.linear(torch.eye(1, 4), params["w"])
+    return (F.linear(x + place, params["u"]) - target).square().sum(-1)
+
+
+@pytest.mark.parametrize("loss_fn", [_normalised, _shared_and_detached])
+def test_calls_that_show_when_others_are_no_layers(loss_fn: LossFn) -> None:
+    """A weight whose one differentiated call is on what all examples share: its other calls count then."""
+    params, x = {"w": torch.randn(4, 4), "u": torch.randn(4, 4)}, torch.randn(5, 4)
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    close_trees({name: found.dense(name) for name in params}, every_example(loss_fn, params, x))
+
+
+def _scaled(change: Callable[[Tensor], Tensor]) -> LossFn:
+    """Whose scale has no rule."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"]) * params["scale"]
+        return (change(h) * h.log_softmax(-1)).sum(-1)
+
+    return loss_fn
+
+
+def _reversed(h: Tensor) -> Tensor:
+    h.register_hook(torch.neg)
+    return h
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    ".data": lambda h: h.data,
+    "detach_": lambda h: (h * 1).detach_(),
+    "register_hook": _reversed,
+}
+
+
+@pytest.mark.parametrize("change", CUTS)
+def test_what_changes_the_graph_reaches_parameters_without_a_rule(change: str) -> None:
+    loss_fn = _scaled(CUTS[change])
+    params, x = {"w": torch.randn(4, 4), "scale": torch.randn(4)}, torch.randn(5, 4)
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    close_trees({name: found.dense(name) for name in params}, every_example(loss_fn, params, x))
+
+    def dense(scale: Tensor) -> Tensor:
+        return per_example_gradients(loss_fn, {**params, "scale": scale}, x, batched=True).dense("scale")
+
+    message = rf"{change}.*compiled step does not reach 'scale'.*detach\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        torch.vmap(dense)(torch.randn(2, 4))
+    with pytest.raises(Exception, match=message):
+        torch.compile(dense, backend="eager", fullgraph=True)(params["scale"])

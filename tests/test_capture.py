@@ -523,6 +523,29 @@ def test_what_a_loss_makes_it_may_change(kind: str) -> None:
         close(per_example_gradients(loss_fn, params, batch).dense(name), expected)
 
 
+NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "layer": lambda x, w: F.layer_norm(x, (4,), w),
+    "group": lambda x, w: F.group_norm(x[None, :, None], 2, w),
+    "instance": lambda x, w: F.instance_norm(x[None, None], weight=w[:1]),
+    "batch": lambda x, w: F.batch_norm(x[None], torch.zeros(4), torch.ones(4), w),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("derivative", [torch.func.jacfwd, torch.func.hessian], ids=["jacfwd", "hessian"])
+def test_forward_mode_of_norms(norm: str, derivative: Any) -> None:
+    """Which torch computes as if tensors without values were on their device, so that discovery has none of it."""
+    params, batch = {"v": torch.randn(4, 4), "scale": torch.randn(4)}, torch.randn(N, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        of_x = derivative(lambda x: NORMS[norm](F.linear(x, params["v"]), params["scale"]).sin().sum())
+        return of_x(x).square().sum()
+
+    found = per_example_gradients(loss_fn, params, batch)
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), expected)
+
+
 @pytest.mark.parametrize("name", ["filled", "messages"])
 def test_a_tensor_that_the_loss_fills_is_no_reason_for_a_loop(name: str) -> None:
     case, calls = make(name), itertools.count()

@@ -1,14 +1,15 @@
 """Chunks of a batch are summed and freed: a step does not depend on them, and its memory not on the batch."""
 
 import gc
-import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from benchmarks.measure import peak_allocated
 from ekfac_func import (
@@ -31,6 +32,7 @@ from ekfac_func import (
     thin,
 )
 from ekfac_func.modes import Draws
+from ekfac_func.types import Params
 
 from .cases import N, classifier, every_case, make
 from .oracles import close, close_trees, same_bits
@@ -170,20 +172,24 @@ def test_second_moments_of_another_basis_are_refused() -> None:
 
 
 def test_what_a_step_returned_is_freed_with_it() -> None:
-    """Without the garbage collector: a cycle that held it would keep the memory of one step through the next."""
+    """Without the garbage collector: a cycle that held it would keep the memory of one step through the next.
+
+    So it is with what it was given.
+    """
     case = make("mlp")
-    batch = case.batch(N)
     step = ekfac(case.loss_fn, damping=1e-2)
-    state = step.init(case.params, batch)
+    state = step.init(case.params, case.batch(N))
     gc.collect()
     gc.disable()
     try:
-        _, new, info = step.precondition(case.params, batch, state)
-        held = [weakref.ref(new.second_moments["0.weight"].value), weakref.ref(info.gradient["0.weight"])]
-        moments = second_moments(case.loss_fn, case.params, batch, new.bases)
-        held.append(weakref.ref(moments["0.weight"]))
-        del new, info, moments, _
-        assert [ref() for ref in held] == [None, None, None]
+        params, batch = {name: p.clone() for name, p in case.params.items()}, case.batch(N)
+        held = [StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves((params, batch))]
+        _, new, info = step.precondition(params, batch, state)
+        moments = second_moments(case.loss_fn, params, batch, new.bases)
+        returned = new.second_moments["0.weight"].value, info.gradient["0.weight"], moments["0.weight"]
+        held += [StorageWeakRef(t.untyped_storage()) for t in returned]
+        del new, info, moments, _, returned, params, batch
+        assert all(memory.expired() for memory in held)
     finally:
         gc.enable()
 
@@ -245,3 +251,17 @@ def test_second_moments_of_what_has_no_basis_or_no_chunks_are_refused() -> None:
         second_moments(case.loss_fn, case.params, batch, bases, batched=True, chunk_size=2)
     with pytest.raises(ValueError, match=r"chunk_size=2.*batched=True"):
         per_example_gradients(case.loss_fn, case.params, batch, batched=True, chunk_size=2)
+
+
+def test_a_copy_of_entries_is_of_the_chunk_that_made_it() -> None:
+    """Columns that ids pick are a copy, whose strides depend on how many examples `vmap` maps over."""
+    params = {"w": torch.randn(4, 4)}
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, ids = example
+        return (F.linear(x, params["w"]) + params["w"].T[:, ids].T.detach()).sin().sum()
+
+    batch = torch.randn(5, 3, 4), torch.randint(0, 3, (5, 3))
+    whole, chunked = (per_example_gradients(loss_fn, params, batch, chunk_size=size) for size in (None, 2))
+    assert chunked.captured.layers["w"].rule is not None
+    close(chunked.dense("w"), whole.dense("w"))

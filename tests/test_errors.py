@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import math
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -95,6 +96,7 @@ def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, messa
         ({"damping": torch.ones(2)}, ValueError, r"damping has shape \(2,\).*0-d"),
         ({"damping": "1"}, TypeError, "damping.*str.*number"),
         ({"damping": True}, TypeError, "damping is a bool.*number"),
+        ({"damping": math.inf}, ValueError, "damping=inf.*positive"),
         ({"basis_every": 0}, ValueError, "basis_every=0.*at least 1"),
         ({"basis_every": 1.5}, ValueError, "basis_every=1.5.*whole"),
         ({"basis_every": True}, ValueError, "basis_every=True.*whole"),
@@ -592,6 +594,15 @@ def test_inference_mode_is_refused() -> None:
         step.precondition(case.params, batch, state)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
         per_example_gradients(case.loss_fn, case.params, batch)
-    compiled = torch.compile(step.precondition, fullgraph=True, backend="eager")
+
+    def teacher(params: Params, example: Any) -> Tensor:
+        with torch.inference_mode():
+            target = F.linear(example, params["w"])
+        return (F.linear(example, params["w"]) - target).square().sum()
+
+    for batched in (False, True):
+        with pytest.raises(RuntimeError, match=r"made in torch\.inference_mode.*torch\.no_grad"):
+            per_example_gradients(teacher, W, torch.randn(5, 4), batched=batched)
+    compiled = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         close_trees(compiled(case.params, batch, state)[0], natural)
