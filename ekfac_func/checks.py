@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Layer, Moment, Number, State, statistics_dtype
+from .types import Batch, Layer, Moment, Number, State, shapes_of, statistics_dtype
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:
@@ -134,11 +135,9 @@ def check_state(
 
 def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
     """tree: the names and shapes of params, or the same axes in front of every tensor."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in layers:
-        shapes[layer.weight] = layer.shape
-        if layer.bias is not None:
-            shapes[layer.bias] = layer.bias_shape
+    shapes = shapes_of(layers)
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"the tree is a {type(tree).__name__}: give a dict with the names and shapes of params")
     if tree.keys() != shapes.keys():
         raise KeyError(f"the tree has the names {sorted(tree)}, params has {sorted(shapes)}: give one tensor for each")
     first = next(iter(shapes))
@@ -153,7 +152,7 @@ def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
 
 def check_positive(name: str, value: Number) -> None:
     """Refuse a Python number that is not positive; a tensor cannot be checked and shows in `info`."""
-    if not _unknown(name, value) and not value > 0:
+    if not _unknown(name, value) and not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r}: give a positive number")
 
 
@@ -206,13 +205,19 @@ def check_exponent(name: str, exponent: Number) -> None:
         raise ValueError(f"{name}={exponent!r}: give a negative number, -1 for the natural gradient")
 
 
+def check_number(name: str, value: Number) -> None:
+    """Refuse what is no finite Python number, and a tensor that is no number."""
+    if not _unknown(name, value) and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: give a finite number")
+
+
 def _unknown(name: str, value: Number) -> bool:
     """Whether a number is a 0-d tensor, whose value is not looked at. Refuse what is no number."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: give a Python number or a 0-d tensor")
         return True
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
         raise TypeError(f"{name} is a {type(value).__name__}: give a Python number or a 0-d tensor")
     return False
 

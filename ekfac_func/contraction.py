@@ -28,7 +28,7 @@ from .kronecker import (
 )
 from .memory import Rooms, scratch, writable
 from .modes import one_by_one, squared, transformed
-from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves
+from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves, early
 from .patches import Patches, patches_of
 from .products import matmul
 from .subspace import (
@@ -188,7 +188,7 @@ def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
     halves = _halved(term, basis, how)
     formed, square = _formed_squares(term, halves, how, total=True)
     assert formed is not None
-    reordered = halves.fast and "Q_A" in halves.late
+    reordered = halves.fast and "a" in halves.late
     return Sums(_turned_back(formed, term, halves.first, reordered), into_basis(formed, halves.then), square)
 
 
@@ -266,7 +266,7 @@ def _formed_squares(
             gradients: Iterable[Tensor] = [of_a.gradients(h)]
         else:
             of_x = of_a if isinstance(of_a, Tensor) else of_a.write_fast(of_inputs) if fast else of_a.write(of_inputs)
-            x = of_x if "Q_A" in late else turn_inputs(of_x, whole.Q_A, of_inputs)
+            x = of_x if "a" in late else turn_inputs(of_x, whole.Q_A, of_inputs)
             if of_samples:
                 left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
             if total and by_itself:
@@ -281,8 +281,8 @@ def _formed_squares(
                 G, *of_part = gradient_squares(G, then)
                 left = added(left, of_part)
             else:
-                for name in late:
-                    turn, Q = (turn_inputs, then.Q_A) if name == "Q_A" else (turn_outputs, then.Q_B)
+                for side in late:
+                    turn, Q = (turn_inputs, then.Q_A) if side == "a" else (turn_outputs, then.Q_B)
                     G = turn(G, Q, of_gradients)
             square = _add(square, G, squared=True)
         del h, gradients, G
@@ -295,28 +295,20 @@ class Halves(NamedTuple):
 
     first: Basis  # what is turned before G[n] is formed
     then: Basis  # in the order of the patches as they are written
-    late: list[str]  # the sides of `then` in their order
+    late: list[str]  # the sides of `then`, "a" and "g", in their order
     fast: bool  # whether patches are written the fast way
     whole: Basis  # both sides, in the order of the patches as they are written
     convolved: bool  # whether G[n] comes from a convolution, without patches
 
 
 def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
-    early, late = _sides(how)
+    first, late = early(how.order), [step.side for step in how.steps if step.side]
     convolved = not torch.compiler.is_compiling() and convolves(term, basis, how.order)
-    (Q_A, Q_B), fast = (basis, False) if convolved else _patches_in(term.a, basis, "Q_A" in early)
+    (Q_A, Q_B), fast = (basis, False) if convolved else _patches_in(term.a, basis, "a" in first)
     one = term.g.new_ones(1, 1, 1)
-    first = Basis(basis.Q_A if "Q_A" in early else one, Q_B if "Q_B" in early else one)
-    then = Basis(one if "Q_A" in early else Q_A, one if "Q_B" in early else Q_B)
-    return Halves(first, then, late, fast, Basis(Q_A, Q_B), convolved)
-
-
-def _sides(how: Contraction) -> tuple[list[str], list[str]]:
-    """Those that are projected on before G[n] is formed, and those after, in their order."""
-    names = [step.name for step in how.steps]
-    at = names.index("form G[n]")
-    early = [side for name, side in (("project a", "Q_A"), ("project g", "Q_B")) if name in names[:at]]
-    return early, [name[-3:] for name in names[at:] if name.startswith("project G[n]")]
+    before = Basis(basis.Q_A if "a" in first else one, Q_B if "g" in first else one)
+    then = Basis(one if "a" in first else Q_A, one if "g" in first else Q_B)
+    return Halves(before, then, late, fast, Basis(Q_A, Q_B), convolved)
 
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:

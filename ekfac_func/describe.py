@@ -14,7 +14,7 @@ from .basis import FULL, Choice, Choices, Thin, check_choices, check_patterns, c
 from .capture import Captured, shapes
 from .checks import check_batch, check_decay, check_params
 from .discovery import checked_options
-from .kronecker import positions
+from .kronecker import averages, positions
 from .orders import DEFAULT_CONTRACTIONS, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
 from .spans import compress, in_span
@@ -94,7 +94,7 @@ def describe(
     check_patterns("bases", list(layers.values()), choices)
     check_patterns("orders", list(layers.values()), contractions.orders)
     chosen = choose(list(layers.values()), choices)
-    averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
+    averaged = averages(factor_decay)
     rows = Description(
         _row(layer, captured, chosen[name], params[name], averaged, contractions) for name, layer in layers.items()
     )

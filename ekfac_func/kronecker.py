@@ -252,15 +252,24 @@ def _trace(C: Factor) -> Tensor:
     return C.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1)
 
 
+def averages(decay: Number) -> bool:
+    """Whether anything of the past may have a share; of a tensor, whose value is not looked at, it may."""
+    return isinstance(decay, Tensor) or decay > 0
+
+
+def past_share(weight: Tensor, decay: Number) -> tuple[Tensor, Tensor]:
+    """The share of the past in one step of a bias-corrected moving average, and the weight of all that is then seen."""
+    past = decay * weight
+    total = past + (1 - decay)
+    return past / torch.where(total > 0, total, 1), total.to(weight.dtype)
+
+
 def average_factors(factors: Factors, mean: Means, decay: Number) -> Factors:
     """One step of the bias-corrected moving average of the factors."""
     A, B = formed(mean.A), formed(mean.B)
-    if not isinstance(decay, Tensor) and decay == 0:
+    if not averages(decay):
         return Factors(A, B, torch.ones_like(factors.weight))
-    past = decay * factors.weight
-    total = past + (1 - decay)
-    share = past / torch.where(total > 0, total, 1)
-    weight = total.to(factors.weight.dtype)
+    share, weight = past_share(factors.weight, decay)
     return Factors(share * factors.A + (1 - share) * A, share * factors.B + (1 - share) * B, weight)
 
 

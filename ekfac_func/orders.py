@@ -94,6 +94,7 @@ class Step(NamedTuple):
     name: str
     operations: int  # floating-point
     bytes: int  # read from memory and written to it
+    side: str = ""  # "a" or "g", where it projects G[n] on Q_A or Q_B
 
 
 class Contraction(NamedTuple):
@@ -140,17 +141,15 @@ def contraction_of(
 
     bytes_each: bytes of an example of all layers' inputs and output gradients.
     """
-    (order,) = _orders((name,), (chosen.orders,))
+    (order,) = _order(name, (chosen.orders,))
     most = budget(chosen, bytes_each * nominal_count(terms))
     return contraction(terms, basis, order, most, chosen.costs, name)
 
 
 @torch.compiler.assume_constant_result
-def _orders(names: tuple[str, ...], orders: tuple[Mapping[str, Order]]) -> tuple[Order | None, ...]:
-    def first(name: str) -> Order | None:
-        return next((order for pattern, order in orders[0].items() if fnmatch.fnmatchcase(name, pattern)), None)
-
-    return tuple(map(first, names))
+def _order(name: str, orders: tuple[Mapping[str, Order]]) -> tuple[Order | None]:
+    fits = (order for pattern, order in orders[0].items() if fnmatch.fnmatchcase(name, pattern))
+    return (next(fits, None),)
 
 
 def nominal_count(terms: Terms) -> int:
@@ -241,8 +240,8 @@ def _cheapest(possible: tuple[Order, ...], given: tuple[int, ...], cost: Cost) -
     )
 
     def sensible(order: Order) -> bool:
-        early = set(_early(order))
-        return no_matrix <= early and rest & early in (rest, set())
+        first = set(early(order))
+        return no_matrix <= first and rest & first in (rest, set())
 
     left = [order for order in possible if len(possible) == 1 or sensible(order)]
     return min(((order, _products(order, sizes, cost)) for order in left), key=lambda found: _seconds(found[1], cost))
@@ -253,7 +252,7 @@ def _seconds(steps: Iterable[Step], cost: Cost) -> float:
     return sum(max(step.operations / cost.operations, step.bytes / cost.bytes) for step in steps)
 
 
-def _early(order: Order) -> str:
+def early(order: Order) -> str:
     """The sides that are projected before G[n] is formed."""
     return {Order.PROJECT_INPUTS: "a", Order.PROJECT_OUTPUTS: "g", Order.FORM_FIRST: ""}.get(order, "ag")
 
@@ -293,8 +292,8 @@ def convolves(term: Factored, basis: Basis, order: Order) -> bool:
 
     Where outputs are projected early and have a complement, the patches are needed.
     """
-    early = _early(order)
-    if not isinstance(term.a, Patches) or "a" in early or ("g" in early and outside(basis.Q_B)):
+    first = early(order)
+    if not isinstance(term.a, Patches) or "a" in first or ("g" in first and outside(basis.Q_B)):
         return False
     return term.a.convolves(term.g)
 
@@ -316,15 +315,15 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
     of_a, of_g, of_G = n * b * s * i * k, n * b * s * o, n * b * o * i * k
     cached = b * o * i * k * size <= cost.cache
     form = Step("form G[n]", 2 * of_a * o, size * (of_a * (not unwritten) + of_g + of_G * (not cached)))
-    early = {
+    of_side = {
         "a": Step("project a", 2 * of_a * A, size * (of_a * (2 + 2 * unwritten) + i * A)),
         "g": Step("project g", 2 * of_g * B, size * (2 * of_g + o * B)),
     }
-    first = [early[side] for side in _early(order)]
+    first = [of_side[side] for side in early(order)]
     for side, norms in (("a", rest_A), ("g", rest_B)):
-        if norms and side in _early(order):
+        if norms and side in early(order):
             of_pairs = 2 * n * b * s * min(s * (i * k + o), o * i * k)
-            first.append(Step(f"norms outside of {side}", early[side].operations + of_pairs, 2 * early[side].bytes))
+            first.append(Step(f"norms outside of {side}", of_side[side].operations + of_pairs, 2 * of_side[side].bytes))
     if order is Order.ONE_POSITION:
         return (*first, Step("multiply the squares", 2 * of_G, 2 * size * (of_a + of_g)))
     if order is Order.KERNEL:
@@ -334,13 +333,13 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
         products = Step("multiply pairs", 2 * pairs * o * i * k, 2 * size * pairs * (o + i * k))
         return (*first, products, form._replace(name="sum G", bytes=size * (of_a + of_g)))
     late = []
-    for side, operations in _late(o, i, A, B, tuple(side for side in "ag" if side not in _early(order))):
+    for side, operations in _late(o, i, A, B, tuple(side for side in "ag" if side not in early(order))):
         of_Q = size * (i * A if side == "a" else o * B)
         again = of_Q * of_G * size // cost.cache if cached and of_Q > cost.cache else 0  # of Q, for every part
         traffic = again if cached else 2 * size * of_G
         name, rest = ("Q_A", rest_A) if side == "a" else ("Q_B", rest_B)
         turns = 1 + rest  # into the basis, and out again for what lies outside
-        late.append(Step(f"project G[n] {name}", turns * n * b * k * operations, turns * traffic))
+        late.append(Step(f"project G[n] {name}", turns * n * b * k * operations, turns * traffic, side))
     total = Step("add up", 4 * of_G, 3 * size * of_G * (not cached))
     return (*first, form, *late, total)
 

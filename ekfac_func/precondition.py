@@ -44,10 +44,11 @@ from .checks import (
 from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import checked_options, plan
 from .distributed import Ranks, of_first, total, total_factors
-from .fisher import Fisher, empirical
+from .fisher import Fisher, check_fisher, empirical
 from .kronecker import (
     WeightSharing,
     average_factors,
+    averages,
     eigenvalue_product,
     expand,
     factor_sums,
@@ -205,11 +206,7 @@ def ekfac(
             f"second_moment={second_moment!r} is not an estimator: pass intra_batch, averaged_intra_batch(decay), "
             "running_average(decay), kfac or a SecondMoment"
         )
-    if not isinstance(fisher, Fisher):
-        raise TypeError(
-            f"fisher={fisher!r} is not a Fisher: pass empirical, sampled(model, likelihood), exact(model, likelihood), "
-            "gradient(loss) or a Fisher"
-        )
+    check_fisher(fisher)
     if second_moment.reads_mean and not fisher.draws:
         raise ValueError(
             f"second_moment={second_moment.name} reads the mean of gradients that are draws, which the {fisher.name} "
@@ -244,7 +241,7 @@ def ekfac(
         )
     choices = {} if bases is None else bases
     check_choices(choices)
-    averaged = isinstance(factor_decay, Tensor) or factor_decay > 0
+    averaged = averages(factor_decay)
     if ranks is not None and not isinstance(ranks, Ranks):
         raise TypeError(f"ranks is a {type(ranks).__name__}: pass ranks(), or ranks(group), called")
     check_of_samples(choices, ranks is not None, basis_every, averaged, factor_decay, second_moment, at_refresh)
@@ -325,23 +322,19 @@ def ekfac(
             if turn.refreshing:
                 factors = total_factors({name: seen[name].factors or () for name in turn.refreshing}, ranks)
                 of_batch = {name: mean_factors(of_layer) for name, of_layer in factors.items()}
-                averages = None if not averaged else factor_decay
-                refreshed = _refresh(started, of_batch, averages, second_moment, carry, refresh, turn.chosen, ranks)
+                refreshed = _refresh(started, of_batch, factor_decay, second_moment, carry, refresh, turn.chosen, ranks)
         carried = refreshed.state
 
         again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
 
-        def second(layers: dict[str, Layer]) -> Reading:
-            def read(layer: Layer, terms: Terms, bytes_each: int) -> Sums | None:
-                basis = carried.bases[layer.weight]
-                return sums_in(basis, turn, layer, terms, bytes_each) if layer.weight in again else None
-
-            return read
+        def missing(layer: Layer, terms: Terms, bytes_each: int) -> Sums | None:
+            basis = carried.bases[layer.weight]
+            return sums_in(basis, turn, layer, terms, bytes_each) if layer.weight in again else None
 
         sums: dict[str, Any] = {}
         if again and before is not None:
             before.repeat()
-            sums = fold(curvature_loss, params, examples, of_curvature, second, add_if_any).kept
+            sums = fold(curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any).kept
         data = None
         if fisher.loss is not None:
             data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
@@ -481,29 +474,26 @@ def initial_state(
 def _refresh(
     state: State,
     means: Mapping[str, Means],
-    averages: Number | None,
+    decay: Number,
     estimator: SecondMoment,
     carry: AtRefresh,
     how: Refresh,
     chosen: Mapping[str, Choice],
     ranks: Ranks | None,
 ) -> _Refreshed:
-    """With factors of this batch, their bases and the moments in them.
-
-    averages: the factors' decay, or None of those of one batch. Layers without factors stay as they are.
-    """
+    """With factors of this batch, their bases and the moments in them. Layers without factors stay as they are."""
+    averaged = averages(decay)
     factors, second_moments = dict(state.factors), dict(state.second_moments)
     samples: list[Tensor] = []
     for name, mean in means.items():
         check_samples(name, mean, state.bases[name])
-        if averages is None and isinstance(chosen[name], Rank | Compact):
+        if not averaged and isinstance(chosen[name], Rank | Compact):
             samples += pytree.tree_leaves((mean.A, mean.B))
         else:
-            factors[name] = average_factors(state.factors[name], mean, 0.0 if averages is None else averages)
-    used = {name: mean if averages is None else factors[name] for name, mean in means.items()}
+            factors[name] = average_factors(state.factors[name], mean, decay)
+    used = {name: factors[name] if averaged else mean for name, mean in means.items()}
     spans = [name for name in means if isinstance(chosen[name], Thin)]
-    new, kept = refresh_bases(used, state.bases, how, state.step == 0, spans)
-    new = of_first(new, ranks)
+    new, kept = of_first(refresh_bases(used, state.bases, how, state.step == 0, spans), ranks)
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)

@@ -7,6 +7,7 @@ gradients of that precision.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .capture import capture
 from .checks import check_batch, check_loss, check_params, check_positive, check_tree
 from .discovery import Options, checked_options
-from .fisher import Fisher, Model, empirical
+from .fisher import Fisher, Model, check_fisher, empirical
 from .kronecker import count, dense, pack, unpack_all
 from .rules import RULES, Rules
 from .types import Batch, Factored, Layer, LossFn, Params, Terms
@@ -73,6 +74,7 @@ def fisher_blocks(
     """
     check_params(params)
     check_batch(batch)
+    check_fisher(fisher)
     options = checked_options(rules, randomness, chunk_size, has_aux=False, batched=False)
     loss = loss_fn if fisher.loss is None else fisher.loss
     captured = capture(loss, params, fisher.examples(params, batch), options)
@@ -160,11 +162,9 @@ def exact_block(terms: Sequence[Terms], layer: Layer, slope: Tensor, damping: fl
         F = second_moment_block(terms, layer)
         return Exact(F.square().sum(), torch.linalg.solve(F + damping * _eye(F), v).reshape(slope.shape))
     if n > limit:
-        square = sum(
-            (gram(x, y).square().sum() * (1 if j == k else 2) for j, x in enumerate(terms) for k, y in _upto(terms, j)),
-            torch.zeros((), dtype=torch.float64, device=slope.device),
-        )
-        return Exact(square / n**2, None)
+        pairs = itertools.combinations_with_replacement(range(len(terms)), 2)
+        squares = [gram(terms[j], terms[k]).square().sum() * (1 if j == k else 2) for j, k in pairs]
+        return Exact(torch.stack(squares).sum() / n**2, None)
     K = torch.cat([torch.cat([gram(x, y) for y in terms], dim=2) for x in terms], dim=1)  # [b n n]
     Gv = torch.cat([torch.einsum("nbd,bd->bn", G, v) for G in _dense(terms)], dim=1)
     weights = torch.linalg.solve(K + n * damping * _eye(K), Gv)
@@ -203,10 +203,6 @@ def _dense(terms: Sequence[Terms]) -> Iterator[Tensor]:
         size = max(1, MAX_BYTES // max(1, 8 * dense(part(term, 0, 1)).numel()))
         for start in range(0, n, size):
             yield dense(part(term, start, start + size)).flatten(2).to(torch.float64)
-
-
-def _upto(terms: Sequence[Terms], j: int) -> Iterator[tuple[int, Terms]]:
-    return enumerate(terms[: j + 1])
 
 
 def _eye(F: Tensor) -> Tensor:

@@ -165,15 +165,7 @@ def conv(
     return Call(weight, "boi" + "i" * nd, input, read, bias, (groups, c_out // groups, *weight.shape[1:]))
 
 
-def conv_sua(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | tuple[int, ...] = 1,
-    padding: str | int | tuple[int, ...] = 0,
-    dilation: int | tuple[int, ...] = 1,
-    groups: int = 1,
-) -> Call:
+def conv_sua(input: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Call:
     """Convolutions under the spatially uncorrelated activations assumption: `A` over channels alone.
 
     Grosse & Martens 2016, https://arxiv.org/abs/1602.01407. `A` is the mean over examples and all pixels of the
@@ -181,13 +173,13 @@ def conv_sua(
     The bias is a block of its own.
     """
     nd = weight.dim() - 2
-    dense = conv(input, weight, None, stride, padding, dilation, groups)
+    dense = conv(input, weight, None, *geometry, **named)
 
     def read(x: Tensor, g: Tensor) -> Factored:
         term = dense.read(x, g)
         assert isinstance(term, Factored)
         assert isinstance(term.a, Patches)
-        return Factored(replace(term.a, apart=True), term.g, _pixels(_batched(x, nd), groups))
+        return Factored(replace(term.a, apart=True), term.g, _pixels(_batched(x, nd), term.g.shape[1]))
 
     return dense._replace(letters="boi" + "k" * nd, read=read)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_decay
 from .contraction import exact_sums, gradient_sums
-from .kronecker import into_basis
+from .kronecker import into_basis, past_share
 from .orders import Contraction
 from .subspace import squared_rotations
 from .types import Basis, Moment, Number, Sums, Terms
@@ -81,10 +81,8 @@ def moving_average(moment: Moment, new: Tensor, decay: Number) -> Moment:
 
     new: `[b O I k]`, as the moment's value. decay: weight of the past, 0 <= decay < 1.
     """
-    past = decay * moment.weight
-    total = past + (1 - decay)
-    value = (past * moment.value + (1 - decay) * new) / torch.where(total > 0, total, 1)
-    return Moment(value, total.to(moment.weight.dtype))
+    share, weight = past_share(moment.weight, decay)
+    return Moment(share * moment.value + (1 - share) * new, weight)
 
 
 def _intra_batch(moment: Moment, mean: Sums, n: Number) -> Moment:

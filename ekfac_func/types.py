@@ -76,6 +76,16 @@ class Layer(NamedTuple):
     hidden_by: str | None = None  # the torch functions that kept the weight from a rule
 
 
+def shapes_of(layers: Iterable[Layer]) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter, by name."""
+    found = {}
+    for layer in layers:
+        found[layer.weight] = layer.shape
+        if layer.bias is not None:
+            found[layer.bias] = layer.bias_shape
+    return found
+
+
 class Factors(NamedTuple):
     """Kronecker factors of one layer, and the weight of what their moving average has seen: 0 nothing, 1 all."""
 

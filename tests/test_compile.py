@@ -142,13 +142,14 @@ def test_a_run_with_dropout(of: tuple[SecondMoment, Any], backend: str) -> None:
 )
 def test_float32_with_damping(estimator: SecondMoment, backend: str) -> None:
     """Damping at least 1e-2 of the largest moment."""
-    net = nn.Linear(6, 3).float()
+    torch.set_default_dtype(torch.float32)  # inductor of torch 2.11 takes constants for others
+    net = nn.Linear(6, 3)
     params = {name: p.detach() for name, p in net.named_parameters()}
 
     def loss_fn(params: Params, example: Any) -> Tensor:
         return F.cross_entropy(functional_call(net, params, (example[0][None],)), example[1][None])
 
-    batch = torch.randn(64, 6).float(), torch.randint(0, 3, (64,))
+    batch = torch.randn(64, 6), torch.randint(0, 3, (64,))
     step = ekfac(loss_fn, damping=1e-2, second_moment=estimator)
     initial = step.init(params, batch)
     natural, state, _ = step.precondition(params, batch, initial)
@@ -346,7 +347,7 @@ def test_every_kind_of_loss_inside_a_compiled_step(backend: str) -> None:
         functools.partial(scaled, 1.0),
         lambda p, e: case.loss_fn(p, e),
     )
-    for loss_fn, inside in zip(losses, (True, False, True, False), strict=True):
+    for loss_fn, inside in zip(losses, (torch.__version__ >= "2.12", False, True, False), strict=True):
 
         def step(params: Params, batch: Any, state: Any, loss_fn: Any = loss_fn) -> Any:
             return ekfac(loss_fn, damping=1e-2).precondition(params, batch, state)

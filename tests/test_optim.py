@@ -10,6 +10,7 @@ from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -345,6 +346,8 @@ def test_states_survive_a_checkpoint() -> None:
         (lambda: chain(momentum), TypeError, r"chain was given .*Transform, as momentum\(0.9\)"),  # type: ignore[arg-type]
         (lambda: graft(identity), TypeError, "graft was given"),  # type: ignore[arg-type]
         (lambda: momentum(torch.ones(2)), ValueError, r"decay has shape \(2,\).*0-d"),
+        (lambda: cosine(0.1, 10)({}), TypeError, r"as a damping rule is: .*schedule\(step\)"),  # type: ignore[arg-type]
+        (lambda: warm_up(2, constant(1))({}), TypeError, r"as a damping rule is"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_of_blocks(make: Callable[[], Any], error: Any, message: str) -> None:
@@ -362,6 +365,8 @@ def test_trees_that_do_not_match() -> None:
         apply_updates(params, {**params, "b": torch.ones(4)})
     with pytest.raises(ValueError, match=r"direction has no 'b'.*same names"):
         momentum(0.9).update({"w": params["w"]}, momentum(0.9).init(params), params, report(params))
+    with pytest.raises(ValueError, match=r"natural has no 'b', gradient has.*same names"):
+        preconditioned_quadratic({"w": params["w"]}, params, 0.1)
     one = chain(learning_rate(0.1))
     with pytest.raises(ValueError, match=r"2 parts.*1 transforms.*init\(params\)"):
         one.update(params, chain(momentum(0.9), learning_rate(0.1)).init(params), params, report(params))
@@ -409,6 +414,8 @@ def test_set_grads() -> None:
     part = {name: t for name, t in natural.items() if name != "0.bias"}
     set_grads(net, part)
     assert leaves["0.bias"].grad is None
+    with pytest.raises(TypeError, match="natural is a tuple: pass the first of what precondition returned"):
+        set_grads(net, (natural, None, None))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="natural has 'other' that params has not"):
         set_grads(net, {**natural, "other": torch.ones(())})
     with pytest.raises(ValueError, match=r"natural\['0.bias'\] has shape \(2,\).*\(6,\)"):
@@ -760,6 +767,24 @@ def test_the_optimizer_takes_the_batch_as_it_is() -> None:
     same_bits(dict(net.named_buffers()), before)
 
 
+def test_a_norm_by_power_iterations() -> None:
+    """Whose vectors change in place after products with the weight, which no gradient needs."""
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
+    _, _, batches = net_and_loss()
+
+    def losses(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    optimizer = EKFACOptimizer(net, losses, damping=0.1, batched=True)
+    for batch in batches:
+        expected = copy.deepcopy(net)
+        losses(expected, batch).mean().backward()
+        optimizer.step(batch)
+        assert optimizer.info is not None
+        close_trees(optimizer.info.gradient, {name: p.grad for name, p in expected.named_parameters()})
+        close_trees(dict(net.named_buffers()), dict(expected.named_buffers()))
+
+
 def test_the_optimizer_takes_what_a_collator_gives() -> None:
     net, _, batches = net_and_loss()
     optimizer = EKFACOptimizer(net, lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), lr=0.1, damping=1e-2)
@@ -857,6 +882,13 @@ def test_errors_of_the_optimizer() -> None:
         with pytest.raises(RuntimeError, match=r"has them elsewhere.*make it anew"):
             call(batches[0])
     net[0], net[2] = net[2], net[0]
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    late = EKFACOptimizer(tied, loss)
+    late.step(batches[0])
+    tied.append(nn.Linear(4, 4, bias=False))
+    tied[2].weight = tied[0].weight  # one more place of a parameter that it has
+    with pytest.raises(RuntimeError, match=r"has them elsewhere.*make it anew"):
+        late.step(batches[0])
     with pytest.raises(TypeError, match=r"options has 'basis_evry'.*ekfac does not take"):
         EKFACOptimizer(net, loss, lr=0.1, damping=1.0, basis_evry=3)
 
@@ -1103,6 +1135,17 @@ def test_metrics_of_a_first_step_that_was_skipped() -> None:
     assert found["natural_norm"] == found["effective_rank/0.weight"] == 0
 
 
+def test_metrics_of_what_is_not_of_a_step() -> None:
+    case = make("mlp")
+    batch = case.batch(N)
+    step = ekfac(case.loss_fn, damping=0.1)
+    natural, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
+    with pytest.raises(TypeError, match="info is a State: give natural, info and state, in this order"):
+        metrics(natural, state, info)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="learning_rate is a function"):
+        metrics(natural, info, state, learning_rate=cosine(0.1, 10))  # type: ignore[arg-type]
+
+
 def test_metrics_tell_a_refresh() -> None:
     case = make("mlp")
     x, y = case.batch(N)
@@ -1341,6 +1384,22 @@ def test_a_setting_that_became_bad_is_refused_before_the_step(setting: str, valu
         optimizer.step(batches[1])
     optimizer.param_groups[1][setting] = before[1]["param_groups"][1][setting]
     same_bits((net.state_dict(), optimizer.state_dict()), before)
+
+
+def test_a_scheduler_of_numpy_numbers() -> None:
+    net, _, batches = net_and_loss()
+    rates = np.linspace(1, 0.5, 3, dtype=np.float32)
+    of_numpy: Any = rates.__getitem__
+    found = []
+    for factor in (of_numpy, lambda t: float(rates[t])):
+        model = copy.deepcopy(net)
+        optimizer = EKFACOptimizer(model, cross_entropy, lr=0.1, damping=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        for batch in batches[:2]:
+            optimizer.step(batch)
+            scheduler.step()
+        found.append(model.state_dict())
+    close_trees(found[0], found[1], 1e-6)
 
 
 def test_a_damping_that_rounds_to_zero_is_refused() -> None:

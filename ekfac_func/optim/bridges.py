@@ -16,7 +16,7 @@ from ..checks import check_decay, check_not_negative
 from ..describe import Description, describe
 from ..distributed import of_first
 from ..precondition import Damping, ekfac
-from ..types import Batch, Info, Number, Params, State
+from ..types import Batch, Info, Number, Params, State, shapes_of
 from .damping import DEFAULTS
 from .transforms import Velocity, check_like, momentum, nesterov
 
@@ -30,10 +30,13 @@ def set_grads(params: nn.Module | Mapping[str, Tensor], natural: Mapping[str, Te
     natural: of `precondition`, a tree like params. After a skipped step it is zero, on which momentum still moves: test
         `info.skipped` to leave such a step out, which reads one boolean back to the host.
 
-    TypeError where params is neither, ValueError where natural has a name or a shape that params has not.
+    TypeError where params is neither or natural no dict, ValueError where natural has a name or a shape that params has
+    not.
     """
     if not isinstance(params, nn.Module | Mapping):
         raise TypeError(f"params is a {type(params).__name__}: pass the module, or a dict from names to parameters")
+    if not isinstance(natural, Mapping):
+        raise TypeError(f"natural is a {type(natural).__name__}: pass the first of what precondition returned")
     named = dict(params.named_parameters()) if isinstance(params, nn.Module) else params
     check_like({name: named[name] for name in natural if name in named}, natural, "natural")
     for name, p in named.items():
@@ -124,14 +127,15 @@ class EKFACOptimizer(torch.optim.Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """What `_bind` makes, at the first use: a copy of a model that holds its optimizer is whole only then."""
-        if name not in ("names", "precondition", "_bound", "_loss_fn", "_options", "_init"):
+        if name not in ("names", "precondition", "_held", "_bound", "_loss_fn", "_options", "_init"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self._bind()
         return self.__dict__[name]
 
     def _bind(self) -> None:
         """Make what the module and the loss decide, and no copy or pickle carries."""
-        self.names = _names(self.model)
+        self.names = {p: name for name, p in self.model.named_parameters()}
+        self._held = _held(self.model)
         self._bound = bound = _Bound(self.model, self.loss)
         places = _places(bound)
         has_aux, batched = self.options.get("has_aux", False), self.options.get("batched", False)
@@ -197,7 +201,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_settings(group)  # which a scheduler may have changed
         params, batch = self._trainable(), _plain(batch)
-        if self.ekfac_state is None or _trained(self.ekfac_state).keys() != params.keys():
+        if self.ekfac_state is None or shapes_of(self.ekfac_state.layers).keys() != params.keys():
             ranks = self.options.get("ranks")
             for name, p in () if ranks is None else of_first(params, ranks).items():
                 params[name].copy_(p)
@@ -219,7 +223,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         return self.info.loss if closure is None else result
 
     def _trainable(self) -> Params:
-        if _names(self.model) != self.names:
+        if _held(self.model) != self._held:
             raise RuntimeError(
                 "model has other parameters, or has them elsewhere, than when the optimizer was made: make it anew "
                 "after a change of the modules"
@@ -263,7 +267,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"state_dict has no {key!r}: pass what EKFACOptimizer.state_dict() returned")
         saved = state_dict["ekfac"], state_dict["damping"]
         shapes = {name: tuple(p.shape) for p, name in self.names.items()}
-        others = {} if saved[0] is None else dict(_trained(saved[0]).items() - shapes.items())
+        others = {} if saved[0] is None else dict(shapes_of(saved[0].layers).items() - shapes.items())
         if others:
             raise ValueError(
                 f"state_dict is of a model with {others}, this one {shapes}: load it into an optimizer of a model "
@@ -294,22 +298,13 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     check_not_negative("weight_decay", group["weight_decay"])
 
 
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {p: name for name, p in model.named_parameters()}
+def _held(model: nn.Module) -> set[tuple[str, Tensor]]:
+    """The parameters of a model, in each of their places."""
+    return set(model.named_parameters(remove_duplicate=False))
 
 
 def _plain(batch: Batch) -> Batch:
     return batch.data if isinstance(batch, UserDict) else batch  # of a collator of `transformers`
-
-
-def _trained(state: State) -> dict[str, tuple[int, ...]]:
-    """The names of its parameters, with their shapes."""
-    found = {}
-    for layer in state.layers:
-        found[layer.weight] = tuple(layer.shape)
-        if layer.bias is not None:
-            found[layer.bias] = tuple(layer.bias_shape)
-    return found
 
 
 def _places(bound: nn.Module) -> dict[str, str]:
