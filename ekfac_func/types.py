@@ -18,7 +18,7 @@ Number = float | Tensor  # a Python number or a 0-d tensor
 
 
 class Factored(NamedTuple):
-    """Per-example gradients `G[n] = sum_s g[n, s] a[n, s]^T`, never formed."""
+    """Per-example gradients `G[n] = sum_s g[n, s] a[n, s]^T`, formed only where that is cheaper."""
 
     a: Tensor | Patches  # [n b s i k] inputs
     g: Tensor  # [n b s o] output gradients

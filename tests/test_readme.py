@@ -83,7 +83,7 @@ def test_the_loops_of_frameworks(names: dict[str, Any]) -> None:
     assert torch.isfinite(names["mean_loss"])
     assert names["plain"].ekfac_state.step == 8
     losses = names["language_losses"]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert names["trainer"].global_step == 8
     assert torch.isfinite(names["trainer"].callback_metrics["loss"])
     assert names["lit"].optimizers().optimizer.ekfac_state.step == 8

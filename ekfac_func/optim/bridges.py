@@ -53,7 +53,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
             x, y = batch
             return F.cross_entropy(model(x), y)
 
-        optimizer = EKFACOptimizer(model, loss, lr=0.1, damping=1e-2, basis_every=10)
+        optimizer = EKFACOptimizer(model, loss)
         for batch in batches:
             optimizer.step(batch)
 
