@@ -68,8 +68,8 @@ class Arrivals:
     def _term(self, k: int) -> Factored | OneHot:
         call, x, g, planned = self.calls[k], self.inputs[k], self.gradients.pop(k), self.planned[k]
         self.calls[k] = self.inputs[k] = None
-        if planned.picked:
-            return _picked(call, x, g, planned)
+        if planned.by_ids:
+            return _of_blocks(call, x, g, planned)
         term = call.read(x, g)
         _check_term(term, planned)
         return term
@@ -153,7 +153,7 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
     return Factored(a, g, x, counted)
 
 
-def _picked(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
+def _of_blocks(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
     """A call whose blocks ids chose among those of the layer: each a position of the one that it is."""
     x, ids = inputs  # [n p]
     term = call.read(x, g)

@@ -259,7 +259,7 @@ def _watched(
         by_id = {} if compiling else {id(p): (name, 0, True) for p, name in known}
         counted: list[Any] = []
         reshaped: list[Any] = []
-        picks: list[views.Pick] = []
+        gathered: list[views.Gathered] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
         copies = Copies()
         instead = replacing | own_of_each((example, fixed, free) if mapped else example) if fills else replacing
@@ -300,9 +300,9 @@ def _watched(
                     known.extend((part, name) for part in parts)
                 # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
                 hidden = compiling and name is None and not any(args[0] is p for p in free.values())
-                ids = views.ids_of(func, args, picks) if args and (name is not None or hidden) else None
+                ids = views.ids_of(func, args, gathered) if args and (name is not None or hidden) else None
                 if ids is not None:
-                    picks.extend(views.Pick(part, ids, name) for part in parts)
+                    gathered.extend(views.Gathered(part, ids, name) for part in parts)
                 return output
             if func not in options.rules:
                 output = instead.get(func, func)(*args, **kwargs)
@@ -341,7 +341,7 @@ def _watched(
                 if torch.is_grad_enabled():
                     own = map(innermost, pytree.tree_leaves(read.input))
                     inputs.extend((planned.weight, x, x._version) for x in own)
-            calls.append(with_ids(read, picks, planned.weight) if planned.picked else read)
+            calls.append(with_ids(read, gathered, planned.weight) if planned.by_ids else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())
 

@@ -185,17 +185,17 @@ def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
     """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
     if as_operator(term, basis):
         return Sums(*_opaque_sums(*_arguments(term, basis, how), True))
-    halves = _halved(term, basis, how)
-    formed, square = _formed_squares(term, halves, how, total=True)
+    parts = _split_basis(term, basis, how)
+    formed, square = _formed_squares(term, parts, how, total=True)
     assert formed is not None
-    reordered = halves.fast and "a" in halves.late
-    return Sums(_turned_back(formed, term, halves.first, reordered), into_basis(formed, halves.then), square)
+    reordered = parts.fast and "a" in parts.late
+    return Sums(_turned_back(formed, term, parts.first, reordered), into_basis(formed, parts.then), square)
 
 
 def _formed_square(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     if as_operator(term, basis):
         return _opaque_sums(*_arguments(term, basis, how), False)[0]
-    return _formed_squares(term, _halved(term, basis, how), how)[1]
+    return _formed_squares(term, _split_basis(term, basis, how), how)[1]
 
 
 def _arguments(term: Factored, basis: Basis, how: Contraction) -> tuple[Any, ...]:
@@ -242,7 +242,7 @@ _opaque_sums.register_vmap(one_by_one(_opaque_sums))
 
 
 def _formed_squares(
-    term: Factored, halves: Halves, how: Contraction, total: bool = False
+    term: Factored, parts: SplitBasis, how: Contraction, total: bool = False
 ) -> tuple[Tensor | None, Tensor]:
     """The sum of G[n] as it is formed, if wanted, and that of its square in the basis and outside of it.
 
@@ -252,7 +252,7 @@ def _formed_squares(
     formed of so few that they stay in cache.
     """
     g, a = term.g, term.a
-    first, then, late, fast, whole, convolved = halves
+    first, then, late, fast, whole, convolved = parts
     of_samples = incomplete(first)
     of_G = incomplete(then) and not of_samples
     entries = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
@@ -290,7 +290,7 @@ def _formed_squares(
     return formed, square + assembled(left, (square.shape[1], square.shape[2])) if of_samples or of_G else square
 
 
-class Halves(NamedTuple):
+class SplitBasis(NamedTuple):
     """A basis as G[n] meets it: each half has ones, that turn nothing, for the sides of the other."""
 
     first: Basis  # what is turned before G[n] is formed
@@ -301,14 +301,14 @@ class Halves(NamedTuple):
     convolved: bool  # whether G[n] comes from a convolution, without patches
 
 
-def _halved(term: Factored, basis: Basis, how: Contraction) -> Halves:
+def _split_basis(term: Factored, basis: Basis, how: Contraction) -> SplitBasis:
     first, late = early(how.order), [step.side for step in how.steps if step.side]
     convolved = not torch.compiler.is_compiling() and convolves(term, basis, how.order)
     (Q_A, Q_B), fast = (basis, False) if convolved else _patches_in(term.a, basis, "a" in first)
     one = term.g.new_ones(1, 1, 1)
     before = Basis(basis.Q_A if "a" in first else one, Q_B if "g" in first else one)
     then = Basis(one if "a" in first else Q_A, one if "g" in first else Q_B)
-    return Halves(before, then, late, fast, Basis(Q_A, Q_B), convolved)
+    return SplitBasis(before, then, late, fast, Basis(Q_A, Q_B), convolved)
 
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:

@@ -80,7 +80,7 @@ def describe(
 ) -> Description:
     """Print, and return as data, which rule reads each parameter, its axes, its memory and how its moment is summed.
 
-    The options are those of `ekfac` on which that depends. Reads shapes alone, but of a batched loss that looks at values.
+    The options are those of `ekfac` that decide it. Reads shapes alone, but of a batched loss that looks at values.
     """
     check_params(params)
     check_batch(batch)

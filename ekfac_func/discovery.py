@@ -403,7 +403,7 @@ class _Watch:
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
         self.picked, self.made = picked, Made()
-        self.picks: list[views.Pick] = []
+        self.gathered: list[views.Gathered] = []
         self.reached: set[str] = set()
         self.reached_uses: set[int] = set()  # by their places in `uses`
         self.hidden_by: dict[str, dict[str, None]] = {}
@@ -506,7 +506,7 @@ class _Watch:
             self.picked.enter_layer(at)
             output = self.call(func, args, kwargs)
             self.picked.leave_layer()
-            leaves = pytree.tree_leaves((with_ids(call, self.picks, view.name) if view.picked else call).input)
+            leaves = pytree.tree_leaves((with_ids(call, self.gathered, view.name) if view.by_ids else call).input)
             self.uses.append(
                 Use(
                     at,
@@ -516,7 +516,7 @@ class _Watch:
                     called(func),
                     call.table,
                     *laid,
-                    view.picked,
+                    view.by_ids,
                     spec(output, output.shape),
                     tuple(spec(x, x.shape) for x in leaves),
                 )
@@ -550,8 +550,8 @@ class _Watch:
         for t, part in zip(parts, followed, strict=True):
             if part is not None:
                 self.known[id(t)] = (t, t._version, part)
-        ids = views.ids_of(func, args, self.picks)
-        self.picks.extend(views.Pick(t, ids, view.name) for t in parts if ids is not None)
+        ids = views.ids_of(func, args, self.gathered)
+        self.gathered.extend(views.Gathered(t, ids, view.name) for t in parts if ids is not None)
         return None not in followed
 
     def note(self, func: Any, tree: Any, why: str = "") -> None:

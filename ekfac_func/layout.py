@@ -53,7 +53,7 @@ class Tapped(NamedTuple):
     windows: tuple[Window, Window, Window]  # of b, o, i
     swapped: bool  # o and i are the layer's i and o
     biased: bool  # the call adds the layer's bias
-    picked: bool  # ids, beside its input, say which block of the layer each block of the call is
+    by_ids: bool  # ids, beside its input, say which block of the layer each block of the call is
 
 
 class Groups(NamedTuple):
@@ -79,7 +79,7 @@ class Use(NamedTuple):
     table: bool
     groups: Groups
     windows: tuple[Window, Window, Window]
-    picked: bool
+    by_ids: bool
     output: Spec
     inputs: tuple[Spec, ...]
 
@@ -130,7 +130,7 @@ def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Windo
         ]
         axes = [axis for _, axis in sorted(letters)]
         partial = [axis for axis in axes if shown[axis].length < view.split[axis]]
-        if view.picked and 0 in axes:
+        if view.by_ids and 0 in axes:
             if axes != [0] or letter != "b":
                 return None
             partial = []
@@ -159,7 +159,7 @@ def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
     """Whether a bias holds an entry for each of `(b o)`, and the call uses those of it that it uses of the weight."""
     shown = views.axes(bias)
     in_a_row = math.prod(bias.shape[:-1]) == 1 or windows[1].length == 1  # or it may be added along positions
-    if shown is None or bias.picked or not in_a_row:
+    if shown is None or bias.by_ids or not in_a_row:
         return False
     positions = [axis.position for axis in shown if axis.position is not None]
     if positions != sorted(positions):  # a transposed one
@@ -213,7 +213,7 @@ def arrange(
             use.windows,
             use.groups != tapped[use.weight],
             use.bias is not None and use.weight in owned,
-            use.picked,
+            use.by_ids,
         )
         for use, place in zip(found.uses, places, strict=True)
         if use.weight in tapped

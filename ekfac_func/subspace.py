@@ -35,6 +35,8 @@ from .modes import squared
 from .products import outer
 from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, outside
 
+Outside = Sequence[Tensor | None]  # squares outside on i `[b O k]`, on o `[b I k]`, on both `[b k]`; None: complete
+
 
 def incomplete(basis: Basis) -> bool:
     """Whether a side has a complement."""
@@ -104,9 +106,6 @@ def _of_gradients(G: Tensor, basis: Basis) -> Tensor:
         H, *squares = gradient_squares(part, basis)
         outside_of = added(outside_of, squares)
     return assembled(outside_of, (H.shape[2], H.shape[3]))
-
-
-Outside = Sequence[Tensor | None]  # squares outside on i `[b O k]`, on o `[b I k]`, on both `[b k]`; None: complete
 
 
 def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_na
 
 from .expansions import entries_of, is_list
 from .rules import Call, Rules
-from .views import Pick
+from .views import Gathered
 
 
 class Tap(TorchFunctionMode):
@@ -250,16 +250,16 @@ def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
     return [found] if isinstance(found, Call) else found
 
 
-def with_ids(call: Call, picks: Sequence[Pick], weight: str) -> Call:
+def with_ids(call: Call, gathered: Sequence[Gathered], weight: str) -> Call:
     """A call of a weight whose blocks ids chose, with those ids beside its input."""
-    for pick in picks:
-        if call.weight is pick.made:
-            return call._replace(input=(call.input, pick.ids))
+    for one in gathered:
+        if call.weight is one.made:
+            return call._replace(input=(call.input, one.ids))
     # Dynamo does not show `w[ids].mT`, nor of what `w.mT[ids]` picks
     chosen = []
-    for pick in picks:
-        if pick.name == weight or (pick.name is None and pick.made.numel() >= call.weight.numel()):
-            chosen.append(pick.ids)
+    for one in gathered:
+        if one.name == weight or (one.name is None and one.made.numel() >= call.weight.numel()):
+            chosen.append(one.ids)
     if chosen and all(ids is chosen[0] for ids in chosen):
         return call._replace(input=(call.input, chosen[0]))
     raise RuntimeError(

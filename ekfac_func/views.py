@@ -26,10 +26,10 @@ class View(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in entries of the contiguous parameter
     offset: int
-    picked: bool = False  # ids chose, and may repeat, the entries along the first axis of the split
+    by_ids: bool = False  # ids chose, and may repeat, the entries along the first axis of the split
 
 
-class Pick(NamedTuple):
+class Gathered(NamedTuple):
     """What ids chose of the first axis of a parameter."""
 
     made: Tensor
@@ -80,7 +80,7 @@ def is_whole(view: View) -> bool:
     shown = axes(view)
     return (
         shown is not None
-        and not view.picked
+        and not view.by_ids
         and all(axis.length == size for axis, size in zip(shown, view.split, strict=True))
     )
 
@@ -108,7 +108,7 @@ def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any)
         first = (view.shape[0], view.strides[0]) == (view.split[0], contiguous(view.split)[0])
         if not is_ids(args[1]) or not first or not is_whole(view) or len(view.shape) < 3:
             return [None]
-        return [view._replace(shape=tuple(made.shape), picked=True)]
+        return [view._replace(shape=tuple(made.shape), by_ids=True)]
     if func in SAME:
         return [view]
     if func in RESHAPES:
@@ -134,13 +134,13 @@ def is_ids(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
 
 
-def ids_of(func: Callable[..., Any], args: Sequence[Any], picks: Sequence[Pick]) -> Tensor | None:
+def ids_of(func: Callable[..., Any], args: Sequence[Any], gathered: Sequence[Gathered]) -> Tensor | None:
     """The ids that chose the blocks of what a function of `VIEWS` makes."""
     if func is Tensor.__getitem__ and is_ids(args[1]):
         return args[1] if args[0].dim() > 2 else None
-    for pick in picks:
-        if args[0] is pick.made:
-            return pick.ids
+    for one in gathered:
+        if args[0] is one.made:
+            return one.ids
     return None
 
 
@@ -149,7 +149,7 @@ def _made(view: View, part: Tensor) -> View | None:
     shown, before = axes(made), axes(view)
     if shown is None or before is None:
         return None
-    cut = view.picked and shown[0].length != before[0].length  # ids would have to be cut alike
+    cut = view.by_ids and shown[0].length != before[0].length  # ids would have to be cut alike
     return None if cut else made
 
 
