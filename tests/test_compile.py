@@ -347,7 +347,9 @@ def test_every_kind_of_loss_inside_a_compiled_step(backend: str) -> None:
         functools.partial(scaled, 1.0),
         lambda p, e: case.loss_fn(p, e),
     )
-    for loss_fn, inside in zip(losses, (torch.__version__ >= "2.12", False, True, False), strict=True):
+    for loss_fn, inside in zip(losses, (True, False, True, False), strict=True):
+        if loss_fn is module and torch.__version__ < "2.12":  # for whose Dynamo no module is a constant
+            continue
 
         def step(params: Params, batch: Any, state: Any, loss_fn: Any = loss_fn) -> Any:
             return ekfac(loss_fn, damping=1e-2).precondition(params, batch, state)
