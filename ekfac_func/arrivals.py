@@ -159,7 +159,8 @@ def _of_blocks(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
     term = call.read(x, g)
     assert isinstance(term, Factored)
     blocks = torch.arange(planned.windows[0].size, device=ids.device)
-    counted = blocks[None, :, None] == (ids % len(blocks))[:, None]  # [n b p]; negative ids count from the end
+    ids = torch.where(ids < 0, ids + len(blocks), ids)
+    counted = blocks[None, :, None] == ids[:, None]  # [n b p]
     counted = counted.repeat_interleave(term.g.shape[2], dim=2)
     a, g = (t.flatten(1, 2)[:, None] for t in (term.inputs, term.g))  # [n 1 (p s) ...]
     return Factored(torch.where(counted[..., None, None], a, 0), torch.where(counted[..., None], g, 0), None, counted)

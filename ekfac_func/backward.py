@@ -171,17 +171,12 @@ def summed(
 
 
 def _of_each(losses: Tensor, free: Params, n: int) -> Params:
-    """The gradient of each loss `[n]`, in passes that keep the graph."""
+    """The gradient of each loss `[n]`, in passes that keep the graph: one `vmap` over them is no plain autograd."""
     wanted = list(free.values())
-    gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
-    if wanted and losses.requires_grad:
-        each = torch.eye(n, dtype=losses.dtype, device=losses.device)
-        gradients = torch.autograd.grad(
-            losses, wanted, each, retain_graph=True, is_grads_batched=True, allow_unused=True
-        )
-    return {
-        name: p.new_zeros(n, *p.shape) if g is None else g for (name, p), g in zip(free.items(), gradients, strict=True)
-    }
+    if len(wanted) == 0 or not losses.requires_grad:
+        return {name: p.new_zeros(n, *p.shape) for name, p in free.items()}
+    rows = [torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True) for loss in losses]
+    return {name: torch.stack(each) for name, each in zip(free, zip(*rows, strict=True), strict=True)}
 
 
 def _detached(tree: Any) -> Any:

@@ -16,6 +16,7 @@ from .kronecker import (
     add_rows,
     add_up,
     coalesce,
+    common_first,
     form,
     gradient,
     into_basis,
@@ -173,7 +174,7 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     twice = torch.where(one == other, 1, 2).to(g)[:, None]
     square = None
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
-        h, x = project_outputs(of_g, basis), project_inputs(of_a, basis)
+        h, x = project_outputs(common_first(of_g), basis), project_inputs(common_first(of_a), basis)
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
         of_block = add_up(pairs_h, pairs_x)
         square = of_block if square is None else square + of_block

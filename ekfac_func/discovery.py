@@ -173,7 +173,7 @@ def _discover(
                 "as by torch.where or a product with a mask, or call the step in eager mode"
             ) from error
         n = pytree.tree_leaves(values[1])[0].shape[0]
-        return _of_batches(param_specs, functools.partial(run, of=values), n, 2 * n)
+        return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
@@ -188,17 +188,22 @@ def _discover(
             ) from error
         return Plan(_unread(param_specs, "a module that is moved or cast"), (), Way.LOOPED)
     except _WithoutContext:
-        if batched:
+        if batched and values is None:
             raise ValueError(
                 "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: "
-                "give it a setup_context, or leave batched out for a loop over the examples"
+                "give it a setup_context, or call the step in eager mode"
             ) from None
+        if batched:
+            return _of_batches(param_specs, functools.partial(run, plain=True), 3, 5)
         found = run(None, plain=True)
         return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
     except RuntimeError as error:
         if batched and values is not None:
             n = pytree.tree_leaves(values[1])[0].shape[0]  # it may not take every number of examples
-            return _of_batches(param_specs, run, n, 2 * n)
+            try:
+                return _of_batches(param_specs, run, n, 2 * n)
+            except RuntimeError:  # nor tensors without values, or within `torch.func`
+                return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
         if batched or "meta" not in str(error):
             raise
         # forward mode of a norm, which torch computes as if tensors without values were on their device
@@ -292,9 +297,12 @@ def _run(
                     raise _WithoutContext from error
                 if "mutating directly with `.data`" in str(error):
                     raise _ChangesData from error
+            shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]
             error.add_note(
-                f"loss_fn was called on {'one example' if n is None else f'a batch of {n}'}, whose tensors have the "
-                f"shapes {[tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]}"
+                f"loss_fn was called on one example, whose tensors have the shapes {shapes}"
+                if n is None
+                else f"loss_fn was called on a batch of {n}, whose tensors have the shapes {shapes}: with batched=True "
+                "it takes more examples than the batch has, which shows the axes that they are on"
             )
             raise
         if watch.mutations:
@@ -517,6 +525,7 @@ class _Watch:
                     call.table,
                     *laid,
                     view.by_ids,
+                    call.mixes,
                     spec(output, output.shape),
                     tuple(spec(x, x.shape) for x in leaves),
                 )

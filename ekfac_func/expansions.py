@@ -166,6 +166,11 @@ def embedding_bag(
     return torch.einsum("ms,msi->mi" if offsets is None else "ms,si->mi", share, rows)
 
 
+def blocks_at(stack: Tensor, ids: Tensor) -> Tensor:
+    """`stack[ids]`; ids past its end, of rows that belong to no block, take the last one."""
+    return stack[ids.clamp(max=len(stack) - 1)]
+
+
 def grouped_mm(
     call: Callable[..., Any],
     mat_a: Tensor,
@@ -181,7 +186,7 @@ def grouped_mm(
     if mat_a.dim() != 2 or mat_b.dim() != 3 or offs is None or bias is not None:
         return NotImplemented
     ids = (offs[None] <= torch.arange(len(mat_a), device=offs.device)[:, None]).sum(1)
-    stack = call(Tensor.__getitem__, mat_b, ids.clamp(max=len(mat_b) - 1))
+    stack = call(blocks_at, mat_b, ids)
     rows = call(torch.bmm, mat_a[:, None], stack)[:, 0]
     rows = torch.where((ids < len(mat_b))[:, None], rows, 0)
     return rows if out_dtype is None else rows.to(out_dtype)

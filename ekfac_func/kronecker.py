@@ -359,6 +359,21 @@ def look_up(term: Factored, ids: Tensor) -> Tensor:
     return torch.einsum("nts,nti->nsi", g, term.inputs[:, 0, :, :, 0])
 
 
+def common_first(x: Tensor) -> Tensor:
+    """Positions `[n b s ...]` reflected so that what they have in common is in the first.
+
+    Done to g and a, it leaves `sum_s g[n, s] a[n, s]^T` as it is, of which less then cancels: of two inputs that are
+    nearly alike and output gradients of opposite sign, all of it would.
+    """
+    s = x.shape[2]
+    if s < 2:
+        return x
+    first = x[:, :, :1]
+    rest = x - first  # before anything is summed, for it may be small
+    mean = rest.mean(2, keepdim=True)
+    return torch.cat([(first + mean) * s**0.5, rest[:, :, 1:] - mean / (1 - s**-0.5)], 2)
+
+
 def square_norms(terms: Terms) -> Tensor:
     """`||G[n]||^2`, `[n]`, from pairs of positions where that is less work than forming `G[n]`."""
     total = functools.reduce(torch.add, map(_square_norms, terms))
@@ -375,9 +390,9 @@ def _square_norms(term: Term) -> Tensor:
         s, i, k = term.a.shape[2:]
         o = term.g.shape[3]
         if s * (i * k + o) <= o * i * k:
-            a = term.inputs
+            a, g = common_first(term.inputs), common_first(term.g)
             pairs_a = torch.einsum("nbsik,nbtik->nbst", a, a)
-            pairs_g = torch.einsum("nbso,nbto->nbst", term.g, term.g)
+            pairs_g = torch.einsum("nbso,nbto->nbst", g, g)
             return torch.einsum("nbst,nbst->n", pairs_a, pairs_g)
         entries = math.prod(term.a.shape[1:2] + term.a.shape[3:]) * o
         blocks = zip(in_blocks(term.g, entries), in_blocks(term.a, entries), strict=True)

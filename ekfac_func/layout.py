@@ -80,6 +80,7 @@ class Use(NamedTuple):
     groups: Groups
     windows: tuple[Window, Window, Window]
     by_ids: bool
+    mixes: tuple[int, ...]
     output: Spec
     inputs: tuple[Spec, ...]
 
@@ -261,11 +262,17 @@ def dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
 
 
 def places_of(use: Use, other: Use, few: int, more: int) -> tuple[Along, ...] | None:
-    """Where the tensors of a call have their examples; None where one of them has none."""
+    """Where the tensors of a call have their examples; None where one of them has none that are apart."""
     places: list[Along] = []
+    if use.windows != other.windows:
+        return None
     for one, two in zip((use.output, *use.inputs), (other.output, *other.inputs), strict=True):
+        if len(one.shape) != len(two.shape):
+            return None
         axes = [axis for axis, (x, y) in enumerate(zip(one.shape, two.shape, strict=True)) if x != y]
         if len(axes) != 1 or one.shape[axes[0]] * more != two.shape[axes[0]] * few or one.shape[axes[0]] % few:
+            return None
+        if one is not use.output and axes[0] - len(one.shape) in use.mixes:
             return None
         places.append(Along(axes[0], one.shape[axes[0]] // few))
     return tuple(places)

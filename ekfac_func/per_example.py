@@ -15,7 +15,7 @@ from .kronecker import dense, gradient, square_norms, unpack, unpack_all
 from .modes import transformed
 from .orders import DEFAULT_CONTRACTIONS, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
-from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Params, Terms, outside
+from .types import Basis, Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, outside
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class PerExampleGradients:
             raise KeyError(f"{name!r} is not in params: it has {', '.join(map(repr, self.params))}")
         for layer in self.captured.layers.values():
             if name in (layer.weight, layer.bias):
-                return unpack(layer, dense(self.captured.terms[layer.weight]), self.params)[name]
+                terms = self.captured.terms[layer.weight]
+                G = dense(terms)
+                own = G.clone() if any(isinstance(term, Dense) for term in terms) else G
+                return unpack(layer, own, self.params)[name]
         raise AssertionError(f"no layer holds {name!r}")
 
     def mean(self) -> Params:
@@ -52,8 +55,8 @@ class PerExampleGradients:
     def norms(self) -> Tensor:
         """Euclidean norm over all parameters of each example's gradient, `[n]`.
 
-        To the root of the dtype's precision where positions of an example cancel: summed from pairs of them where that
-        is less work. `dense` is as exact as the gradients are.
+        Summed from pairs of positions where that is less work: to the root of the dtype's precision where those of an
+        example cancel in more than what they all have in common. `dense` is as exact as the gradients are.
         """
         squares = [square_norms(term) for term in self.captured.terms.values()]
         return torch.stack([square.to(self.losses.dtype) for square in squares]).sum(0).sqrt()

@@ -83,7 +83,7 @@ class Picked(TorchDispatchMode):
             ids = [(args[0].shape[args[1]], args[2])]
         elif func.overloadpacket in TABLES:
             ids = [(args[0].shape[0], args[1])]
-        elif func is torch.ops.aten.take.default:
+        elif func.overloadpacket in FLAT:
             ids = [(args[0].numel(), args[1])]
         elif func.overloadpacket in ORDERED and args[0].dim():
             given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
@@ -99,9 +99,11 @@ _aten = torch.ops.aten
 INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
 BY_IDS = (
     *(_aten.index_select, _aten.gather, _aten.index_add, _aten.index_add_, _aten.index_copy, _aten.index_copy_),
-    *(_aten.scatter, _aten.scatter_, _aten.scatter_add, _aten.scatter_add_, _aten.scatter_reduce),
-    *(_aten.index_reduce, _aten.index_reduce_),
+    *(_aten.scatter, _aten.scatter_, _aten.scatter_add, _aten.scatter_add_),
+    *(_aten.scatter_reduce, _aten.scatter_reduce_, _aten.index_reduce, _aten.index_reduce_),
 )
+FLAT = (_aten.take, _aten.put, _aten.put_)
+SCATTERED = (_aten.masked_scatter, _aten.masked_scatter_)
 TABLES = (_aten.embedding, _aten._embedding_bag, _aten._embedding_bag_forward_only)
 ORDERED = (_aten.sort, _aten.topk)
 WITHOUT_VALUES = tuple(
@@ -113,4 +115,5 @@ WITHOUT_VALUES = tuple(
 def _picks(func: Any, args: Any) -> bool:
     if func is torch.ops.aten.index.Tensor:
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-    return torch.Tag.dynamic_output_shape in func.tags or func is torch.ops.aten._pack_padded_sequence.default
+    known = func.overloadpacket in SCATTERED or func is torch.ops.aten._pack_padded_sequence.default
+    return known or torch.Tag.dynamic_output_shape in func.tags

@@ -37,7 +37,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _of_intel()
 ENTRIES = 2**15  # of the matrix, or of the product, from which on it pays
 MULTIPLICATIONS = 2**23  # of a smaller matrix with many rows, from which on it pays
-NARROW, ROWS = 16, 4096  # columns up to which a product adds up its rows in turn, and how many of them at a time
+NARROW, WIDE = 16, 1024  # columns of two matrices up to which their product adds up its rows in turn
+ROWS = 4096  # that are added up at a time
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for fast kernels
 MANY_ROWS, MANY_ENTRIES = 1024, 2**18  # of two matrices, from which on it pays to copy the second into columns
 
@@ -90,7 +91,8 @@ def outer(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
 
 def _sums_in_turn(x: Tensor, y: Tensor) -> bool:
     """Whether a CPU would add many rows up one after another, to fewer digits the more they are."""
-    narrow = max(x.shape[-1], y.shape[-1]) <= NARROW and x.shape[:-2] == y.shape[:-2]
+    few, many = sorted((x.shape[-1], y.shape[-1]))
+    narrow = few <= NARROW and many <= WIDE and x.shape[:-2] == y.shape[:-2]
     return narrow and x.device.type == "cpu" and not transformed() and x.shape[-2] >= 2 * ROWS
 
 

@@ -34,6 +34,7 @@ class Call(NamedTuple):
     bias: Tensor | None = None
     split: tuple[int, ...] | None = None
     table: bool = False  # read returns OneHot
+    mixes: tuple[int, ...] = ()  # axes of the input, from its end, along which entries meet: none is of the examples
 
 
 Rule = Callable[..., Call | Sequence[Call] | None]  # several readings where either operand may be the weight
@@ -161,8 +162,13 @@ def conv(
         a = _patches(_batched(x, nd), weight, stride, dilation, groups, padding)
         return Factored(a, _pixels(_batched(g, nd), groups))
 
-    c_out = weight.shape[0]
-    return Call(weight, "boi" + "i" * nd, input, read, bias, (groups, c_out // groups, *weight.shape[1:]))
+    split = (groups, weight.shape[0] // groups, *weight.shape[1:])
+    return Call(weight, "boi" + "i" * nd, input, read, bias, split, mixes=_under_the_kernel(weight))
+
+
+def _under_the_kernel(weight: Tensor) -> tuple[int, ...]:
+    """The axes along which a convolution mixes pixels."""
+    return tuple(axis for axis in range(2 - weight.dim(), 0) if weight.shape[axis] > 1)
 
 
 def conv_sua(input: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any) -> Call:
@@ -213,7 +219,7 @@ def conv_transpose(
         return Factored(a, _pixels(_batched(g, nd), groups))
 
     split = (groups, weight.shape[0] // groups, *weight.shape[1:])
-    return Call(weight, "bio" + "i" * nd, input, read, bias, split)
+    return Call(weight, "bio" + "i" * nd, input, read, bias, split, mixes=_under_the_kernel(weight))
 
 
 def embedding(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .expansions import entries_of
+from .expansions import blocks_at, entries_of
 from .types import constants
 
 
@@ -104,7 +104,7 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
 def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any) -> list[View | None]:
     """What the tensors that a function of `VIEWS` made of a view, its first argument, show; None if that is unknown."""
     source = args[0]
-    if func is Tensor.__getitem__ and not _basic(args[1]):
+    if func in GATHERS and not _basic(args[1]):
         first = (view.shape[0], view.strides[0]) == (view.split[0], contiguous(view.split)[0])
         if not is_ids(args[1]) or not first or not is_whole(view) or len(view.shape) < 3:
             return [None]
@@ -136,7 +136,7 @@ def is_ids(index: Any) -> bool:
 
 def ids_of(func: Callable[..., Any], args: Sequence[Any], gathered: Sequence[Gathered]) -> Tensor | None:
     """The ids that chose the blocks of what a function of `VIEWS` makes."""
-    if func is Tensor.__getitem__ and is_ids(args[1]):
+    if func in GATHERS and is_ids(args[1]):
         return args[1] if args[0].dim() > 2 else None
     for one in gathered:
         if args[0] is one.made:
@@ -153,6 +153,7 @@ def _made(view: View, part: Tensor) -> View | None:
     return None if cut else made
 
 
+GATHERS = (Tensor.__getitem__, blocks_at)
 SAME = frozenset(
     getattr(Tensor, name) for name in ("contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "clone")
 )
@@ -172,7 +173,7 @@ VIEWS = (
             *(getattr(torch, name) for name in ("t", "transpose", "permute", "swapaxes", "movedim")),
             *(getattr(Tensor, name) for name in ("narrow", "select", "chunk", "unbind", "unsqueeze", "squeeze")),
             *(getattr(torch, name) for name in ("narrow", "select", "chunk", "unbind", "unsqueeze", "squeeze")),
-            torch.split,
+            *(torch.split, blocks_at),
         }
     )
     | SAME

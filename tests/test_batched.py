@@ -367,15 +367,48 @@ def test_describe_of_a_loss_that_looks_at_values() -> None:
     assert [row.rule for row in rows] == ["linear", "linear"]
 
 
-def test_a_function_without_a_context_of_its_own_is_refused() -> None:
-    class Sine(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.sin()
+class Sine(torch.autograd.Function):
+    """With a forward that takes ctx, of which `torch.func` knows nothing."""
 
-    step = ekfac(lambda p, x: Sine.apply(F.linear(x, p["w"])).sum(1), damping=1.0, batched=True)
-    with pytest.raises(ValueError, match=r"forward takes ctx.*setup_context, or leave batched out"):
-        step.init({"w": torch.randn(3, 4)}, torch.randn(N, 4))
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * x.cos()
+
+
+def _context(params: Params, x: Tensor) -> Tensor:
+    h: Tensor = Sine.apply(F.linear(x, params["w"]) * params["scale"])
+    return h.sum(1)
+
+
+def _leaf(params: Params, x: Tensor) -> Tensor:
+    return F.linear(x.clone().requires_grad_(), params["w"]).sin().sum(1) * params["scale"].sum()
+
+
+def _checked_hook(params: Params, x: Tensor) -> Tensor:
+    h = F.linear(x * params["scale"], params["w"])
+    if h.requires_grad:
+        h.register_hook(lambda g: g * 0 if g.isnan().any() else g * 2)
+    return h.square().sum(1)
+
+
+@pytest.mark.parametrize("loss_fn", [_context, _leaf, _checked_hook])
+def test_what_plain_autograd_alone_takes(loss_fn: LossFn) -> None:
+    params, x = {"w": torch.randn(4, 4), "scale": torch.randn(4)}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    assert found.captured.layers["w"].rule == "linear"
+    close_trees({name: found.dense(name) for name in params}, every_example(loss_fn, params, x))
+
+
+def test_a_function_without_a_context_of_its_own_is_not_for_graphs() -> None:
+    step = ekfac(_context, damping=1.0, batched=True)
+    with pytest.raises(Exception, match=r"forward takes ctx.*setup_context, or call the step in eager mode"):
+        torch.compile(step.init, backend="eager")({"w": torch.randn(4, 4), "scale": torch.randn(4)}, torch.randn(N, 4))
 
 
 def test_a_batched_loss_that_does_not_take_every_number_of_examples() -> None:
@@ -562,3 +595,66 @@ def test_what_changes_the_graph_reaches_parameters_without_a_rule(change: str) -
         torch.vmap(dense)(torch.randn(2, 4))
     with pytest.raises(Exception, match=message):
         torch.compile(dense, backend="eager", fullgraph=True)(params["scale"])
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("function", [F.conv1d, F.conv_transpose1d])
+def test_a_convolution_along_the_examples(function: Any, kernel: int) -> None:
+    """The batch as a sequence: a kernel wider than one sees the neighbours of an example."""
+    params, x = {"w": torch.randn(4, 4, kernel)}, torch.randn(N, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        z: Tensor = function(x.T[None], params["w"], padding=kernel // 2)
+        return z[0].T.tanh().square().sum(1)
+
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    assert (found.captured.layers["w"].rule is None) == (kernel > 1)
+    close_trees({"w": found.dense("w")}, every_example(loss_fn, params, x))
+
+
+def _rows_by_rank(x: Tensor) -> tuple[Tensor, Tensor]:
+    rank = (x[:, None, 0] > x[None, :, 0]).sum(1)
+    return rank, F.one_hot(rank, len(x)).T.bool()
+
+
+def _reduced(x: Tensor) -> Tensor:
+    rank, _ = _rows_by_rank(x)
+    return torch.zeros_like(x).scatter_reduce_(0, rank[:, None].expand_as(x), x, "sum")
+
+
+def _put_in_order(x: Tensor) -> Tensor:
+    rank, _ = _rows_by_rank(x)
+    places = rank[:, None] * x.shape[1] + torch.arange(x.shape[1])
+    return torch.zeros_like(x).put(places, x)
+
+
+def _masked(x: Tensor) -> Tensor:
+    rank, at = _rows_by_rank(x)
+    return torch.zeros(len(x), *x.shape).masked_scatter(at[..., None].expand(-1, -1, 4), x[rank.argsort()]).sum(1)
+
+
+@pytest.mark.parametrize("order", [_reduced, _put_in_order, _masked])
+def test_rows_written_in_an_order_of_the_batch(order: Callable[[Tensor], Tensor]) -> None:
+    params, x = {"w": torch.randn(5, 4)}, torch.randn(N, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(order(x), params["w"]).tanh()[_rows_by_rank(x)[0]].square().sum(1)
+
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    close_trees({"w": found.dense("w")}, every_example(loss_fn, params, x))
+
+
+@pytest.mark.parametrize("width", [4, 256])
+def test_rows_of_a_parameter_for_the_examples_and_a_scale_before_a_large_layer(width: int) -> None:
+    params = {"w": torch.randn(width, width) / width**0.5, "rows": torch.randn(9, width), "scale": torch.randn(width)}
+    params = {name: p.float() for name, p in params.items()}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x * params["scale"], params["w"]).tanh()
+        return torch.einsum("nd,nd->n", h, params["rows"][: len(x)])
+
+    x = torch.randn(N, width).float()
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    assert found.captured.layers["w"].rule == "linear"
+    expected = every_example(loss_fn, params, x)
+    close_trees({name: found.dense(name) for name in params}, expected, 1e-5)

@@ -1148,6 +1148,39 @@ def test_draws_that_are_alike() -> None:
     close(found.dense("w"), loop(_drawn, params, batch)[1]["w"])
 
 
+def test_rows_of_no_expert_are_no_samples() -> None:
+    """`F.grouped_mm` leaves out what comes after the last offset, as padding does."""
+    params, offs = {"w": torch.randn(3, 8, 4).bfloat16()}, torch.tensor([[1, 2, 4]] * 5, dtype=torch.int32)
+    x = torch.randn(5, 6, 8).bfloat16()
+    x[:, 4:] = 100
+
+    def grouped(params: Params, example: Any) -> Tensor:
+        x, offs = example
+        return F.grouped_mm(x, params["w"], offs=offs)[:4].float().tanh().sum()
+
+    def picked(params: Params, example: Any) -> Tensor:
+        x, _ = example
+        rows = torch.bmm(x[:4, None], params["w"][torch.tensor([0, 1, 2, 2])])
+        return rows.float().tanh().sum()
+
+    found = []
+    for loss_fn in (grouped, picked):
+        step = ekfac(loss_fn, damping=0.1, second_moment=kfac, factor_decay=0.5)
+        found.append(step.precondition(params, (x, offs), step.init(params, (x, offs)))[1])
+    close_trees(found[0].factors, found[1].factors, 1e-4)
+    one, other = (state.second_moments["w"].value.sum((1, 2)) for state in found)
+    close(one, other, 1e-4)
+
+
+def test_dense_gradients_are_the_callers_own() -> None:
+    params, x = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    for loss_fn in (lambda p, x: (p["w"].exp() @ x).sin().sum(), lambda p, x: F.linear(x, p["w"]).sin().sum()):
+        found = per_example_gradients(loss_fn, params, x)
+        before = found.norms()
+        found.dense("w").zero_()
+        close(found.norms(), before)
+
+
 def test_an_expert_that_a_label_picks() -> None:
     def loss_fn(params: Params, example: Any) -> Tensor:
         x, expert = example

@@ -597,12 +597,12 @@ def test_inference_mode_is_refused() -> None:
 
     def teacher(params: Params, example: Any) -> Tensor:
         with torch.inference_mode():
-            target = F.linear(example, params["w"])
-        return (F.linear(example, params["w"]) - target).square().sum()
+            target = F.linear(example, params["w"]).cos()
+        return (F.linear(example, params["w"]) - target).square().sum(-1)
 
-    for batched in (False, True):
-        with pytest.raises(RuntimeError, match=r"made in torch\.inference_mode.*torch\.no_grad"):
-            per_example_gradients(teacher, W, torch.randn(5, 4), batched=batched)
+    with pytest.raises(RuntimeError, match=r"made in torch\.inference_mode.*torch\.no_grad"):
+        per_example_gradients(teacher, W, torch.randn(5, 4))
+    assert per_example_gradients(teacher, W, torch.randn(5, 4), batched=True).dense("w").any()
     compiled = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         close_trees(compiled(case.params, batch, state)[0], natural)

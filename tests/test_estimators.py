@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_func import (
     DIAGONAL,
+    FULL,
     RULES,
     Basis,
     Blocks,
@@ -36,6 +37,7 @@ from ekfac_func import (
     rank,
     reset,
     running_average,
+    second_moments,
     transport,
 )
 from ekfac_func import contraction as contraction_room
@@ -437,6 +439,26 @@ def test_blocks_of_examples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(blocking, "CACHE_BYTES", 1)
     close_trees(natural_of(case, case.params, batch, contractions=Contractions(max_bytes=1)), expected)
     assert N in sizes
+
+
+@pytest.mark.parametrize("choice", [FULL, rank(4)], ids=str)
+def test_positions_that_cancel_in_float32(choice: Any) -> None:
+    """Two inputs that are nearly alike, and output gradients of opposite sign, as of a preference."""
+    params = {"w": torch.randn(48, 64) / 8}
+    x = torch.randn(6, 1, 64) + 1e-3 * torch.randn(6, 2, 64)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        z = F.linear(x, params["w"]).tanh()
+        return (z[0] - z[1]).sum()
+
+    step = ekfac(loss_fn, damping=1.0, bases={"*": choice})
+    _, state, _ = step.precondition(params, x, step.init(params, x))
+    few, bases = pytree.tree_map(Tensor.float, (params, state.bases))
+    how = Contractions(orders={"*": Order.PAIRS})
+    exact = second_moments(loss_fn, params, x, pytree.tree_map(Tensor.double, bases), contractions=how)["w"]
+    close(second_moments(loss_fn, few, x.float(), bases, contractions=how)["w"].double(), exact, 1e-3)
+    norms = per_example_gradients(loss_fn, params, x).dense("w").flatten(1).norm(dim=1)
+    close(per_example_gradients(loss_fn, few, x.float()).norms().double(), norms, 1e-3)
 
 
 def test_no_moment_is_negative_where_positions_cancel() -> None:

@@ -184,6 +184,9 @@ def test_many_rows_of_a_narrow_matrix(d: int) -> None:
     x = torch.randn(2, 300_000, d).float()
     exact = x.double().mT @ x.double()
     assert (symmetric(x) - exact).abs().max() <= 1e-6 * exact.max()
+    y = torch.rand(2, 300_000, 17).float()  # of any width beside it
+    exact = x.abs().double().mT @ y.double()
+    assert (outer(x.abs(), y) - exact).abs().max() <= 2e-6 * exact.max()
 
 
 def test_a_matrix_with_an_odd_number_of_columns_and_many_rows() -> None:
