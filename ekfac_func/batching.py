@@ -121,6 +121,41 @@ def attention(
     return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
+def max_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Tensor]:
+    """A maximum over windows of the last nd axes, with all axes before them as one, which `vmap` does not reshape."""
+
+    def pool(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = function(input.flatten(0, -nd - 1), *args, **kwargs)
+        return y.unflatten(0, input.shape[:-nd])
+
+    return pool
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...] | None = None,
+    padding: int | tuple[int, ...] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """`F.avg_pool2d`."""
+    kernel = each(kernel_size, (0, 0))
+    strides = each(kernel_size if stride is None else stride, (0, 0))
+    x = input if input.dim() == 4 else input[None]
+    y = _avg_pool2d(x, kernel, strides, each(padding, (0, 0)), ceil_mode, count_include_pad, divisor_override)
+    return y if input.dim() == 4 else y[0]
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`F.dropout`, of the same numbers."""
+    if not training or not 0 < p < 1:
+        return F.dropout(input, p, training, inplace)
+    kept = torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
+    return input.mul_(kept) if inplace else input * kept
+
+
 def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """`F.embedding`, of which `vmap` forgets under a batched weight the range of ids and padding without gradient."""
     low, high = _extremes(input)
@@ -242,8 +277,16 @@ OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     F.scaled_dot_product_attention: attention,
+    F.avg_pool2d: avg_pool2d,
+    **{
+        function: max_pool(function, nd)
+        for nd in (1, 2, 3)
+        for function in (getattr(F, f"max_pool{nd}d"), getattr(torch, f"max_pool{nd}d"))
+    },
 }
 """Where torch's own rule fixes the batch size of a graph, or is slow."""
+OPEN_BATCHED: dict[Callable[..., Any], Callable[..., Tensor]] = {F.dropout: dropout}
+"""Where torch's own fixes the number of examples of a graph of a batched loss."""
 OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
 """The same, of calls that are tapped."""
 EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -273,6 +316,28 @@ def _(info: Any, in_dims: Any, x: Tensor, weight: Tensor, *geometry: Any) -> tup
     x = x.movedim(in_dims[0], 0)
     y = _plain_conv(x.flatten(0, 1), weight, *geometry)
     return y.unflatten(0, x.shape[:2]), 0
+
+
+@torch.library.custom_op("ekfac_func::avg_pool2d", mutates_args=())
+def _avg_pool2d(
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Tensor:
+    return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
+
+
+_avg_pool2d.register_fake(F.avg_pool2d)
+
+
+@_avg_pool2d.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, *geometry: Any) -> tuple[Tensor, int]:
+    x = x.movedim(in_dims[0], 0)
+    return F.avg_pool2d(x.flatten(0, 1), *geometry).unflatten(0, x.shape[:2]), 0
 
 
 @torch.library.custom_op("ekfac_func::nll", mutates_args=())

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
 from .backward import Copied, Probe, Probed, Run, StalePlan, batched, each, looped, summed
-from .batching import COPIED, EAGER_LAYERS, EXACT, MAPPED, OPEN, OPEN_LAYERS, own_of_each
+from .batching import COPIED, EAGER_LAYERS, EXACT, MAPPED, OPEN, OPEN_BATCHED, OPEN_LAYERS, own_of_each
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
@@ -239,7 +239,7 @@ def _watched(
     as_written = options.batched or (looping and len(found.calls) == 0)
     mapped = transformed()  # the parameters too may be of several
     of_vmap = found.open and (compiling or not mapped)  # no `vmap` of the caller's own around it
-    replacing: dict[Any, Callable[..., Any]] = {}
+    replacing: dict[Any, Callable[..., Any]] = OPEN_BATCHED if compiling else {}
     if not options.batched:
         replacing = EXACT if looping else EXACT | MAPPED | (OPEN if of_vmap else {})
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}

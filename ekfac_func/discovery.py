@@ -145,7 +145,10 @@ def _discover(
     ) -> Observed:
         loss = functools.partial(loss_fn, *args, **kwargs)
         with undrawn(() if of is None else pytree.tree_leaves(of)):  # the next run takes the same path
-            return _run(loss, param_specs, example[0], rules, has_aux, n, skip, picking, of, plain)
+            found = _run(loss, param_specs, example[0], rules, has_aux, n, skip, picking, of, plain)
+        if values is None and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
+            found = found._replace(cuts=min(found.functions))
+        return found
 
     try:
         if batched:
@@ -362,6 +365,11 @@ def _refuse_compiled(found: Observed) -> None:
             f"loss_fn calls {name}, an autograd.Function, whose backward Dynamo leaves out under vmap: write it with "
             "detach(), as x + (f(x) - x).detach() for a straight-through estimator, take the batch as it is with "
             "batched=True, or call the step in eager mode"
+        )
+    if found.cuts:
+        raise ValueError(
+            f"loss_fn calls {found.cuts} on what depends on params, which a compiled step cannot: write detach(), or "
+            "call the step in eager mode"
         )
 
 

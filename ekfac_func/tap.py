@@ -183,6 +183,11 @@ def _index(input: Tensor, indices: Sequence[Tensor | None]) -> tuple[Any, Any, A
     return Tensor.__getitem__, (input, tuple(slice(None) if at is None else at for at in indices)), {}
 
 
+def _split(input: Tensor, split_size: Any, dim: int = 0) -> tuple[Any, Any, Any]:
+    """`x.split(2)`: Dynamo cannot trace Python methods of a tensor under a function mode."""
+    return torch.split, (input, split_size, dim), {}
+
+
 def _to(input: Tensor, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any, Any]:
     """`x.type(dtype)`."""
     if isinstance(dtype, torch.dtype) and not kwargs:
@@ -199,7 +204,6 @@ _aten = torch.ops.aten
 _OPERANDS = ("input", "weight", "bias", "running_mean", "running_var")
 ALIASES = _with_packets(
     {
-        Tensor.split: torch.split,  # Dynamo cannot trace Python methods of a tensor under a function mode
         _aten.linear.default: F.linear,
         **{getattr(_aten, f"conv{d}d").default: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
         **{getattr(_aten, f"conv{d}d").padding: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
@@ -219,6 +223,7 @@ REORDERED = _with_packets(
         **dict.fromkeys((torch.embedding, _aten.embedding.default), _embedding),
         _aten.cross_entropy_loss.default: _cross_entropy,
         Tensor.type: _to,
+        Tensor.split: _split,
         _aten.index.Tensor: _index,
         **dict.fromkeys((torch.mv, Tensor.mv, _aten.mv.default), _mv),
         **dict.fromkeys(

@@ -573,6 +573,57 @@ def _reversed(h: Tensor) -> Tensor:
     return h
 
 
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator, of whose forward Dynamo knows the derivative: zero."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def test_a_function_on_parameters_without_a_rule() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, Rounded.apply(params["w"] * 4)).square().sum(1)
+
+    params, x = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    close_trees({"w": found.dense("w")}, every_example(loss_fn, params, x))
+    step = torch.compile(ekfac(loss_fn, damping=1.0, batched=True).precondition, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"calls Rounded.*does not reach 'w', which has no rule.*eager mode"):
+        step(params, x, ekfac(loss_fn, damping=1.0, batched=True).init(params, x))
+
+
+def test_dropout_of_batched_losses_in_one_graph() -> None:
+    params, graphs = {"w": torch.randn(3, 4)}, list[Any]()
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.dropout(F.linear(x, params["w"]), 0.5).sin().sum(1)
+
+    def dense(params: Params, x: Tensor) -> Tensor:
+        return per_example_gradients(loss_fn, params, x, batched=True).dense("w")
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(dense, backend=backend, fullgraph=True)
+    for n in (4, 6, 5, 7):
+        x = torch.randn(n, 4)
+        seed = torch.get_rng_state()
+        expected = dense(params, x)
+        torch.set_rng_state(seed)
+        close(compiled(params, x), expected)
+    assert len(graphs) == 2
+
+
 CUTS: dict[str, Callable[[Tensor], Tensor]] = {
     ".data": lambda h: h.data,
     "detach_": lambda h: (h * 1).detach_(),
@@ -595,6 +646,9 @@ def test_what_changes_the_graph_reaches_parameters_without_a_rule(change: str) -
         torch.vmap(dense)(torch.randn(2, 4))
     with pytest.raises(Exception, match=message):
         torch.compile(dense, backend="eager", fullgraph=True)(params["scale"])
+    alone = ekfac(lambda p, x: loss_fn(p, x[None]).sum(), damping=1.0)
+    with pytest.raises(Exception, match=rf"{change} on what depends on params.*compiled step.*detach\(\)"):
+        torch.compile(alone.init, backend="eager", fullgraph=True)(params, x)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

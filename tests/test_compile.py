@@ -188,8 +188,10 @@ def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
 
 @pytest.mark.parametrize(("rules", "backend"), in_part([RULES, {**RULES, **SUA}], traced=[RULES]))
 def test_number_of_graphs_of_a_classifier(rules: Any, backend: str) -> None:
-    """Convolutions and class-index losses, whose rules under vmap would fix the batch size: seven sizes."""
-    case = classifier(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)), 2, 4, 4)
+    """Convolutions, pools and class-index losses, whose rules under vmap would fix the batch size: seven sizes."""
+    pools = nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), *pools, nn.Flatten(), nn.Linear(12, 3))
+    case = classifier(net, 2, 4, 4)
     step = ekfac(case.loss_fn, damping=1e-2, basis_every=10, rules=rules)
     precondition, state = compiled(step.precondition, backend), step.init(case.params, case.batch(8))
     for size, most in ((16, 3), (24, 5), (9, 5), (33, 5), (12, 5), (64, 5), (7, 5)):
