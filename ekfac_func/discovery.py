@@ -28,7 +28,7 @@ from .copies import Copies
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
 from .made import Made
 from .modes import innermost, share, undrawn
-from .picked import READS, Picked
+from .picked import READS, Picked, has_tensors
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
 from .tap import LOOKUPS, Tap, beneath, called, depth, of_table, readings, traced, unchecked, unfused, with_ids
@@ -455,7 +455,7 @@ class _Watch:
         refuse(func, args, kwargs, self.params, batched)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
-        self.picked.enter(func)
+        self.picked.enter(func, args)
         self.copies.begins(func, args)
         if (func in CUTS or func == DATA) and args[0].requires_grad:
             self.cuts = ".data" if func == DATA else called(func)
@@ -467,7 +467,7 @@ class _Watch:
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise _SecondOrder
         inner = depth() != self.level
-        if inner and not batched and func is Tensor.__setitem__ and _has_tensors(args[1]):
+        if inner and not batched and func is Tensor.__setitem__ and has_tensors(args[1]):
             # a `vmap` within another misplaces what is written
             raise DataDependentOutputException(torch.ops.aten.index_put.default)
         self.nested |= func in OPEN and inner
@@ -577,10 +577,6 @@ class _Watch:
             view = self.view_of(leaf) if isinstance(leaf, Tensor) else None
             if view is not None and not _reads_shape(func):
                 self.hidden_by.setdefault(view.name, {})[f"{called(func)} {why}".strip()] = None
-
-
-def _has_tensors(index: Any) -> bool:
-    return any(isinstance(entry, Tensor) for entry in expansions.entries_of(index))
 
 
 def _shown(tensor: Tensor, spec: str) -> str:

@@ -513,6 +513,8 @@ def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any]
     batched: the loss runs without `vmap`.
     """
     key = str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func
+    if batched and key is F.embedding_bag and (kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None):
+        return NotImplemented  # for the offsets, not the places of the ids, make the examples
     expansion = _LAYERS.get(key) or (None if batched else FOR_VMAP.get(key) or COPIES.get(key))
     if expansion is None:
         return NotImplemented

@@ -41,8 +41,21 @@ def past_vmap(f: Callable[[Tensor], Tensor], x: Tensor, n: int = 1) -> Tensor:
 
 def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     """The memory of the tensors of a tree, by its address."""
-    tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided]
-    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    parts = [part for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) for part in _strided(t)]
+    return {t.untyped_storage()._cdata: t.untyped_storage() for t in parts}
+
+
+def _strided(t: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with memory of their own that a tensor is made of."""
+    if t.layout is torch.strided:
+        return (t,)
+    if t.layout is torch.sparse_coo:
+        return t._indices(), t._values()
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return t.crow_indices(), t.col_indices(), t.values()
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return t.ccol_indices(), t.row_indices(), t.values()
+    return ()
 
 
 def share(one: Tensor, other: Tensor) -> bool:

@@ -8,11 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .modes import storages
+from .modes import innermost, storages
 
-READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # numbers for Python, by ways that are not dispatched
+# numbers for Python, and tensors of such numbers, by ways that are not dispatched
+READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
+OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+SPLITS = (torch.tensor_split, Tensor.tensor_split)
+SIZES = (
+    *(Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.nelement, torch.numel),  # type: ignore[attr-defined]
+    *(Tensor.__len__, Tensor.__iter__, Tensor.unbind, torch.unbind),
+)
 
 
 class Picked(TorchDispatchMode):
@@ -35,15 +43,23 @@ class Picked(TorchDispatchMode):
         self.function: Any = None  # of torch, under way
         self.call: int | None = None  # of a layer, under way
         self.storages: dict[int, torch.UntypedStorage] = {}  # of such rows; held, so that no address is used again
+        self.sized: dict[int, torch.UntypedStorage] = {}  # of as many entries as values say
 
     def given(self, batch: Any) -> None:
         """The tensors of the batch."""
         self.of_batch |= storages(batch)
 
-    def enter(self, function: Any) -> None:
+    def enter(self, function: Any, args: Any) -> None:
         """A torch function is called."""
         self.function = function
         self.numbers |= function in READS
+        if function in OF_NUMBERS:
+            self.numbers |= any(isinstance(part, list | tuple) and has_tensors(part) for part in args)
+        if function in SPLITS:
+            self.numbers |= has_tensors(args[1:])
+        if function in SIZES and self.sized:
+            of = pytree.tree_map_only(Tensor, innermost, args)
+            self.numbers |= not storages(of).keys().isdisjoint(self.sized)
 
     def enter_layer(self, call: int) -> None:
         """The call of a layer begins."""
@@ -62,7 +78,8 @@ class Picked(TorchDispatchMode):
             self.truths += isinstance(made, bool)
             self.numbers |= not isinstance(made, bool) and self.function is not F.one_hot  # which checks its labels
         addresses = storages((args, kwargs)).keys()
-        picks = _picks(func, args) or not addresses.isdisjoint(self.storages)
+        sizes = _picks(func, args) or not addresses.isdisjoint(self.sized)
+        picks = sizes or not addresses.isdisjoint(self.storages)
         depends = not addresses.isdisjoint(self.of_batch) and func not in WITHOUT_VALUES
         for entries in self._looked_up(func, args, kwargs):
             picks |= len(self.lookups) in self.picking
@@ -72,6 +89,7 @@ class Picked(TorchDispatchMode):
         if picks or depends:
             written = storages((made, args[:1] if func._schema.is_mutable else ()))
             self.storages |= written if picks else {}
+            self.sized |= written if sizes else {}
             self.of_batch |= written if depends else {}
         return made
 
@@ -96,14 +114,17 @@ class Picked(TorchDispatchMode):
 
 
 _aten = torch.ops.aten
-INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
+INDEXED = (_aten.index, _aten._unsafe_index, _aten.index_put, _aten.index_put_)
 BY_IDS = (
     *(_aten.index_select, _aten.gather, _aten.index_add, _aten.index_add_, _aten.index_copy, _aten.index_copy_),
     *(_aten.scatter, _aten.scatter_, _aten.scatter_add, _aten.scatter_add_),
     *(_aten.scatter_reduce, _aten.scatter_reduce_, _aten.index_reduce, _aten.index_reduce_),
 )
 FLAT = (_aten.take, _aten.put, _aten.put_)
-SCATTERED = (_aten.masked_scatter, _aten.masked_scatter_)
+BY_VALUES = (
+    *(_aten.masked_scatter, _aten.masked_scatter_, _aten._pack_padded_sequence),
+    *(_aten._to_sparse, _aten._to_sparse_csr, _aten._to_sparse_csc, _aten._to_sparse_bsr, _aten._to_sparse_bsc),
+)
 TABLES = (_aten.embedding, _aten._embedding_bag, _aten._embedding_bag_forward_only)
 ORDERED = (_aten.sort, _aten.topk)
 WITHOUT_VALUES = tuple(
@@ -112,8 +133,11 @@ WITHOUT_VALUES = tuple(
 )
 
 
+def has_tensors(tree: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree))
+
+
 def _picks(func: Any, args: Any) -> bool:
     if func is torch.ops.aten.index.Tensor:
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-    known = func.overloadpacket in SCATTERED or func is torch.ops.aten._pack_padded_sequence.default
-    return known or torch.Tag.dynamic_output_shape in func.tags
+    return func.overloadpacket in BY_VALUES or torch.Tag.dynamic_output_shape in func.tags

@@ -712,3 +712,47 @@ def test_rows_of_a_parameter_for_the_examples_and_a_scale_before_a_large_layer(w
     assert found.captured.layers["w"].rule == "linear"
     expected = every_example(loss_fn, params, x)
     close_trees({name: found.dense(name) for name in params}, expected, 1e-5)
+
+
+def _lengths_of_rows(params: Params, batch: Any) -> Tensor:
+    x, mask = batch
+    lengths = [len(row[row]) for row in mask]
+    h = F.linear(torch.cat([t[:k] for t, k in zip(x, lengths, strict=True)]), params["w"]).tanh()
+    return torch.stack([t.square().sum() for t in h.split(lengths)])
+
+
+def _shape_of_rows(params: Params, batch: Any) -> Tensor:
+    x, mask = batch
+    lengths = [row.nonzero().shape[0] for row in mask]
+    order = torch.tensor(sorted(range(len(x)), key=lambda k: -lengths[k]))
+    return F.linear(x.sum(1)[order], params["w"]).tanh().square().sum(1)[order.argsort()]
+
+
+def _list_of_numbers(params: Params, batch: Any) -> Tensor:
+    x, mask = batch
+    rank = mask.sum(1).argsort(stable=True)
+    ids = torch.tensor([k for k in rank])  # noqa: C416
+    return F.linear(x.sum(1)[ids], params["w"]).tanh().square().sum(1)[rank.argsort()]
+
+
+def _sparse(params: Params, batch: Any) -> Tensor:
+    x, mask = batch
+    at = mask.to_sparse().indices()
+    rows = F.linear(x[at[0], at[1]], params["w"]).tanh()
+    return torch.zeros(len(x), 5).index_add(0, at[0], rows).square().sum(1)
+
+
+def _bags(params: Params, batch: Any) -> Tensor:
+    _, mask = batch
+    offsets = F.pad(mask.sum(1).cumsum(0)[:-1], [1, 0])
+    ids = torch.arange(mask.numel()) % 5
+    return F.embedding_bag(ids, params["w"], offsets, mode="sum").tanh().square().sum(1)
+
+
+@pytest.mark.parametrize("loss_fn", [_lengths_of_rows, _shape_of_rows, _list_of_numbers, _sparse, _bags])
+def test_what_python_learns_of_values(loss_fn: LossFn) -> None:
+    params = {"w": torch.randn(5, 4)}
+    mask = torch.arange(4) < torch.tensor([4, 1, 4, 3])[:, None]
+    batch = torch.randn(4, 4, 4), mask
+    found = per_example_gradients(loss_fn, params, batch, batched=True)
+    close_trees({"w": found.dense("w")}, every_example(loss_fn, params, batch))
