@@ -457,7 +457,7 @@ class _Watch:
             raise DataDependentOutputException(func)
         self.picked.enter(func, args)
         self.copies.begins(func, args)
-        if (func in CUTS or func == DATA) and args[0].requires_grad:
+        if args and (func in CUTS or func == DATA) and args[0].requires_grad:
             self.cuts = ".data" if func == DATA else called(func)
         if func in ASKS:
             asked = self.view_of(args[0])
