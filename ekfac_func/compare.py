@@ -28,6 +28,7 @@ from .kronecker import (
     into_basis,
     mean_factors,
     pack,
+    times,
     unpack,
     unpack_all,
 )
@@ -315,6 +316,7 @@ class _Data:
         self.loss_fn, self.params, self.batches, self.reference = loss_fn, dict(params), batches, reference
         self.damping, self.limit, self.randomness, self.chunk_size = damping, limit, randomness, chunk_size
         self.captures: dict[Any, list[Captured]] = {}
+        self.references: dict[Any, list[Captured]] = {}  # by rules
         self.truths: dict[Any, _Truth] = {}
 
     def load(self, sources: Sequence[tuple[Fisher, Rules]], advance: Callable[[], object]) -> None:
@@ -341,10 +343,11 @@ class _Data:
         }
         self.slope = unpack_all(own[0].layers.values(), slopes, self.params)
         for table in tables:
+            self.references[table] = _weighed(self.captures[self.reference, table], [len(c.losses) for c in own])
             self.truths[table] = self._truth(table)
 
     def _truth(self, table: Any) -> _Truth:
-        captures = self.captures[self.reference, table]
+        captures = self.references[table]
         layers = captures[0].layers
         found = _Truth(layers, {}, {}, {}, {}, {})
         for name, layer in layers.items():
@@ -382,6 +385,18 @@ class _Data:
             losses = _losses(self.loss_fn, params, batch, self.randomness, self.chunk_size)
             total, n = total + losses.double().sum().item(), n + len(losses)
         return total / n
+
+
+def _weighed(captures: list[Captured], examples: list[int]) -> list[Captured]:
+    """Pseudo-examples by their share of an example, where a batch has more of them for each than another."""
+    counts = [len(captured.losses) for captured in captures]
+    mean = sum(examples) / sum(counts)
+    weighed = []
+    for captured, n, m in zip(captures, counts, examples, strict=True):
+        root = math.sqrt(m / n / mean)
+        terms = {name: tuple(times(term, root) for term in of_layer) for name, of_layer in captured.terms.items()}
+        weighed.append(captured if m / n == mean else captured._replace(terms=terms))
+    return weighed
 
 
 def exact_means(terms: Sequence[Terms], basis: Basis) -> Sums:
@@ -470,7 +485,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
         exact, noise = {}, {}
         own_captures = data.captures[empirical, table]
         for name, layer in truth.layers.items():
-            means = exact_means([c.terms[name] for c in data.captures[data.reference, table]], bases[name])
+            means = exact_means([c.terms[name] for c in data.references[table]], bases[name])
             exact[name] = _square(means)
             if own_captures[0].layers.get(name) != layer:
                 noise[name] = None

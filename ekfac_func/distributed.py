@@ -65,13 +65,18 @@ def total(tree: Any, among: Ranks | None) -> Any:
 
 
 def total_factors(
-    sums: Mapping[str, tuple[FactorSums, ...]], among: Ranks | None
+    sums: Mapping[str, tuple[FactorSums, ...]], among: Ranks | None, share: float
 ) -> Mapping[str, tuple[FactorSums, ...]]:
-    """Those of all processes, by layer."""
+    """Those of all processes, by layer.
+
+    share: of an example in each pseudo-example, of which processes may have made more or fewer.
+    """
     if among is None:
         return sums
     # uses of the weight add up, positions are their mean
     uses = {name: tuple(s._replace(positions=s.positions * s.n) for s in terms) for name, terms in sums.items()}
+    if share != 1:
+        uses = pytree.tree_map(lambda leaf: leaf * share, uses)
     found: dict[str, tuple[FactorSums, ...]] = total(uses, among)
     return {name: tuple(s._replace(positions=s.positions / s.n) for s in terms) for name, terms in found.items()}
 

@@ -374,6 +374,15 @@ def common_first(x: Tensor) -> Tensor:
     return torch.cat([(first + mean) * s**0.5, rest[:, :, 1:] - mean / (1 - s**-0.5)], 2)
 
 
+def times(term: Term, number: float) -> Term:
+    """The gradients times a number."""
+    match term:
+        case Dense(G=G):
+            return Dense(G * number)
+        case Factored(g=g) | OneHot(g=g):
+            return term._replace(g=g * number)
+
+
 def square_norms(terms: Terms) -> Tensor:
     """`||G[n]||^2`, `[n]`, from pairs of positions where that is less work than forming `G[n]`."""
     total = functools.reduce(torch.add, map(_square_norms, terms))

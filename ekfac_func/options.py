@@ -22,8 +22,8 @@ def seed(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    """A finite number greater than 0."""
-    return _number(text, lambda x: 0 < x < float("inf"), "give a number greater than 0")
+    """A finite number greater than 0, in float32 too."""
+    return _number(text, lambda x: 2**-126 <= x < float("inf"), "give a number greater than 0 in float32")
 
 
 def negative(text: str) -> float:

@@ -296,7 +296,7 @@ def ekfac(
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
-        check_batch(batch)
+        examples_of_data = check_batch(batch)
         in_transform = not torch.compiler.is_compiling() and depth() > 0
         if in_transform:  # which may be forward mode
             params, batch, state = _constant((dict(params), batch, state))
@@ -320,7 +320,8 @@ def ekfac(
             started, spans, totals = into_spans(turn.chosen, state, layers, seen, weight_sharing)
             refreshed = _Refreshed(started)
             if turn.refreshing:
-                factors = total_factors({name: seen[name].factors or () for name in turn.refreshing}, ranks)
+                of_share = {name: seen[name].factors or () for name in turn.refreshing}
+                factors = total_factors(of_share, ranks, examples_of_data / n)
                 of_batch = {name: mean_factors(of_layer) for name, of_layer in factors.items()}
                 refreshed = _refresh(started, of_batch, factor_decay, second_moment, carry, refresh, turn.chosen, ranks)
         carried = refreshed.state
@@ -349,15 +350,20 @@ def ekfac(
                 found[name] = sums_in(basis, turn, layer, terms, folded.bytes_each) if read is None else read
                 if of_samples(terms, basis, n):
                     few[name] = terms
-            of_data = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
-            found, curvature, n, of_data = total((found, folded.losses.sum(), n, of_data), ranks)
+            of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
+            curvature, count = folded.losses.sum(), n
+            if ranks is not None:  # of which some may have made more pseudo-examples of an example than others
+                share = count = examples_of_data
+                if share != n:
+                    found, curvature = pytree.tree_map_only(Tensor, lambda t: t * (share / n), (found, curvature))
+                found, curvature, n, count, of_data = total((found, curvature, n, count, of_data), ranks)
             means, slopes = {}, {}
             for name in layers:
                 new = turn.estimators[name].sums in (exact_sums, gradient_sums)
-                means[name] = mean_sums(found.pop(name), n, own=new)
+                means[name] = mean_sums(found.pop(name), count, own=new)
                 slope = totals[name] / n if name in totals else means[name].gradient
                 slopes[name] = Mean(slope, means[name].projected, few.get(name), n)
-            loss, aux = curvature / n, folded.aux
+            loss, aux = curvature / count, folded.aux
             if data is not None:
                 loss, slopes = _of_data(data.layers, of_data, layers, carried.bases, spans, params)
                 aux = data.aux

@@ -440,6 +440,28 @@ def test_mean_and_standard_error() -> None:
     assert math.isnan(summarise(records[:1])[0]["cosine_se"])
 
 
+def test_an_exact_reference_over_batches_of_other_lengths() -> None:
+    """Whose pseudo-examples of an example are of another number in each batch."""
+    params = {"w": torch.randn(4, 3)}
+
+    def model(params: Params, example: Any) -> Tensor:
+        return example[0] @ params["w"]
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(model(params, example), example[1], reduction="sum")
+
+    batches = [(torch.randn(6, s, 4), torch.randint(0, 3, (6, s))) for s in (2, 8)]
+    fisher = exact(model, lambda z: Categorical(logits=z))
+    matrices = [fisher_blocks(loss_fn, params, batch, fisher=fisher).matrices["w"] for batch in batches]
+    norm = ((matrices[0] + matrices[1]) / 2).norm()
+    for estimator in (Estimator(fisher=fisher), Estimator(intra_batch)):
+        records = compare(
+            loss_fn, params, batches, damping=0.1, estimators={"x": estimator}, reference=fisher, progress=False
+        )
+        for record in records:
+            assert record.fisher_distance / record.fisher_error == pytest.approx(norm.item())
+
+
 def test_bad_arguments() -> None:
     case, model = model_of("mlp")
     batch = case.batch(4)

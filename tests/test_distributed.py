@@ -107,6 +107,27 @@ def exact_fisher() -> Fisher:
     return exact(model, lambda z: Categorical(logits=z))
 
 
+def lengths(of: int | None) -> Any:
+    """The trace of an exact Fisher where the examples of one process are shorter than those of the other."""
+
+    def model(params: Params, example: Any) -> Tensor:
+        return example[0] @ params["w"]
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        return F.cross_entropy(model(params, example), example[1], reduction="sum")
+
+    torch.manual_seed(2)
+    params, x, y = {"w": torch.randn(4, 3)}, torch.randn(N, 6, 4), torch.randint(0, 3, (N, 6))
+    x[: SHARES[0], 2:] = 0  # has no gradient, so that one process may see it
+    share = shared((x, y), of)
+    if of == 0:
+        share = pytree.tree_map(lambda leaf: leaf[:, :2], share)
+    fisher = exact(model, lambda z: Categorical(logits=z))
+    step = ekfac(loss_fn, damping=0.1, fisher=fisher, ranks=None if of is None else ranks())
+    _, state, info = step.precondition(params, share, step.init(params, share))
+    return state.second_moments["w"].value.sum(), info.gradient
+
+
 def everything(of: int | None) -> dict[str, Any]:
     """All that the tests look at, from one process of several or from one alone."""
     torch.set_default_dtype(torch.float64)
@@ -118,6 +139,7 @@ def everything(of: int | None) -> dict[str, Any]:
         found[name] = steps(make(name), of, {"basis_every": 1})[0]
     case = classifier(net(), 4)
     found["exact"] = steps(case, of, {"fisher": exact_fisher(), "chunk_size": 8})[0]
+    found["lengths"] = lengths(of)
     found["compiled"] = steps(case, of, {"second_moment": averaged_intra_batch(0.9)}, compiled=of == 0)[0]
     found["skipped"] = steps(case, of, {}, nan_at=2)
     model = net()
