@@ -142,18 +142,18 @@ def test_a_run_with_dropout(of: tuple[SecondMoment, Any], backend: str) -> None:
 )
 def test_float32_with_damping(estimator: SecondMoment, backend: str) -> None:
     """Damping at least 1e-2 of the largest moment."""
-    torch.set_default_dtype(torch.float32)  # inductor of torch 2.11 takes constants for others
-    net = nn.Linear(6, 3)
+    net = nn.Linear(6, 3).float()
     params = {name: p.detach() for name, p in net.named_parameters()}
 
     def loss_fn(params: Params, example: Any) -> Tensor:
         return F.cross_entropy(functional_call(net, params, (example[0][None],)), example[1][None])
 
-    batch = torch.randn(64, 6), torch.randint(0, 3, (64,))
-    step = ekfac(loss_fn, damping=1e-2, second_moment=estimator)
+    batch = torch.randn(64, 6).float(), torch.randint(0, 3, (64,))
+    torch.set_default_dtype(torch.float32)  # inductor of torch 2.11 takes constants for others
+    step = ekfac(loss_fn, damping=2e-2, second_moment=estimator)
     initial = step.init(params, batch)
     natural, state, _ = step.precondition(params, batch, initial)
-    assert max(float(moment.value.max()) for moment in state.second_moments.values()) <= 1
+    assert max(float(moment.value.max()) for moment in state.second_moments.values()) <= 2
     found, _, _ = compiled(step.precondition, backend)(params, batch, initial)
     close_trees(found, natural, 1e-4)
 
