@@ -151,9 +151,9 @@ def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
 
 
 def check_positive(name: str, value: Number) -> None:
-    """Refuse a Python number that is not positive; a tensor cannot be checked and shows in `info`."""
+    """Refuse a Python number that is not positive and finite; a tensor cannot be checked and shows in `info`."""
     if not _unknown(name, value) and not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: give a positive number")
+        raise ValueError(f"{name}={value!r}: give a positive number, not infinity")
 
 
 def check_not_negative(name: str, value: Number) -> None:

@@ -209,8 +209,8 @@ def compare(
     for at in trajectory:
         check_params(at)
     counts = [check_batch(batch) for batch in batches]
+    split = [name for name, estimator in chosen.items() if estimator.basis is split_batch]
     for t, n in enumerate(counts):
-        split = [name for name, estimator in chosen.items() if estimator.basis is split_batch]
         if n < 2 and split:
             raise ValueError(
                 f"batches[{t}] has {n} example, which estimators[{split[0]!r}] cannot split: give at least 2 examples "
@@ -393,9 +393,11 @@ def _weighed(captures: list[Captured], examples: list[int]) -> list[Captured]:
     mean = sum(examples) / sum(counts)
     weighed = []
     for captured, n, m in zip(captures, counts, examples, strict=True):
-        root = math.sqrt(m / n / mean)
-        terms = {name: tuple(times(term, root) for term in of_layer) for name, of_layer in captured.terms.items()}
-        weighed.append(captured if m / n == mean else captured._replace(terms=terms))
+        if m / n != mean:
+            root = math.sqrt(m / n / mean)
+            terms = {name: tuple(times(term, root) for term in of_layer) for name, of_layer in captured.terms.items()}
+            captured = captured._replace(terms=terms)
+        weighed.append(captured)
     return weighed
 
 

@@ -134,6 +134,7 @@ WITHOUT_VALUES = tuple(
 
 
 def has_tensors(tree: Any) -> bool:
+    """Whether a leaf of a tree is one."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree))
 
 

@@ -296,7 +296,7 @@ def ekfac(
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
-        examples_of_data = check_batch(batch)
+        count = check_batch(batch)
         in_transform = not torch.compiler.is_compiling() and depth() > 0
         if in_transform:  # which may be forward mode
             params, batch, state = _constant((dict(params), batch, state))
@@ -321,7 +321,7 @@ def ekfac(
             refreshed = _Refreshed(started)
             if turn.refreshing:
                 of_share = {name: seen[name].factors or () for name in turn.refreshing}
-                factors = total_factors(of_share, ranks, examples_of_data / n)
+                factors = total_factors(of_share, ranks, count / n)
                 of_batch = {name: mean_factors(of_layer) for name, of_layer in factors.items()}
                 refreshed = _refresh(started, of_batch, factor_decay, second_moment, carry, refresh, turn.chosen, ranks)
         carried = refreshed.state
@@ -351,12 +351,13 @@ def ekfac(
                 if of_samples(terms, basis, n):
                     few[name] = terms
             of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
-            curvature, count = folded.losses.sum(), n
-            if ranks is not None:  # of which some may have made more pseudo-examples of an example than others
-                share = count = examples_of_data
-                if share != n:
-                    found, curvature = pytree.tree_map_only(Tensor, lambda t: t * (share / n), (found, curvature))
-                found, curvature, n, count, of_data = total((found, curvature, n, count, of_data), ranks)
+            curvature = folded.losses.sum()
+            if ranks is None:
+                count = n
+            elif count != n:  # of processes that may have made more pseudo-examples of an example than others
+                share = count / n
+                found, curvature = pytree.tree_map_only(Tensor, lambda t: t * share, (found, curvature))
+            found, curvature, n, count, of_data = total((found, curvature, n, count, of_data), ranks)
             means, slopes = {}, {}
             for name in layers:
                 new = turn.estimators[name].sums in (exact_sums, gradient_sums)
