@@ -13,7 +13,7 @@ from torch.func import functional_call
 from ekfac_func import describe, ekfac, per_example_gradients
 from ekfac_func.types import LossFn, Params
 
-from .cases import Attention, Bag, Case, N, Recurrent, Tied, classifier, head, of_ids
+from .cases import Attention, Bag, Case, N, Recurrent, Sine, Tied, classifier, head, of_ids
 from .oracles import close, close_trees, loop
 
 
@@ -365,20 +365,6 @@ def test_describe_of_a_loss_that_looks_at_values() -> None:
     params = {name: p.detach() for name, p in net.named_parameters()}
     rows = describe(lambda p, batch: _checked(net, p, *batch), params, tokens_of([2, 1]), batched=True)
     assert [row.rule for row in rows] == ["linear", "linear"]
-
-
-class Sine(torch.autograd.Function):
-    """With a forward that takes ctx, of which `torch.func` knows nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradients[0] * x.cos()
 
 
 def _context(params: Params, x: Tensor) -> Tensor:

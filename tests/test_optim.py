@@ -686,28 +686,36 @@ class Shared(nn.Module):
         return self.head(x) + self.tied(x).tanh()
 
 
+def each_loss(model: Any, batch: Any) -> Tensor:
+    """Of a whole batch, `[n]`."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def steps_as_plain_training(optimizer: EKFACOptimizer, batches: Any) -> None:
+    """Gradients and buffers of steps, with `batched=True`, against `backward` on a copy."""
+    net = optimizer.model
+    for batch in batches:
+        plain = copy.deepcopy(net)
+        each_loss(plain, batch).mean().backward()
+        optimizer.step(batch)
+        assert optimizer.info is not None
+        close_trees(optimizer.info.gradient, {name: p.grad for name, p in plain.named_parameters()})
+        close_trees(dict(net.named_buffers()), dict(plain.named_buffers()))
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_modules_in_several_places_and_assigned_buffers(compiled: bool) -> None:
     """`functional_call` by itself leaves a module that it meets twice without its parameters."""
     net = Shared()
     _, _, batches = net_and_loss()
-
-    def losses(model: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    optimizer = EKFACOptimizer(net, losses, lr=0.1, damping=1e-2, batched=True)
+    optimizer = EKFACOptimizer(net, each_loss, lr=0.1, damping=1e-2, batched=True)
     if compiled:
         optimizer.precondition = torch.compile(optimizer.precondition, fullgraph=True, backend="eager")
     parameters = dict(net.named_parameters())
     for batch in batches[:2]:
-        plain = copy.deepcopy(net)
-        losses(plain, batch).mean().backward()
-        optimizer.step(batch)
-        assert optimizer.info is not None
-        close_trees(optimizer.info.gradient, {name: p.grad for name, p in plain.named_parameters()})
-        close_trees(dict(net.named_buffers()), dict(plain.named_buffers()))
+        steps_as_plain_training(optimizer, [batch])
         assert all(p is parameters[name] for name, p in net.named_parameters())
-    assert EKFACOptimizer(net, losses).param_groups[0]["params"] == list(parameters.values())
+    assert EKFACOptimizer(net, each_loss).param_groups[0]["params"] == list(parameters.values())
 
 
 class Weighted(nn.Module):
@@ -771,18 +779,7 @@ def test_a_norm_by_power_iterations() -> None:
     """Whose vectors change in place after products with the weight, which no gradient needs."""
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
     _, _, batches = net_and_loss()
-
-    def losses(model: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    optimizer = EKFACOptimizer(net, losses, damping=0.1, batched=True)
-    for batch in batches:
-        expected = copy.deepcopy(net)
-        losses(expected, batch).mean().backward()
-        optimizer.step(batch)
-        assert optimizer.info is not None
-        close_trees(optimizer.info.gradient, {name: p.grad for name, p in expected.named_parameters()})
-        close_trees(dict(net.named_buffers()), dict(expected.named_buffers()))
+    steps_as_plain_training(EKFACOptimizer(net, each_loss, damping=0.1, batched=True), batches)
 
 
 def test_the_optimizer_takes_what_a_collator_gives() -> None:
