@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, products
 from .modes import innermost, past_vmap
-from .rules import each, padded
+from .rules import each, padded, standardised
 
 
 def conv(
@@ -38,11 +38,32 @@ def conv(
     if padding == "same":
         x, padding = padded(x, kernel, padding, dilation), 0
     pads = each(0 if padding == "valid" else padding, kernel)
-    x, weight = _under_autocast([x, weight])
-    y = _conv(x, weight, each(stride, kernel), pads, each(dilation, kernel), groups)
-    if bias is not None:
-        y = y + _under_autocast([bias])[0].reshape(-1, *(1,) * nd)
+    y = _with_bias(x, weight, bias, each(stride, kernel), pads, each(dilation, kernel), groups, None)
     return y if input.dim() == nd + 2 else y[0]
+
+
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> Tensor:
+    """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`."""
+    kernel = weight.shape[2:]
+    x = input if input.dim() == len(kernel) + 2 else input[None]
+    strides, pads, extra, reach = (each(v, kernel) for v in (stride, padding, output_padding, dilation))
+    y = _with_bias(x, weight, bias, strides, pads, reach, groups, extra)
+    return y if input.dim() == len(kernel) + 2 else y[0]
+
+
+def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    x, weight = _under_autocast([x, weight])
+    y = _conv(x, weight, *geometry)
+    return y if bias is None else y + _under_autocast([bias])[0].reshape(-1, *(1,) * (weight.dim() - 2))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -210,10 +231,52 @@ def batch_norm(
     """By its formula in eval mode: for one image torch 2.13 has a wrong derivative w.r.t. channels-last gradients."""
     if training or running_mean is None or running_var is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    of_channels = (-1, *(1,) * (input.dim() - 2))
-    scale = (running_var + eps).rsqrt() if weight is None else (running_var + eps).rsqrt() * weight
-    y = (input - running_mean.reshape(of_channels)) * scale.reshape(of_channels)
-    return (y if bias is None else y + bias.reshape(of_channels)).to(input.dtype)
+    return _affine(standardised(input, running_mean, running_var, eps), weight, bias, input.dim() - 2).to(input.dtype)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm`."""
+    (input,) = _under_autocast([input], torch.float32) if input.device.type != "cpu" else [input]
+    return _affine(_layer_norm(input, list(normalized_shape), eps), weight, bias).to(input.dtype)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`F.group_norm`."""
+    (input,) = _under_autocast([input], torch.float32) if input.device.type != "cpu" else [input]
+    return _affine(_group_norm(input, num_groups, eps), weight, bias, input.dim() - 2).to(input.dtype)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.instance_norm`: with running statistics a `batch_norm`, else a `group_norm` of single channels."""
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is None and running_var is None:
+        return group_norm(input, input.shape[1], weight, bias, eps)
+    return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, pixels: int = 0) -> Tensor:
+    """Scaled and shifted along the axes before those of pixels."""
+    if weight is not None:
+        y = y * weight.reshape(*weight.shape, *(1,) * pixels)
+    return y if bias is None else y + bias.reshape(*bias.shape, *(1,) * pixels)
 
 
 def _extremes(ids: Tensor) -> tuple[int, int]:
@@ -273,11 +336,18 @@ MAPPED: dict[Callable[..., Any], Callable[..., Tensor]] = {
 """Where torch's own is wrong under `vmap`."""
 COPIED = frozenset({torch.as_strided, Tensor.as_strided})
 """Those that copy what is a view without `vmap`."""
+NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
+}
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     F.scaled_dot_product_attention: attention,
     F.avg_pool2d: avg_pool2d,
+    **NORMS,
     **{
         function: max_pool(function, nd)
         for nd in (1, 2, 3)
@@ -287,7 +357,11 @@ OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
 """Where torch's own rule fixes the batch size of a graph, or is slow."""
 OPEN_BATCHED: dict[Callable[..., Any], Callable[..., Tensor]] = {F.dropout: dropout}
 """Where torch's own fixes the number of examples of a graph of a batched loss."""
-OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {F.conv1d: conv, F.conv2d: conv, F.conv3d: conv}
+OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv_transpose),
+    **NORMS,
+}
 """The same, of calls that are tapped."""
 EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: linear,
@@ -297,13 +371,22 @@ EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 @torch.library.custom_op("ekfac_func::conv", mutates_args=())
-def _conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
-    return _plain_conv(x, weight, stride, padding, dilation, groups)
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: list[int] | None,  # by how much its output is longer
+) -> Tensor:
+    return _plain_conv(x, weight, stride, padding, dilation, groups, transposed)
 
 
 def _plain_conv(x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    return torch.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
+    stride, padding, dilation, groups, transposed = geometry
+    extra = [0] * len(stride) if transposed is None else transposed
+    return torch.convolution(x, weight, None, stride, padding, dilation, transposed is not None, extra, groups)
 
 
 _conv.register_fake(_plain_conv)
@@ -316,6 +399,37 @@ def _(info: Any, in_dims: Any, x: Tensor, weight: Tensor, *geometry: Any) -> tup
     x = x.movedim(in_dims[0], 0)
     y = _plain_conv(x.flatten(0, 1), weight, *geometry)
     return y.unflatten(0, x.shape[:2]), 0
+
+
+@torch.library.custom_op("ekfac_func::layer_norm", mutates_args=())
+def _layer_norm(x: Tensor, shape: list[int], eps: float) -> Tensor:
+    return F.layer_norm(x, shape, None, None, eps)
+
+
+@_layer_norm.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_layer_norm.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, shape: list[int], eps: float) -> tuple[Tensor, int]:
+    return F.layer_norm(x.movedim(in_dims[0], 0), shape, None, None, eps), 0
+
+
+@torch.library.custom_op("ekfac_func::group_norm", mutates_args=())
+def _group_norm(x: Tensor, groups: int, eps: float) -> Tensor:
+    return F.group_norm(x, groups, None, None, eps)
+
+
+@_group_norm.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_group_norm.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, groups: int, eps: float) -> tuple[Tensor, int]:
+    x = x.movedim(in_dims[0], 0)
+    return F.group_norm(x.flatten(0, 1), groups, None, None, eps).unflatten(0, x.shape[:2]), 0
 
 
 @torch.library.custom_op("ekfac_func::avg_pool2d", mutates_args=())

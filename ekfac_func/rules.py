@@ -252,21 +252,25 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Call | None:
     """`F.layer_norm`: the scale and shift of a feature are a block of two."""
-    return _scale(lambda: F.layer_norm(input, normalized_shape, None, None, eps), weight, bias, len(normalized_shape))
+
+    def normalise(x: Tensor) -> Tensor:
+        return F.layer_norm(_in_float(x), normalized_shape, None, None, eps)
+
+    return _scale(input, weight, bias, normalise, len(normalized_shape))
 
 
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Call | None:
     """`F.rms_norm`: a block for the scale of each feature."""
-    return _scale(lambda: F.rms_norm(input, normalized_shape, None, eps), weight, None, len(normalized_shape))
+    return _scale(input, weight, None, lambda x: F.rms_norm(x, normalized_shape, None, eps), len(normalized_shape))
 
 
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Call | None:
     """`F.group_norm`: the scale and shift of a channel are a block of two, pixels are positions."""
-    return _scale(lambda: F.group_norm(input, num_groups, None, None, eps), weight, bias)
+    return _scale(input, weight, bias, lambda x: F.group_norm(_in_float(x), num_groups, None, None, eps))
 
 
 def instance_norm(
@@ -280,8 +284,11 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Call | None:
     """`F.instance_norm`, as `group_norm`."""
-    running = (None, None) if use_input_stats else (running_mean, running_var)
-    return _scale(lambda: F.instance_norm(input, *running, None, None, use_input_stats, 0.0, eps), weight, bias)
+    if use_input_stats:
+        return _scale(input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
+    assert running_mean is not None
+    assert running_var is not None
+    return _scale(standardised(input, running_mean, running_var, eps), weight, bias)
 
 
 def batch_norm(
@@ -295,8 +302,9 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Call | None:
     """`F.batch_norm`, as `group_norm`; with the statistics of the batch in a batched capture alone."""
-    running = (None, None) if training else (running_mean, running_var)
-    return _scale(lambda: F.batch_norm(input, *running, None, None, training, 0.0, eps), weight, bias)
+    if training or running_mean is None or running_var is None:
+        return _scale(F.batch_norm(input, None, None, None, None, True, 0.0, eps), weight, bias)
+    return _scale(standardised(input, running_mean, running_var, eps), weight, bias)
 
 
 _LETTERS = string.ascii_letters
@@ -345,20 +353,40 @@ def _grouped(t: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _scale(
-    normalised: Callable[[], Tensor], weight: Tensor | None, bias: Tensor | None, last: int | None = None
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalise: Callable[[Tensor], Tensor] | None = None,
+    last: int | None = None,
 ) -> Call | None:
-    """A scale, and a shift, of each feature: of the last axes or of the channels, axis 1."""
+    """A scale, and a shift, of each feature: of the last axes or of the channels, axis 1.
+
+    normalise: what the scale multiplies, of an input of several examples; None of what is normalised already.
+    """
     if weight is None:
         return None
 
     def read(x: Tensor, g: Tensor) -> Factored:
-        if last is None:
-            x, g = (t.movedim(2, 1).flatten(2) for t in (x, g))  # [n m c ...]
+        if last is None:  # [n m c ...]
+            x = x if normalise is None else normalise(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            x, g = (t.movedim(2, 1).flatten(2) for t in (x, g))
         else:
+            x = x if normalise is None else normalise(x)
             x, g = (t.flatten(-last).unsqueeze(1).flatten(1, -2).mT for t in (x, g))
         return Factored(x[..., None, None], g[..., None])
 
-    return Call(weight, "b" * weight.dim(), normalised(), read, bias)
+    normalised_over = 0 if normalise is None else last or input.dim() - 1
+    return Call(weight, "b" * weight.dim(), input, read, bias, mixes=tuple(range(-normalised_over, 0)))
+
+
+def standardised(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """By the mean and variance of each channel, axis 1."""
+    of_channels = (-1, *(1,) * (input.dim() - 2))
+    return (input - mean.reshape(of_channels)) * (variance + eps).rsqrt().reshape(of_channels)
+
+
+def _in_float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _pixels(x: Tensor, groups: int) -> Tensor:

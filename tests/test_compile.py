@@ -186,17 +186,34 @@ def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
         assert graphs() <= most
 
 
-@pytest.mark.parametrize(("rules", "backend"), in_part([RULES, {**RULES, **SUA}], traced=[RULES]))
-def test_number_of_graphs_of_a_classifier(rules: Any, backend: str) -> None:
-    """Convolutions, pools and class-index losses, whose rules under vmap would fix the batch size: seven sizes."""
+def convolutional() -> nn.Module:
     pools = nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), *pools, nn.Flatten(), nn.Linear(12, 3))
-    case = classifier(net, 2, 4, 4)
-    step = ekfac(case.loss_fn, damping=1e-2, basis_every=10, rules=rules)
-    precondition, state = compiled(step.precondition, backend), step.init(case.params, case.batch(8))
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), *pools, nn.Flatten(), nn.Linear(12, 3))
+
+
+def normalised() -> nn.Module:
+    channels = nn.GroupNorm(3, 3), nn.InstanceNorm2d(3, affine=True), nn.BatchNorm2d(3).eval()
+    up = nn.ConvTranspose2d(2, 3, 3, padding=1)
+    last = nn.LayerNorm(16), nn.LayerNorm((3, 16), elementwise_affine=False), nn.RMSNorm(16)
+    return nn.Sequential(up, *channels, nn.Flatten(2), *last, nn.Flatten(), nn.Linear(48, 3))
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    in_part(
+        [(convolutional, RULES), (convolutional, {**RULES, **SUA}), (normalised, RULES)],
+        traced=[(convolutional, RULES), (normalised, RULES)],
+    ),
+)
+def test_number_of_graphs_of_a_classifier(case: tuple[Any, Any], backend: str) -> None:
+    """Convolutions, pools, norms and class-index losses, whose rules under vmap would fix the batch size: seven."""
+    make, rules = case
+    of = classifier(make(), 2, 4, 4)
+    step = ekfac(of.loss_fn, damping=1e-2, basis_every=10, rules=rules)
+    precondition, state = compiled(step.precondition, backend), step.init(of.params, of.batch(8))
     for size, most in ((16, 3), (24, 5), (9, 5), (33, 5), (12, 5), (64, 5), (7, 5)):
         for _ in range(12):
-            _, state, _ = precondition(case.params, case.batch(size), state)
+            _, state, _ = precondition(of.params, of.batch(size), state)
         assert graphs() <= most
 
 
