@@ -50,7 +50,8 @@ class Arrivals:
                 leaves = [_examples_first(x, along, self.n) for x, along in zip(leaves, planned.along[1:], strict=True)]
                 inputs[k] = pytree.tree_unflatten(leaves, tree)
             sizes = [math.prod(x.shape[1:]) * x.element_size() for x in pytree.tree_leaves(inputs[k])]
-            self.bytes_each += sum(sizes) + math.prod(output_shape(planned, 1)) * planned.output.dtype.itemsize
+            size = sum(sizes) + math.prod(output_shape(planned, 1)) * planned.output.dtype.itemsize
+            self.bytes_each += size * (planned.windows[0].size if planned.by_ids else 1)  # written for every block
 
     def arrived(self, k: int, g: Tensor) -> None:
         """The gradient w.r.t. the output of a call. Before the start it is of a pass for what has no rule."""

@@ -28,7 +28,7 @@ from .checks import check_inference_mode, check_loss
 from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .layout import spec
-from .modes import Draws, draws, innermost, no_autocast, share, transformed, undrawn
+from .modes import Draws, draws, host_draws, innermost, no_autocast, share, transformed, undrawn
 from .refusals import refuse, refuse_changed
 from .rules import RULES
 from .tap import LOOKUPS, Tap, beneath, name_of, of_table, readings, traced, unfused, with_ids
@@ -186,6 +186,8 @@ UNMAPPED = (
     "setup_context",
     "doesn't match the broadcast shape",
     "under vmap transform is not allowed",
+    "Can't detach views in-place",
+    "from the 'SparseCPU' backend",
 )
 """What torch says of what `vmap` does not know: operators, an `autograd.Function`, writing into a tensor of all."""
 
@@ -401,6 +403,8 @@ def _tapped(
             "other numbers: leave one of them out"
         )
     before = draws(pytree.tree_leaves((params, batch))) if repeated else None
+    if before is None and len(chunks) > 1 and found.way is not Way.LOOPED and not torch.compiler.is_compiling():
+        before = host_draws()
     parts, bytes_each = [], 0
     for examples in chunks:
         if before is not None:

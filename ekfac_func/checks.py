@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .types import Batch, Layer, Moment, Number, State, shapes_of, statistics_dtype
@@ -26,6 +27,10 @@ def check_params(params: Mapping[str, Tensor]) -> None:
             raise TypeError(f"params has the name {name!r}, a {type(name).__name__}: give each tensor a string")
         if not isinstance(p, Tensor):
             raise TypeError(f"params[{name!r}] is a {type(p).__name__}: pass tensors")
+        if not torch.compiler.is_compiling() and is_lazy(p):
+            raise ValueError(f"params[{name!r}] has no shape yet: call the lazy module that it is of on a batch first")
+        if p.layout is not torch.strided:
+            raise TypeError(f"params[{name!r}] of shape {tuple(p.shape)} is sparse: pass p.to_dense()")
         if not p.is_floating_point():
             raise TypeError(
                 f"params[{name!r}] of shape {tuple(p.shape)} has dtype {p.dtype}: params must be real floating-point; "
@@ -60,6 +65,11 @@ def check_batch(batch: Batch) -> int:
             raise TypeError(
                 f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
                 + ("pass dict(batch)" if isinstance(leaf, Mapping) else _remedy(leaf))
+            )
+        if leaf.is_nested:
+            raise TypeError(
+                f"batch{_where(batch, leaf)} is a nested tensor: pad it to one length, torch.nested.to_padded_tensor, "
+                "and give a mask"
             )
         if not torch.compiler.is_compiling() and _overrides(type(leaf)):
             raise TypeError(
@@ -112,6 +122,11 @@ def check_state(
                 f"state has a second moment of dtype {value.dtype} for the layer {name!r}, params of dtype "
                 f"{params[name].dtype} need {statistics_dtype(params[name])}: make it with init(params, batch)"
             )
+        if value.device != params[name].device:
+            raise ValueError(
+                f"state has the layer {name!r} on {value.device}, params on {params[name].device}: move it by "
+                "torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), state)"
+            )
         A, B, _ = state.factors[name]
         if (tuple(A.shape), tuple(B.shape)) != factor_shapes[name]:
             raise ValueError(
@@ -140,6 +155,13 @@ def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
         raise TypeError(f"the tree is a {type(tree).__name__}: give a dict with the names and shapes of params")
     if tree.keys() != shapes.keys():
         raise KeyError(f"the tree has the names {sorted(tree)}, params has {sorted(shapes)}: give one tensor for each")
+    for name, leaf in tree.items():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            kind = f"has dtype {leaf.dtype}" if isinstance(leaf, Tensor) else f"is a {type(leaf).__name__}"
+            raise TypeError(
+                f"{name!r} of the tree {kind}: give real floating-point tensors, of a complex tree the real and the "
+                "imaginary parts by themselves"
+            )
     first = next(iter(shapes))
     ahead = tree[first].shape[: max(tree[first].dim() - len(shapes[first]), 0)]
     for name, shape in shapes.items():
@@ -222,6 +244,17 @@ def _unknown(name: str, value: Number) -> bool:
     return False
 
 
+def check_function(name: str, function: object, kind: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(function):
+        raise TypeError(f"{name} is a {type(function).__name__}: pass a function {kind}")
+
+
+def check_loss_fn(loss_fn: object) -> None:
+    """Refuse what is no function."""
+    check_function("loss_fn", loss_fn, "(params, example) -> scalar loss")
+
+
 def check_loss(loss: Any, has_aux: bool, n: int | None) -> tuple[Tensor, Any]:
     """What loss_fn returned as a loss and what it returned beside; n: the batch size of a batched loss."""
     aux: Any = ()
@@ -262,7 +295,7 @@ def check_inference_mode() -> None:
 def check_count(name: str, count: int) -> None:
     """Refuse what is not a positive whole number."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}={count!r}: give a whole number, at least 1")
+        raise ValueError(f"{name}={count!r}: give a whole number, at least 1, as a Python int")
 
 
 def check_randomness(randomness: str) -> None:

@@ -17,7 +17,7 @@ from .capture import UNMAPPED, Captured, capture
 from .checks import check_batch, check_count, check_decay, check_params, check_positive
 from .contraction import add_sums, exact_sums, mean_sums
 from .discovery import Options, checked_options
-from .fisher import Fisher, empirical
+from .fisher import Fisher, check_fisher, empirical
 from .kronecker import (
     add_factor_sums,
     average_factors,
@@ -33,7 +33,7 @@ from .kronecker import (
     unpack_all,
 )
 from .orders import contraction_of
-from .precondition import initial_state, rescaled
+from .precondition import check_estimator, initial_state, rescaled
 from .reference import exact_block, part
 from .refreshes import refresh_bases
 from .rules import RULES, SUA, Rules
@@ -182,7 +182,7 @@ def compare(
     damping: added to every second moment and to the dense Fisher, in loss^2 / parameter^2.
     estimators: by name, `Estimator` or `SecondMoment` values, also your own.
     reference: the Fisher that all are judged against, whichever theirs is.
-    step_sizes: tried along each natural gradient.
+    step_sizes: tried along each natural gradient, for most of the time that `compare` takes; () leaves that out.
     dense_limit: the natural gradient of the dense damped Fisher is the target where a layer's coordinates or the
         pseudo-examples of all the data are at most so many; elsewhere it is EKFAC's, of basis and moment of all data.
     randomness, chunk_size: as in `ekfac`.
@@ -199,9 +199,15 @@ def compare(
     if not isinstance(batches, Sequence):
         raise TypeError(f"batches is a {type(batches).__name__}: pass a list of batches")
     chosen = {name: _checked(name, estimator) for name, estimator in estimators.items()}
+    if not isinstance(params, Mapping | Sequence):
+        raise TypeError(f"params is a {type(params).__name__}: pass a dict of tensors, or one for each batch")
     trajectory = [params] * len(batches) if isinstance(params, Mapping) else list(params)
     check_positive("damping", damping)
-    checked_options(RULES, randomness, chunk_size, has_aux=False, batched=False)
+    check_fisher(reference)
+    for estimator in chosen.values():
+        checked_options(estimator.rules, randomness, chunk_size, has_aux=False, batched=False)
+    if not isinstance(step_sizes, Sequence):
+        raise TypeError(f"step_sizes is a {type(step_sizes).__name__}: pass a list of numbers, or ()")
     if not batches:
         raise ValueError("batches is empty: pass the data as at least one batch")
     if len(trajectory) != len(batches):
@@ -271,10 +277,11 @@ def _checked(name: str, estimator: Estimator | SecondMoment) -> Estimator:
         raise TypeError(f"estimators[{name!r}] is a {type(estimator).__name__}: pass an Estimator or a SecondMoment")
     check_count("basis_every", estimator.basis_every)
     check_decay("factor_decay", estimator.factor_decay)
-    if estimator.second_moment.reads_mean and not estimator.fisher.draws:
-        raise ValueError(
-            f"estimators[{name!r}]: {estimator.second_moment.name} reads the mean of gradients that are draws, which "
-            f"the {estimator.fisher.name} Fisher does not have: use sampled(model, likelihood) with it"
+    check_estimator(f"estimators[{name!r}]: ", estimator.second_moment, estimator.fisher, estimator.at_refresh)
+    if not callable(estimator.basis):
+        raise TypeError(
+            f"estimators[{name!r}]: basis={estimator.basis!r} is not a function: pass whole_batch, split_batch or "
+            "own_coordinates"
         )
     return estimator
 

@@ -69,7 +69,7 @@ class Curvature:
     def __matmul__(self, tree: Mapping[str, Tensor]) -> Params:
         """The operator times a tree like params, or many, in the dtypes of the tree.
 
-        KeyError or ValueError for a tree that does not have the names and shapes of params.
+        KeyError, ValueError or TypeError for a tree that has not the names and shapes of params, or is not real.
         """
         check_tree(self.layers, tree)
         products = {}
@@ -161,6 +161,8 @@ class Curvature:
         joined = torch.cat([p.flatten() for p in like.values()])
 
         def multiply(x: Any) -> Any:  # [p] or [p r]
+            if x.dtype.kind == "c":
+                return multiply(x.real) + 1j * multiply(x.imag)
             rows = torch.as_tensor(x).to(joined).reshape(len(joined), -1).T
             parts = zip(like, rows.split(sizes, 1), strict=True)
             product = self @ {name: part.reshape(len(rows), *like[name].shape) for name, part in parts}

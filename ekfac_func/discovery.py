@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
 from .batching import COPIED, DATA, OPEN
-from .checks import check_count, check_loss, check_randomness
+from .checks import check_count, check_loss, check_loss_fn, check_randomness
 from .copies import Copies
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
 from .made import Made
@@ -94,8 +95,10 @@ class Plan(NamedTuple):
 
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
     """What `capture` will tap, from shapes alone."""
+    check_loss_fn(loss_fn)
     param_specs = {name: spec(p, p.shape) for name, p in params.items()}
-    example = (pytree.tree_map(lambda leaf: spec(leaf, leaf.shape[1:]), batch),)  # Dynamo's constants are containers
+    leaves, tree = pytree.tree_flatten(batch)
+    example = ([spec(leaf, leaf.shape[1:]) for leaf in leaves], tree)
     how = (options.rules, options.has_aux, options.batched)
     values = None if torch.compiler.is_compiling() else (params, batch)
     if isinstance(loss_fn, MethodType):  # Dynamo hands over a function and its object, not the two bound together
@@ -127,7 +130,7 @@ class _ChangesData(Exception):
 @torch.compiler.assume_constant_result
 def _discover(
     param_specs: dict[str, Spec],
-    example: tuple[Any],
+    example: tuple[list[Spec], Any],  # leaves and their tree: of nodes of a user Dynamo makes no constants
     how: tuple[Rules, bool, bool],
     values: tuple[Params, Batch] | None,
     loss_fn: Callable[..., Any],
@@ -145,7 +148,8 @@ def _discover(
     ) -> Observed:
         loss = functools.partial(loss_fn, *args, **kwargs)
         with undrawn(() if of is None else pytree.tree_leaves(of)):  # the next run takes the same path
-            found = _run(loss, param_specs, example[0], rules, has_aux, n, skip, picking, of, plain)
+            one = pytree.tree_unflatten(*example)
+            found = _run(loss, param_specs, one, rules, has_aux, n, skip, picking, of, plain)
         if values is None and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
             found = found._replace(cuts=min(found.functions))
         return found
@@ -207,6 +211,8 @@ def _discover(
                 return _of_batches(param_specs, run, n, 2 * n)
             except RuntimeError:  # nor tensors without values, or within `torch.func`
                 return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
+        if not batched and values is not None and "SparseCooTensorWithDimsAndTensorsBackward" in str(error):
+            return Plan(_unread(param_specs, "a sparse tensor, whose gradient torch has not of shapes"), (), Way.LOOPED)
         if batched or "meta" not in str(error):
             raise
         # forward mode of a norm, which torch computes as if tensors without values were on their device
@@ -289,6 +295,8 @@ def _run(
             with traced(), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
                 loss = loss_fn(marked, given)
         except Exception as error:
+            if isinstance(error, KeyError) and isinstance(error.args[0], TransformType):  # torch.cond, scan under grad
+                raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default) from error
             if isinstance(error, RuntimeError):
                 refuse_checkpoint(error)
                 if "inference tensor" in str(error):
@@ -298,6 +306,8 @@ def _run(
                     ) from error
                 if "setup_context" in str(error):
                     raise _WithoutContext from error
+                if "its data is not allocated yet" in str(error):  # as torch.tensor([x[0], x[1]]) reads
+                    raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default) from error
                 if "mutating directly with `.data`" in str(error):
                     raise _ChangesData from error
             shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]
@@ -305,7 +315,7 @@ def _run(
                 f"loss_fn was called on one example, whose tensors have the shapes {shapes}"
                 if n is None
                 else f"loss_fn was called on a batch of {n}, whose tensors have the shapes {shapes}: with batched=True "
-                "it takes more examples than the batch has, which shows the axes that they are on"
+                "it is run on other numbers of examples than the batch has, to see which axes are theirs"
             )
             raise
         if watch.mutations:

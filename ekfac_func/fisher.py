@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributions import Bernoulli, Binomial, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Independent, Normal, OneHotCategorical
 from torch.utils import _pytree as pytree
 
-from .checks import check_count
+from .checks import check_count, check_function
 from .discovery import DATA_DEPENDENT, filled
-from .layout import spec
+from .layout import Spec, spec
 from .modes import undrawn
 from .tap import unchecked
 from .types import Batch, LossFn, Params, statistics_dtype
@@ -54,6 +54,11 @@ def check_fisher(fisher: object) -> None:
         )
 
 
+def _check_functions(model: object, likelihood: object) -> None:
+    check_function("model", model, "(params, example) -> output")
+    check_function("likelihood", likelihood, "from an output to its distribution")
+
+
 def _as_they_are(params: Mapping[str, Tensor], batch: Batch) -> Batch:
     return batch
 
@@ -64,6 +69,7 @@ empirical = Fisher("empirical", None, _as_they_are)
 
 def gradient(loss: LossFn) -> Fisher:
     """The gradients of a curvature loss of your own, `(params, example) -> scalar`, on the examples of the batch."""
+    check_function("loss", loss, "(params, example) -> scalar")
     return Fisher("gradient", loss, _as_they_are)
 
 
@@ -80,6 +86,7 @@ def sampled(model: Model, likelihood: Likelihood, samples: int = 1) -> Fisher:
     labels of an example: of a data loss that is their mean over T positions the moment is T^2 times smaller.
     Martens & Grosse 2015, https://arxiv.org/abs/1503.05671, section 5.
     """
+    _check_functions(model, likelihood)
     check_count("samples", samples)
 
     def loss(params: Params, example: Any) -> Tensor:
@@ -109,6 +116,7 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
     have values: classes times positions, elements of a Normal or Bernoulli. A step whose outputs make no distribution,
     by negative probabilities or scales, is skipped.
     """
+    _check_functions(model, likelihood)
 
     def loss(params: Params, example: Any) -> Tensor:
         part, row, weight = example
@@ -135,17 +143,17 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
         return {row for row, needed in enumerate(live) if needed}
 
     @torch.compiler.assume_constant_result
-    def rows_of_shapes(param_specs: Any, example: Any) -> tuple[int, ...]:
+    def rows_of_shapes(param_specs: Any, example: tuple[list[Spec], Any]) -> tuple[int, ...]:
         """The same without values, as a constant of a graph."""
         with undrawn([]), FakeTensorMode(allow_non_fake_inputs=True):
-            return tuple(sorted(rows_of(*filled((param_specs, *example)))))
+            return tuple(sorted(rows_of(*filled((param_specs, pytree.tree_unflatten(*example))))))
 
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
         specs = {name: spec(p, p.shape) for name, p in params.items()}
-        one = pytree.tree_map(lambda leaf: spec(leaf, leaf.shape[1:]), batch)
-        n = pytree.tree_leaves(batch)[0].shape[0]
+        leaves, tree = pytree.tree_flatten(batch)
+        n = leaves[0].shape[0]
         try:
-            rows = rows_of_shapes(specs, (one,))
+            rows = rows_of_shapes(specs, ([spec(leaf, leaf.shape[1:]) for leaf in leaves], tree))
         except DATA_DEPENDENT:  # branches on values, by which examples may differ
             with undrawn(pytree.tree_leaves((params, batch))):
                 found = (rows_of(dict(params), pytree.tree_map(lambda leaf, k=k: leaf[k], batch)) for k in range(n))
@@ -187,7 +195,7 @@ def _rows_of(distribution: Distribution) -> list[Tensor]:
             variance = torch.where((p >= 0) & (p <= 1), variance, torch.nan)
             return [(variance.detach().sqrt() * logits).flatten()]
         case Distribution(has_enumerate_support=True):
-            logs = distribution.log_prob(distribution.enumerate_support())
+            logs = _log_probabilities(distribution)
             p = logs.detach().exp()
             p = torch.where((getattr(distribution, "probs", p) >= 0).all(), p, torch.nan)
             return [torch.where(p > 0, p.sqrt() * logs, 0).flatten()]
@@ -195,6 +203,13 @@ def _rows_of(distribution: Distribution) -> list[Tensor]:
         f"likelihood gave a {type(distribution).__name__}, whose Fisher is not known in closed form: use "
         "sampled(model, likelihood, samples)"
     )
+
+
+def _log_probabilities(distribution: Distribution) -> Tensor:
+    """Of the values that it can take, the first axis."""
+    if type(distribution) is Categorical or type(distribution) is OneHotCategorical:  # and no subclass of a user
+        return distribution.logits.movedim(-1, 0)  # from `log_prob` the gradient takes classes^2 for each output
+    return distribution.log_prob(distribution.enumerate_support())
 
 
 def _distributions(tree: Any) -> list[Distribution]:

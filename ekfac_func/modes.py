@@ -50,7 +50,7 @@ def _strided(t: Tensor) -> tuple[Tensor, ...]:
     if t.layout is torch.strided:
         return (t,)
     if t.layout is torch.sparse_coo:
-        return t._indices(), t._values()
+        return innermost(t._indices()), innermost(t._values())
     if t.layout in (torch.sparse_csr, torch.sparse_bsr):
         return t.crow_indices(), t.col_indices(), t.values()
     if t.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -126,14 +126,20 @@ class Draws(NamedTuple):
         return any(not torch.equal(old, new) for old, new in pairs)
 
 
+def host_draws() -> Draws:
+    """Of Python and numpy alone, of which one draw serves the whole batch."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    if numpy := sys.modules.get("numpy"):
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+    return Draws(states)
+
+
 def draws(tensors: Iterable[Tensor]) -> Draws:
     """Of the CPU and the accelerators that these tensors are on; of Python and numpy, by which a loss may branch."""
     states: list[tuple[Callable[[Any], Any], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
+        *host_draws().states,
     ]
-    if numpy := sys.modules.get("numpy"):
-        states.append((numpy.random.set_state, numpy.random.get_state()))
     devices = {t.device for t in tensors if t.device.type in _WITH_STATES}
     recorded = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
     for d in () if recorded else devices:

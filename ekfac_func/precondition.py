@@ -36,6 +36,7 @@ from .checks import (
     check_dampings,
     check_decay,
     check_exponent,
+    check_loss_fn,
     check_moment,
     check_params,
     check_positive,
@@ -199,21 +200,8 @@ def ekfac(
 
     Arguments that cannot be right raise ValueError or TypeError before anything is computed.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn is a {type(loss_fn).__name__}: pass a function (params, example) -> scalar loss")
-    if not isinstance(second_moment, SecondMoment):
-        raise TypeError(
-            f"second_moment={second_moment!r} is not an estimator: pass intra_batch, averaged_intra_batch(decay), "
-            "running_average(decay), kfac or a SecondMoment"
-        )
-    check_fisher(fisher)
-    if second_moment.reads_mean and not fisher.draws:
-        raise ValueError(
-            f"second_moment={second_moment.name} reads the mean of gradients that are draws, which the {fisher.name} "
-            "Fisher does not have: use sampled(model, likelihood) with it, or another estimator"
-        )
-    if at_refresh is not None and not callable(at_refresh):
-        raise TypeError(f"at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
+    check_loss_fn(loss_fn)
+    check_estimator("", second_moment, fisher, at_refresh)
     if not callable(damping):
         check_positive("damping", damping)
     check_exponent("exponent", exponent)
@@ -251,7 +239,9 @@ def ekfac(
         check_batch(batch)
         if check:
             certify(loss_fn, params, batch, options)
-        layers = plan(curvature_loss, own(params), fisher.examples(params, batch), of_curvature).layers
+        layers = _blaming(
+            fisher, plan, curvature_loss, own(params), fisher.examples(params, batch), of_curvature
+        ).layers
         check_patterns("bases", layers, choices)
         check_patterns("orders", layers, contractions.orders)
         chosen = choose(layers, choices)
@@ -314,7 +304,7 @@ def ekfac(
         def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
             return add_layer_sums(some, others, state.bases[layer.weight])
 
-        folded = fold(curvature_loss, params, examples, of_curvature, first, add)
+        folded = _blaming(fisher, fold, curvature_loss, params, examples, of_curvature, first, add)
         layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
         with no_autocast(leaf.device):
             started, spans, totals = into_spans(turn.chosen, state, layers, seen, weight_sharing)
@@ -423,6 +413,36 @@ def ekfac(
         return natural, _choose(good, new, state), info
 
     return EKFAC(init, precondition)
+
+
+def check_estimator(where: str, second_moment: object, fisher: Fisher, at_refresh: object) -> None:
+    """Refuse what is no estimator, or none of a Fisher; where: what a message begins with."""
+    if not isinstance(second_moment, SecondMoment):
+        raise TypeError(
+            f"{where}second_moment={second_moment!r} is not an estimator: pass intra_batch, "
+            "averaged_intra_batch(decay), running_average(decay), kfac or a SecondMoment"
+        )
+    check_fisher(fisher)
+    if second_moment.reads_mean and not fisher.draws:
+        raise ValueError(
+            f"{where}second_moment={second_moment.name} reads the mean of gradients that are draws, which the "
+            f"{fisher.name} Fisher does not have: use sampled(model, likelihood) with it, or another estimator"
+        )
+    if at_refresh is not None and not callable(at_refresh):
+        raise TypeError(f"{where}at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
+
+
+def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of the curvature loss; its errors, which speak of loss_fn, say whose loss that is."""
+    if fisher.loss is None or torch.compiler.is_compiling():
+        return function(*args)
+    try:
+        return function(*args)
+    except Exception as error:
+        error.add_note(
+            f"The loss_fn of this error is the curvature loss of the {fisher.name} Fisher, not that of ekfac."
+        )
+        raise
 
 
 class _Turn(NamedTuple):

@@ -45,7 +45,7 @@ class DenseBlocks:
     def multiply(self, tree: Mapping[str, Tensor]) -> Params:
         """The matrix times a tree like params, or many, in the dtypes of the tree.
 
-        KeyError or ValueError for a tree that does not have the names and shapes of params.
+        KeyError, ValueError or TypeError for a tree that has not the names and shapes of params, or is not real.
         """
         check_tree(self.layers.values(), tree)
         products: dict[str, Tensor] = {}

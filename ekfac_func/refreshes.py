@@ -117,7 +117,9 @@ def adaptive(tolerance: float, dtype: torch.dtype | None = None) -> Refresh:
     dtype: as for `eigh`.
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance={tolerance!r}: a share of the factor's norm, give 0 <= tolerance < 1")
+        raise ValueError(
+            f"tolerance={tolerance!r}: a share of the factor's norm, give a Python number, 0 <= tolerance < 1"
+        )
     _check_dtype(dtype)
     return Refresh("adaptive", functools.partial(_where_due, float(tolerance)), dtype)
 

@@ -314,6 +314,8 @@ def _product(
     x_letters: str, output: str, input: Tensor, weight: Tensor, w_letters: str, bias: Tensor | None = None
 ) -> Call | None:
     """An einsum of an input and a weight, one letter an axis of each, read as a layer."""
+    if len(x_letters) != input.dim() or len(w_letters) != weight.dim():
+        return None  # which torch refuses
     sizes: dict[str, int] = {}
     for letters, t in ((x_letters, input), (w_letters, weight)):
         for letter, size in zip(letters, t.shape, strict=True):

@@ -1,6 +1,7 @@
 """Chunks of a batch are summed and freed: a step does not depend on them, and its memory not on the batch."""
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -90,6 +91,27 @@ def test_bases_of_the_samples_add_up(choice: Any, how: Contractions) -> None:
     naturals, _, moments = run(case, 1, **settings)
     found = run(case, 1, chunk_size=4, contractions=how, **settings)
     close_trees((found[0], found[2]), (naturals, moments), 1e-6)
+
+
+def test_terms_of_blocks_by_ids_are_counted_as_they_are_written() -> None:
+    """For every block: on a step with a refresh they are not kept where they exceed the budget."""
+    params, calls = {"w": torch.randn(16, 4, 4)}, itertools.count()
+
+    def loss_fn(params: Any, example: Any) -> Any:
+        next(calls)
+        x, ids = example
+        return torch.bmm(x[:, None], params["w"][ids]).cos().sum()
+
+    batch = torch.randn(8, 5, 4), torch.randint(0, 16, (8, 5))
+    whole = 8 * 16 * 5 * (4 + 4) * 8  # bytes
+    passes = []
+    for limit in (whole // 2, 4 * whole):
+        step = ekfac(loss_fn, damping=1e-2, chunk_size=2, contractions=Contractions(max_bytes=limit))
+        state = step.init(params, batch)
+        before = next(calls)
+        step.precondition(params, batch, state)
+        passes.append(next(calls) - before)
+    assert passes[0] >= passes[1] + 4
 
 
 def test_a_second_pass_draws_the_same() -> None:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributions import Bernoulli
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -25,6 +27,8 @@ from ekfac_func import (
     SecondMoment,
     averaged_intra_batch,
     ekfac,
+    empirical,
+    exact,
     intra_batch,
     keep,
     kfac,
@@ -184,6 +188,27 @@ def test_number_of_graphs(of: tuple[SecondMoment, int], backend: str) -> None:
         for _ in range(30):
             _, state, _ = precondition(params, regression(size), state)
         assert graphs() <= most
+
+
+@dataclass
+class Labelled:
+    x: Tensor
+    y: Tensor
+
+
+pytree.register_dataclass(Labelled)
+
+
+def of_logits(z: Tensor) -> Bernoulli:
+    return Bernoulli(logits=z)
+
+
+@pytest.mark.parametrize("fisher", [empirical, exact(lambda p, e: F.linear(e.x, p["w"]), of_logits)])
+def test_a_batch_of_a_node_of_ones_own(fisher: Any) -> None:
+    params, batch = {"w": torch.randn(3, 4)}, Labelled(torch.randn(N, 4), torch.randn(N, 3))
+    step = ekfac(lambda p, e: F.mse_loss(F.linear(e.x, p["w"]).sigmoid(), e.y), damping=1e-2, fisher=fisher)
+    state = step.init(params, batch)
+    close_trees(compiled(step.precondition)(params, batch, state)[0], step.precondition(params, batch, state)[0])
 
 
 def convolutional() -> nn.Module:

@@ -218,6 +218,8 @@ def test_scipy() -> None:
     close(torch.tensor(operator @ X.numpy()), F @ X)
     close(torch.tensor(operator @ X[:, 0].numpy()), F @ X[:, 0])
     close(torch.tensor(operator.T @ X[:, :1].numpy()), F @ X[:, :1])
+    found = torch.tensor(operator @ (X + 2j * X.flip(0)).numpy())
+    close(torch.view_as_real(found), torch.stack([F @ X, F @ (2 * X.flip(0))], -1))
     top = linalg.eigsh(operator, k=3, return_eigenvectors=False, v0=np.ones(len(F)))
     close(torch.tensor(top).sort().values, torch.linalg.eigvalsh(F)[-3:], 1e-8)
     found, failed = linalg.cg(estimate.damped(DAMPING).scipy(), X[:, 0].numpy(), rtol=1e-12)
@@ -277,6 +279,9 @@ def test_what_cannot_be_is_refused() -> None:
         curvature(initial)
     with pytest.raises(TypeError, match="state is a dict"):
         curvature({})  # type: ignore[arg-type]
+    for leaf, message in ((torch.ones(3, 4) * 1j, "has dtype torch.complex128"), (3.0, "is a float")):
+        with pytest.raises(TypeError, match=f"of the tree {message}: give real floating-point tensors"):
+            curvature(stepped(case, batch)) @ dict.fromkeys(case.params, leaf)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="the tree is a Tensor: give a dict"):
         curvature(stepped(case, batch)) @ batch[0]
     for exponent, error, message in (

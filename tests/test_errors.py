@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import pack_sequence
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ekfac_func import (
@@ -32,6 +33,7 @@ from ekfac_func import (
     averaged_intra_batch,
     ekfac,
     exact_sums,
+    gradient,
     keep,
     per_example_gradients,
     rank,
@@ -49,6 +51,9 @@ W = {"w": torch.randn(3, 4, dtype=torch.float64)}
 def loss_fn(params: Params, example: Any) -> Tensor:
     x = example["x"] if isinstance(example, dict) else example
     return F.linear(x, params["w"]).cos().sum()
+
+
+JAGGED = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
 
 
 @pytest.mark.parametrize("entry", ["init", "precondition", "per_example_gradients"])
@@ -70,6 +75,9 @@ def loss_fn(params: Params, example: Any) -> Tensor:
         ({"w": torch.ones(3, 4, dtype=torch.int64)}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*int64.*floating"),
         ({"w": torch.ones(3, 4) * 1j}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*complex.*real"),
         ({"w": torch.ones(3, 4, device="meta")}, torch.randn(5, 4), ValueError, r"'w'.*\(3, 4\).*meta.*materialise"),
+        (W, {"x": JAGGED}, TypeError, r"batch\['x'\] is a nested tensor: pad it"),
+        ({"w": torch.ones(3, 4).to_sparse()}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\) is sparse.*to_dense"),
+        ({"w": nn.UninitializedParameter()}, torch.randn(5, 4), ValueError, "'w'.*no shape yet.*lazy"),
         ({}, torch.randn(5, 4), ValueError, "params is empty"),
         ({"w": [1.0]}, torch.randn(5, 4), TypeError, r"'w'.*list.*tensors"),
         ([torch.ones(3, 4)], torch.randn(5, 4), TypeError, "params is a list.*dict"),
@@ -144,6 +152,15 @@ def test_an_error_of_the_loss_says_what_it_was_called_on(caplog: pytest.LogCaptu
 def test_loss_fn_must_be_callable() -> None:
     with pytest.raises(TypeError, match="loss_fn is a int"):
         ekfac(3, damping=1e-2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss_fn is a int"):
+        per_example_gradients(3, W, torch.randn(5, 4))  # type: ignore[arg-type]
+
+
+def test_the_loss_of_a_fisher_is_told_from_that_of_the_data() -> None:
+    step = ekfac(loss_fn, damping=1e-2, fisher=gradient(lambda p, x: F.linear(x, p["w"])))
+    with pytest.raises(ValueError, match=r"shape \(3,\).*scalar") as raised:
+        step.init(W, torch.randn(5, 4))
+    assert "the curvature loss of the gradient Fisher" in raised.value.__notes__[-1]
 
 
 @pytest.mark.parametrize(
@@ -375,6 +392,9 @@ def test_checkpoint_inside_the_loss(reentrant: bool) -> None:
 def test_a_state_of_something_else() -> None:
     small, wide, conv = make("mlp"), make("deep"), make("conv")
     step = ekfac(small.loss_fn, damping=1e-2)
+    elsewhere = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), step.init(small.params, small.batch(N)))
+    with pytest.raises(ValueError, match=r"state has the layer '0.weight' on meta, params on cpu: move it"):
+        step.precondition(small.params, small.batch(N), elsewhere)
     with pytest.raises(TypeError, match=r"state is a dict.*init"):
         step.precondition(small.params, small.batch(N), {})  # type: ignore[arg-type]
     other = ekfac(wide.loss_fn, damping=1e-2).init(wide.params, wide.batch(N))

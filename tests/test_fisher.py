@@ -24,6 +24,7 @@ from torch.distributions import (
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from benchmarks.measure import peak_allocated
 from ekfac_func import (
     DIAGONAL,
     RULES,
@@ -400,19 +401,19 @@ def test_a_batch_that_is_not_finite_is_skipped(name: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
-    "likelihood",
+    ("likelihood", "may_be_one"),
     [
-        lambda z: Categorical(probs=z),
-        lambda z: OneHotCategorical(probs=z),
-        lambda z: Bernoulli(probs=z),
-        lambda z: Binomial(3, probs=z),
-        lambda z: Normal(z, -1.0),
-        lambda z: Normal(z, z),
-        lambda z: Independent(Normal(z, -1.0), 1),
+        (lambda z: Categorical(probs=z), True),
+        (lambda z: OneHotCategorical(probs=z), True),
+        (lambda z: Bernoulli(probs=z), True),
+        (lambda z: Binomial(3, probs=z), True),
+        (lambda z: Normal(z, -1.0), False),
+        (lambda z: Normal(z, z), False),
+        (lambda z: Independent(Normal(z, -1.0), 1), False),
     ],
     ids=["categorical", "one hot", "bernoulli", "binomial", "normal", "scale", "independent"],
 )
-def test_outputs_that_make_no_distribution_are_skipped(likelihood: Any, compiled: bool) -> None:
+def test_outputs_that_make_no_distribution_are_skipped(likelihood: Any, may_be_one: bool, compiled: bool) -> None:
     """Raw outputs in the place of probabilities, which torch's checks would refuse where values can be looked at."""
     params, x = {"w": torch.eye(3)}, torch.tensor([[0.5, 0.3, 0.2], [0.7, 0.7, -0.4]])
 
@@ -422,8 +423,26 @@ def test_outputs_that_make_no_distribution_are_skipped(likelihood: Any, compiled
     step = ekfac(lambda p, x: model(p, x).sum(), damping=1e-2, fisher=exact(model, likelihood))
     call = torch.compile(step.precondition, fullgraph=True, backend="eager") if compiled else step.precondition
     assert call(params, x, step.init(params, x))[2].skipped
-    if not isinstance(likelihood(x[0].abs()), Independent | Normal):
+    if may_be_one:
         assert not call(params, x[:1], step.init(params, x))[2].skipped
+
+
+@pytest.mark.parametrize("of", [Categorical, OneHotCategorical])
+def test_many_classes_take_no_more_than_their_gradients(of: Any) -> None:
+    params, x, classes = {"w": torch.randn(40, 3)}, torch.randn(4, 3), 40
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"])
+
+    def run() -> Tensor:
+        blocks = fisher_blocks(lambda p, x: model(p, x).sum(), params, x, fisher=exact(model, lambda z: of(logits=z)))
+        return blocks.matrices["w"]
+
+    gradients = 8 * len(x) * classes * classes * 3  # bytes, [pseudo-examples o i]; a third of classes^2 an output
+    assert peak_allocated(run) < 4 * gradients / 2**20
+    p = F.linear(x, params["w"]).softmax(-1)
+    expected = torch.einsum("noO,ni,nI->oiOI", torch.diag_embed(p) - p[:, :, None] * p[:, None], x, x) / len(x)
+    close(run()[0], expected.reshape(120, 120))
 
 
 def test_the_weight_of_a_row_is_not_rounded_to_the_dtype_of_another_parameter() -> None:
@@ -545,6 +564,17 @@ def test_what_has_no_closed_form_is_refused_by_name() -> None:
     constant = exact(model, lambda z: Normal(torch.zeros(3), 1.0))
     with pytest.raises(ValueError, match="do not depend on the output of the model"):
         ekfac(data_loss(model), damping=1e-2, fisher=constant).init(params, given)
+    wrong_model: Any
+    wrong_likelihood: Any
+    for wrong_model, wrong_likelihood, message in (
+        (1, Categorical, "model is a int: pass a function"),
+        (model, "normal", "likelihood is a str: pass a function"),
+    ):
+        for kind in (exact, sampled):
+            with pytest.raises(TypeError, match=message):
+                kind(wrong_model, wrong_likelihood)
+    with pytest.raises(TypeError, match="loss is a NoneType: pass a function"):
+        gradient(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="is not a Fisher: pass empirical"):
         ekfac(data_loss(model), damping=1e-2, fisher=exact)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples=0"):

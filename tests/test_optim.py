@@ -365,6 +365,8 @@ def test_trees_that_do_not_match() -> None:
         apply_updates(params, {**params, "b": torch.ones(4)})
     with pytest.raises(ValueError, match=r"direction has no 'b'.*same names"):
         momentum(0.9).update({"w": params["w"]}, momentum(0.9).init(params), params, report(params))
+    with pytest.raises(ValueError, match=r"direction has 'b' that the velocity in state has not"):
+        momentum(0.9).update(params, momentum(0.9).init({"w": params["w"]}), params, report(params))
     with pytest.raises(ValueError, match=r"natural has no 'b', gradient has.*same names"):
         preconditioned_quadratic({"w": params["w"]}, params, 0.1)
     one = chain(learning_rate(0.1))
@@ -987,6 +989,41 @@ def test_relative_damping_of_a_layer_without_gradients() -> None:
     assert natural["w"].abs().max() > 0
 
 
+@pytest.mark.parametrize("exponent", [-0.5, -1.0, -2.0])
+def test_relative_damping_of_a_layer_whose_gradients_come_later(exponent: float) -> None:
+    """The first factor of a LoRA, behind one of zeros: the mean of all layers, and 1 where no layer has gradients."""
+    shapes = {"w": (4, 3), "a": (2, 4), "b": (3, 2)}
+    params = {name: torch.randn(shape, dtype=torch.float32) for name, shape in shapes.items()}
+    params["b"] = torch.zeros(3, 2, dtype=torch.float32)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["w"])
+        return (h[:3] + F.linear(F.linear(h, params["a"]), params["b"])).cos().sum()
+
+    batch = torch.randn(N, 3, dtype=torch.float32)
+    step = ekfac(loss_fn, damping=relative(0.1), exponent=exponent, moment_every=10, basis_every=10)
+    natural, state, info = step.precondition(params, batch, step.init(params, batch))
+    means = {name: moment.value.mean() for name, moment in state.second_moments.items()}
+    whole = sum(moment.value.sum() for moment in state.second_moments.values()) / sum(
+        p.numel() for p in params.values()
+    )
+    assert means["a"] == 0
+    close(
+        info.damping,
+        0.1 * torch.stack([torch.as_tensor(whole if name == "a" else means[name]) for name in params]),
+        1e-5,
+    )
+    assert not info.skipped
+    assert not natural["a"].any()
+    later, _, info = step.precondition(params | {"b": torch.randn(3, 2).float()}, batch, state)
+    assert later["a"].abs().max() <= 1.01 * info.gradient["a"].norm() * (0.1 * whole) ** exponent
+    silent = ekfac(lambda p, x: 0 * loss_fn(p, x), damping=relative(0.1), exponent=exponent)
+    natural, _, info = silent.precondition(params, batch, silent.init(params, batch))
+    assert not info.skipped
+    assert (info.damping == 0.1).all()
+    assert not any(d.any() for d in natural.values())
+
+
 def test_a_damping_rule_of_ones_own() -> None:
     case = make("mlp")
     batch = case.batch(N)
@@ -1051,6 +1088,10 @@ def test_the_predicted_decrease() -> None:
         fisher_quadratic(case.loss_fn, case.params, batch, {**updates, "bias": updates["bias"][:, None]}, 1e-2)
     with pytest.raises(ValueError, match=r"damping has shape \(2,\).*0-d"):
         fisher_quadratic(case.loss_fn, case.params, batch, updates, torch.ones(2))
+    with pytest.raises(ValueError, match=r"loss_fn returned a tensor of shape \(1,\)"):
+        fisher_quadratic(lambda p, e: case.loss_fn(p, e)[None], case.params, batch, updates, 0.0)
+    with pytest.raises(ValueError, match="give every tensor the same leading size"):
+        fisher_quadratic(case.loss_fn, case.params, (batch[0], batch[1][:2]), updates, 0.0)
     close(exact, delta @ (G.T @ G / N + 1e-2 * torch.eye(15)) @ delta, 1e-8)
 
 

@@ -149,6 +149,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
             buffers = {name: b.clone() for name, b in bound.named_buffers()}
             given = _at(places, values | buffers)
             found = functional_call(bound, given, (example,), tie_weights=False)
+            if has_aux and (not isinstance(found, tuple) or len(found) != 2):
+                raise TypeError(f"loss returned a {type(found).__name__}: with has_aux=True it returns (losses, aux)")
             losses, aux = found if has_aux else (found, ())
             # a module that assigned a new tensor to a buffer has it in `given` now
             return losses, (aux, {name: given[place] for place, name in places.items() if name in buffers})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_not_negative, check_positive
+from ..checks import check_batch, check_loss, check_not_negative, check_params, check_positive
 from ..precondition import Damping
 from ..types import Batch, LossFn, Number, Params, Spectrum
 from .norms import Scope, dots, each, total
@@ -23,7 +23,8 @@ def relative(fraction: Number, scope: Scope = each) -> Damping:
     exponent -1/2: near a minimum `m2` falls with the gradients, so that with the exponent -1 a step grows as they fall.
 
     fraction: positive, without unit.
-    scope: `each`, the mean eigenvalue of every layer, or `together`, that of all of them.
+    scope: `each`, the mean eigenvalue of every layer, or `together`, that of all of them. A layer whose second moment
+        is zero, as of the first factor of a LoRA at its start, has that of all; where all are zero it counts as 1.
     """
     check_positive("fraction", fraction)
 
@@ -33,9 +34,12 @@ def relative(fraction: Number, scope: Scope = each) -> Damping:
 def _relative(fraction: Number, scope: Scope, moments: Mapping[str, Spectrum]) -> dict[str, Number]:
     sums = scope({name: (m.value * m.counts[..., None]).sum() for name, m in moments.items()})
     counts = scope({name: m.value.new_full((), m.size) for name, m in moments.items()})
-    # for a layer without gradients; its inverse may be multiplied
-    tiny = {name: 1e6 * torch.finfo(m.value.dtype).tiny for name, m in moments.items()}
-    return {name: (fraction * sums[name] / counts[name].clamp(min=1)).clamp(min=tiny[name]) for name in moments}
+    means = {name: sums[name] / counts[name].clamp(min=1) for name in moments}
+    # a layer without gradients when its moment was updated may have some before the next update
+    of_all = total(sums) / total(counts).clamp(min=1)
+    of_all = torch.where(of_all > 0, of_all, 1)
+    shares = {name: fraction * torch.where(mean > 0, mean, of_all) for name, mean in means.items()}
+    return {name: share.clamp(min=1e6 * torch.finfo(share.dtype).tiny) for name, share in shares.items()}
 
 
 DEFAULTS: Mapping[str, Any] = {"damping": relative(0.01), "exponent": -0.5, "basis_every": 10}
@@ -111,12 +115,17 @@ def fisher_quadratic(
     loss_fn, params, batch: as in `ekfac`, the loss without aux; one with dropout draws anew.
     damping: one for all parameters, a number or `[]`, in loss^2 / parameter^2.
     """
+    check_params(params)
+    check_batch(batch)
     check_not_negative("damping", damping)
     check_like(params, updates, "updates")
     tangents: Params = {name: updates[name].to(p.dtype) for name, p in params.items()}
 
     def losses(params: Params) -> Tensor:
-        return torch.func.vmap(loss_fn, in_dims=(None, 0), randomness="different")(params, batch)
+        def of_one(params: Params, example: Any) -> Tensor:
+            return check_loss(loss_fn(params, example), False, None)[0]
+
+        return torch.func.vmap(of_one, in_dims=(None, 0), randomness="different")(params, batch)
 
     slopes = torch.func.jvp(losses, ({name: p.detach() for name, p in params.items()},), (tangents,))[1]
     return slopes.square().mean() + damping * total(dots(updates, updates))

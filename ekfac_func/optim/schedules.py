@@ -38,7 +38,7 @@ def warm_up(steps: int, schedule: Schedule) -> Schedule:
         raise TypeError(f"schedule={schedule!r} is no function of the step: give constant(value), cosine(start, steps)")
 
     def warmed(step: Tensor) -> Tensor:
-        return ((_real(step) + 1) / steps).clamp(max=1) * schedule((step - steps).clamp(min=0))
+        return ((_real(step) + 1) / steps).clamp(max=1) * schedule((torch.as_tensor(step) - steps).clamp(min=0))
 
     return warmed
 

@@ -88,11 +88,12 @@ def weight_decay(rate: Number, on: Callable[[str, Tensor], bool] = lambda name, 
 
 
 def clip_kl(limit: Number, learning_rate: Number | Schedule) -> Transform:
-    """Shrink the natural gradient to a trust region: `learning_rate^2 natural . gradient <= limit`.
+    """Shrink the natural gradient to a trust region: `learning_rate^2 natural^T F natural <= limit`.
 
-    With F the damped curvature that preconditioned it, `natural . gradient = natural^T F natural`, twice the divergence
-    of the predictions to second order of a step with learning rate 1. Ba, Grosse & Martens 2017, section 5,
-    https://openreview.net/forum?id=SkkTMpjex. It needs the natural gradient itself, so it stands first in a chain.
+    F is the damped curvature that preconditioned it: before it is shrunk `natural^T F natural = natural . gradient`,
+    twice the divergence of the predictions to second order of a step with learning rate 1. Ba, Grosse & Martens 2017,
+    section 5, https://openreview.net/forum?id=SkkTMpjex. It needs the natural gradient itself, so it stands first in a
+    chain.
 
     limit: in the unit of the loss (nats, of a log-likelihood); positive, 1e-3 is usual.
     learning_rate: the one of the chain, a number, a 0-d tensor or a schedule.
@@ -217,7 +218,7 @@ def _accumulate(decay: Number, read: Callable[[Tensor, Tensor], Tensor]) -> Tran
         return Velocity({name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()})
 
     def update(direction: Params, state: Velocity, params: Mapping[str, Tensor], info: Info) -> tuple[Params, Velocity]:
-        check_like(state.velocity, direction, "direction")
+        check_like(state.velocity, direction, "direction", "the velocity in state")
         velocity = {name: (decay * v + direction[name]).to(v.dtype) for name, v in state.velocity.items()}
         return {name: read(d, velocity[name]) for name, d in direction.items()}, Velocity(velocity)
 
