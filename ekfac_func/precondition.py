@@ -149,7 +149,8 @@ def ekfac(
     `natural = Q_B [ (Q_B^T mean(G) Q_A) / (m2 + damping) ] Q_A^T`.
 
     loss_fn: pure function `(params, example) -> loss` of a dict of tensors and one example, any tree of tensors; the
-        loss is a scalar.
+        loss is a scalar. Its layers are found when it is first met with tensors of some shapes: make it once, not anew
+        for each step in eager mode.
     damping: added to the second moment, in loss^2 / parameter^2; positive. A Python number or a 0-d tensor, or a rule
         from the second moments of all layers to the damping of each, as `optim.relative(fraction)`.
     exponent: of `m2 + damping`, negative: -1 is the natural gradient, -1/2 a step as that of Adam and SOAP
