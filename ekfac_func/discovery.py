@@ -28,11 +28,11 @@ from .checks import check_count, check_loss, check_loss_fn, check_randomness
 from .copies import Copies
 from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
 from .made import Made
-from .modes import innermost, share, undrawn
+from .modes import depth, innermost, share, undrawn
 from .picked import READS, Picked, has_tensors
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
-from .tap import LOOKUPS, Tap, beneath, called, depth, of_table, readings, traced, unchecked, unfused, with_ids
+from .tap import LOOKUPS, Tap, beneath, called, of_table, readings, traced, unchecked, unfused, with_ids
 from .types import Batch, Layer, LossAuxFn, LossFn, Params
 from .views import View
 

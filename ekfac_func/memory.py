@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .modes import transformed
+from .modes import depth
 
 LARGE_BYTES = 2**25  # from which on glibc asks the system each time
 SCRATCH_BYTES = 2**23  # from which on `scratch` does
@@ -45,7 +44,7 @@ def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
 def writable(*operands: Tensor) -> bool:
     """Whether what is made of these can be written into memory of ours: on a CPU, without a derivative or transform."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    plain = not transformed() and forward_ad._current_level < 0 and _get_current_dispatch_mode() is None
+    plain = not torch.compiler.is_compiling() and depth() == 0 and _get_current_dispatch_mode() is None
     return plain and not wanted and all(type(t) is Tensor and t.device.type == "cpu" for t in operands)
 
 

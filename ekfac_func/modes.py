@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -18,6 +19,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 def transformed() -> bool:
     """Whether a trace or a transform of `torch.func` is under way."""
     return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
+
+
+def depth() -> int:
+    """How many transforms are under way: functorch's, and levels of forward-mode differentiation. Not in a graph."""
+    interpreter = functorch.peek_interpreter_stack()
+    return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
 
 
 def innermost(t: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ from .kronecker import (
     unpack_all,
 )
 from .memory import empty, writable
-from .modes import draws, no_autocast, transformed, where
+from .modes import depth, draws, no_autocast, transformed, where
 from .orders import DEFAULT_CONTRACTIONS, Contractions, budget, check_contractions, contraction_of
 from .passes import LayerSums, add_gradients, add_if_any, add_layer_sums, read_gradient
 from .refreshes import EIGH, Refresh, check_refresh, check_samples, due, refresh_bases
@@ -74,7 +74,6 @@ from .subspace import (
     rescale,
     rescales_samples,
 )
-from .tap import depth
 from .types import (
     Basis,
     Batch,

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .memory import LARGE_BYTES, Rooms, empty, writable
-from .modes import transformed
+from .modes import depth, transformed
 
 
 def _of_intel() -> bool:
@@ -144,7 +143,7 @@ def _fits(x: Tensor, y: Tensor) -> bool:
 
 def _plain() -> bool:
     """Whether no transform is active: it might want a derivative, which the operator lacks, or hide the strides."""
-    return torch.compiler.is_compiling() or not (transformed() or forward_ad._current_level >= 0)
+    return torch.compiler.is_compiling() or depth() == 0
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

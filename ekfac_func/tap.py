@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _len_torch_function_stack
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
 from torch.backends import mha
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
@@ -278,12 +277,6 @@ def name_of(tensor: Any, known: Sequence[tuple[Tensor, str]]) -> str | None:
         if tensor is other:
             return name
     return None
-
-
-def depth() -> int:
-    """How many transforms are under way: functorch's, and levels of forward-mode differentiation."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
 
 
 def called(func: Any) -> str:
