@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .modes import depth
+from .modes import depth, differentiated
 
 LARGE_BYTES = 2**25  # from which on glibc asks the system each time
 SCRATCH_BYTES = 2**23  # from which on `scratch` does
@@ -43,9 +43,9 @@ def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
 
 def writable(*operands: Tensor) -> bool:
     """Whether what is made of these can be written into memory of ours: on a CPU, without a derivative or transform."""
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     plain = not torch.compiler.is_compiling() and depth() == 0 and _get_current_dispatch_mode() is None
-    return plain and not wanted and all(type(t) is Tensor and t.device.type == "cpu" for t in operands)
+    on_cpu = all(type(t) is Tensor and t.device.type == "cpu" for t in operands)
+    return plain and on_cpu and not differentiated(*operands)
 
 
 class Rooms:

@@ -27,6 +27,11 @@ def depth() -> int:
     return (0 if interpreter is None else interpreter.level()) + forward_ad._current_level + 1  # -1 is no level
 
 
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd records what is made of these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def innermost(t: Tensor) -> Tensor:
     """Without the wrappers of transforms: what has memory, and counts the changes in place."""
     while functorch.is_functorch_wrapped_tensor(t):
@@ -78,8 +83,8 @@ def opaque(*tensors: Tensor) -> bool:
     So it is on CPUs, where inductor would compile every block and write to memory what else stays in cache. It has no
     derivative.
     """
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors) and not wanted
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    return torch.compiler.is_compiling() and on_cpu and not differentiated(*tensors)
 
 
 def one_by_one(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .memory import LARGE_BYTES, Rooms, empty, writable
-from .modes import depth, transformed
+from .modes import depth, differentiated, transformed
 
 
 def _of_intel() -> bool:
@@ -45,7 +45,7 @@ MANY_ROWS, MANY_ENTRIES = 1024, 2**18  # of two matrices, from which on it pays 
 def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None) -> Tensor:
     """`x Q` of `[... d]` and `[d e]`. rooms: where it may be written."""
     many = not torch.compiler.is_compiling() and x.numel() * Q.shape[1] >= MULTIPLICATIONS
-    if (many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _takes(x, Q):
+    if (many or Q.shape[0] * Q.shape[1] >= ENTRIES) and _fits(x, Q) and not differentiated(x, Q):
         return _product(x.reshape(-1, x.shape[-1]), Q).reshape(*x.shape[:-1], Q.shape[1])
     return matmul(x, Q, rooms)
 
@@ -83,7 +83,8 @@ def outer(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
         cut = x.shape[-2] - x.shape[-2] % ROWS
         parts = (t[..., :cut, :].unflatten(-2, (-1, ROWS)) for t in (x, y))
         return outer(*parts).sum(-3) + outer(x[..., cut:, :], y[..., cut:, :])
-    if x.shape[:-2] == y.shape[:-2] and x.shape[-1] * y.shape[-1] >= ENTRIES and _takes(x, y):
+    large = x.shape[:-2] == y.shape[:-2] and x.shape[-1] * y.shape[-1] >= ENTRIES
+    if large and _fits(x, y) and not differentiated(x, y):
         return _product(x.mT, y)
     return matmul(x.mT, y, rooms)
 
@@ -132,12 +133,8 @@ def _filled(x: Tensor, rows: int, columns: int, transposed: bool) -> Tensor:
     return F.pad(x.mT, (0, rows, 0, columns)).mT if transposed else F.pad(x, (0, columns, 0, rows))
 
 
-def _takes(x: Tensor, y: Tensor) -> bool:
-    wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return _fits(x, y) and not wanted
-
-
 def _fits(x: Tensor, y: Tensor) -> bool:
+    """Whether oneDNN can multiply these, and is the faster one."""
     return FASTER and x.dtype == y.dtype == torch.float32 and x.device.type == "cpu" and _plain()
 
 
