@@ -90,7 +90,7 @@ def _intra_batch(moment: Moment, mean: Sums, n: Number) -> Moment:
     return Moment(mean.square, torch.ones_like(moment.weight))
 
 
-def _eigenvalues(moment: Moment, mean: Sums, n: Number) -> Moment:
+def _as_it_is(moment: Moment, mean: Sums, n: Number) -> Moment:
     return moment
 
 
@@ -100,7 +100,7 @@ intra_batch = SecondMoment("intra_batch", exact_sums, _intra_batch, keep, carrie
 It carries nothing from step to step, so `at_refresh` does not matter to it.
 """
 
-kfac = SecondMoment("kfac", gradient_sums, _eigenvalues, reset, starts_from_eigenvalues=True, carries=False)
+kfac = SecondMoment("kfac", gradient_sums, _as_it_is, reset, starts_from_eigenvalues=True, carries=False)
 """The eigenvalues of the factors, `lambda_B x lambda_A x positions`: K-FAC with the damping on the product.
 
 Martens & Grosse 2015, https://arxiv.org/abs/1503.05671; Grosse & Martens 2016, https://arxiv.org/abs/1602.01407.
