@@ -32,7 +32,7 @@ from .modes import Draws, draws, host_draws, innermost, no_autocast, share, tran
 from .refusals import refuse, refuse_changed
 from .rules import RULES
 from .tap import LOOKUPS, Tap, beneath, name_of, of_table, readings, traced, unfused, with_ids
-from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, statistics_dtype
+from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, batch_size, statistics_dtype
 
 
 class Captured(NamedTuple):
@@ -158,7 +158,7 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
     owned = own(params)
     found = plan(loss_fn, owned, batch, options)
     if found.way is Way.LOOPED:
-        n = pytree.tree_leaves(batch)[0].shape[0]
+        n = batch_size(batch)
         none: dict[str, Terms] = {}
         for layer in found.layers:
             dtype = statistics_dtype(params[layer.weight])
@@ -409,7 +409,7 @@ def _tapped(
     for examples in chunks:
         if before is not None:
             before.repeat()
-        n = pytree.tree_leaves(examples)[0].shape[0]
+        n = batch_size(examples)
         arrivals = Arrivals(found, params, calls, take, n)
         dense, losses, aux = run(probed, arrivals, fixed, free, examples, n, options.randomness)
         arrivals.finish()

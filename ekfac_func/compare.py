@@ -48,7 +48,7 @@ from .second_moment import (
     running_average,
 )
 from .subspace import Mean
-from .types import Basis, Batch, Factors, Layer, LossFn, Means, Moment, Params, State, Sums, Terms
+from .types import Basis, Batch, Factors, Layer, LossFn, Means, Moment, Params, State, Sums, Terms, batch_size
 
 try:
     from tqdm import tqdm
@@ -450,8 +450,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
             f"the {recipe.fisher.name} Fisher sees the layers {list(captured.layers.values())}, the reference "
             f"{data.reference.name} {list(truth.layers.values())}: give a reference whose loss uses them alike"
         )
-    own = check_batch(data.batches[t])
-    for_basis, for_moment = recipe.basis(captured.terms, own)
+    for_basis, for_moment = recipe.basis(captured.terms, batch_size(data.batches[t]))
     if frame is None:
         state = _started(tuple(captured.layers.values()), data.params)
         moments = {name: dict(state.second_moments) for name in members}
@@ -620,7 +619,7 @@ def _losses(loss_fn: LossFn, params: Params, batch: Batch, randomness: str, chun
     except RuntimeError as error:
         if not str(error).startswith("vmap: ") and not any(said in str(error) for said in UNMAPPED):
             raise
-        examples = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(check_batch(batch)))
+        examples = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(batch_size(batch)))
         return torch.stack([loss_fn(params, example) for example in examples])
 
 

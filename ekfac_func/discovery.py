@@ -33,7 +33,7 @@ from .picked import READS, Picked, has_tensors
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
 from .tap import LOOKUPS, Tap, beneath, called, of_table, readings, traced, unchecked, unfused, with_ids
-from .types import Batch, Layer, LossAuxFn, LossFn, Params
+from .types import Batch, Layer, LossAuxFn, LossFn, Params, batch_size
 from .views import View
 
 
@@ -179,7 +179,7 @@ def _discover(
                 "loss_fn with batched=True looks at values, which a compiled step does not have: compute with tensors, "
                 "as by torch.where or a product with a mask, or call the step in eager mode"
             ) from error
-        n = pytree.tree_leaves(values[1])[0].shape[0]
+        n = batch_size(values[1])
         return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
@@ -206,7 +206,7 @@ def _discover(
         return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
     except RuntimeError as error:
         if batched and values is not None:
-            n = pytree.tree_leaves(values[1])[0].shape[0]  # it may not take every number of examples
+            n = batch_size(values[1])  # it may not take every number of examples
             try:
                 return _of_batches(param_specs, run, n, 2 * n)
             except RuntimeError:  # nor tensors without values, or within `torch.func`

@@ -22,7 +22,7 @@ from .discovery import DATA_DEPENDENT, filled
 from .layout import Spec, spec
 from .modes import undrawn
 from .tap import unchecked
-from .types import Batch, LossFn, Params, statistics_dtype
+from .types import Batch, LossFn, Params, batch_size, statistics_dtype
 
 Model = Callable[[Params, Any], Any]
 """(params, example) -> output of one example, a tensor or a tree of tensors"""
@@ -151,7 +151,7 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
         specs = {name: spec(p, p.shape) for name, p in params.items()}
         leaves, tree = pytree.tree_flatten(batch)
-        n = leaves[0].shape[0]
+        n = batch_size(batch)
         try:
             rows = rows_of_shapes(specs, ([spec(leaf, leaf.shape[1:]) for leaf in leaves], tree))
         except DATA_DEPENDENT:  # branches on values, by which examples may differ

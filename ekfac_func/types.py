@@ -17,6 +17,11 @@ LossAuxFn = Callable[[Params, Any], tuple[Tensor, Any]]  # (params, example) -> 
 Number = float | Tensor  # a Python number or a 0-d tensor
 
 
+def batch_size(batch: Batch) -> int:
+    """The examples of a batch, which has a tensor."""
+    return pytree.tree_leaves(batch)[0].shape[0]
+
+
 class Factored(NamedTuple):
     """Per-example gradients `G[n] = sum_s g[n, s] a[n, s]^T`, formed only where that is cheaper."""
 
