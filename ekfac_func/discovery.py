@@ -26,7 +26,21 @@ from . import expansions, views
 from .batching import COPIED, DATA, OPEN
 from .checks import check_count, check_loss, check_loss_fn, check_randomness
 from .copies import Copies
-from .layout import Observed, Spec, Tapped, Use, arrange, dense_layer, fits, lay_out, places_of, spec
+from .layout import (
+    Flat,
+    Observed,
+    Spec,
+    Tapped,
+    Use,
+    arrange,
+    dense_layer,
+    filled,
+    fits,
+    lay_out,
+    places_of,
+    spec,
+    specs,
+)
 from .made import Made
 from .modes import depth, innermost, share, undrawn
 from .picked import READS, Picked, has_tensors
@@ -96,9 +110,7 @@ class Plan(NamedTuple):
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
     """What `capture` will tap, from shapes alone."""
     check_loss_fn(loss_fn)
-    param_specs = {name: spec(p, p.shape) for name, p in params.items()}
-    leaves, tree = pytree.tree_flatten(batch)
-    example = ([spec(leaf, leaf.shape[1:]) for leaf in leaves], tree)
+    param_specs, example = specs(params, batch)
     how = (options.rules, options.has_aux, options.batched)
     values = None if torch.compiler.is_compiling() else (params, batch)
     if isinstance(loss_fn, MethodType):  # Dynamo hands over a function and its object, not the two bound together
@@ -106,13 +118,6 @@ def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Opt
     if isinstance(loss_fn, functools.partial):
         return _discover(param_specs, example, how, values, loss_fn.func, *loss_fn.args, **loss_fn.keywords)
     return _discover(param_specs, example, how, values, loss_fn)
-
-
-def filled(specs: Any, lead: tuple[int, ...] = ()) -> Any:
-    """A tree of tensors of these specs, with axes in front; without values in a `FakeTensorMode`."""
-    return pytree.tree_map(
-        lambda s: torch.empty((*lead, *s.shape), dtype=s.dtype, device=s.device), specs, is_leaf=_is_spec
-    )
 
 
 class _SecondOrder(Exception):
@@ -130,7 +135,7 @@ class _ChangesData(Exception):
 @torch.compiler.assume_constant_result
 def _discover(
     param_specs: dict[str, Spec],
-    example: tuple[list[Spec], Any],  # leaves and their tree: of nodes of a user Dynamo makes no constants
+    example: Flat,
     how: tuple[Rules, bool, bool],
     values: tuple[Params, Batch] | None,
     loss_fn: Callable[..., Any],
@@ -641,10 +646,6 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         ctx.reached.add(ctx.name)
         return gradients[0], None, None
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, Spec)
 
 
 def _reads_shape(func: Any) -> bool:

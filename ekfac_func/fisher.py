@@ -18,8 +18,8 @@ from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, 
 from torch.utils import _pytree as pytree
 
 from .checks import check_count, check_function
-from .discovery import DATA_DEPENDENT, filled
-from .layout import Spec, spec
+from .discovery import DATA_DEPENDENT
+from .layout import Flat, filled, specs
 from .modes import undrawn
 from .tap import unchecked
 from .types import Batch, LossFn, Params, batch_size, statistics_dtype
@@ -143,17 +143,16 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
         return {row for row, needed in enumerate(live) if needed}
 
     @torch.compiler.assume_constant_result
-    def rows_of_shapes(param_specs: Any, example: tuple[list[Spec], Any]) -> tuple[int, ...]:
+    def rows_of_shapes(param_specs: Any, example: Flat) -> tuple[int, ...]:
         """The same without values, as a constant of a graph."""
         with undrawn([]), FakeTensorMode(allow_non_fake_inputs=True):
             return tuple(sorted(rows_of(*filled((param_specs, pytree.tree_unflatten(*example))))))
 
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
-        specs = {name: spec(p, p.shape) for name, p in params.items()}
-        leaves, tree = pytree.tree_flatten(batch)
+        param_specs, example = specs(params, batch)
         n = batch_size(batch)
         try:
-            rows = rows_of_shapes(specs, ([spec(leaf, leaf.shape[1:]) for leaf in leaves], tree))
+            rows = rows_of_shapes(param_specs, example)
         except DATA_DEPENDENT:  # branches on values, by which examples may differ
             with undrawn(pytree.tree_leaves((params, batch))):
                 found = (rows_of(dict(params), pytree.tree_map(lambda leaf, k=k: leaf[k], batch)) for k in range(n))

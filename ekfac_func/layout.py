@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import views
 from .rules import Call
-from .types import Layer, constants
+from .types import Batch, Layer, constants
 from .views import View
 
 
@@ -25,6 +26,25 @@ class Spec(NamedTuple):
 
 def spec(tensor: Tensor, shape: Sequence[int]) -> Spec:
     return Spec(constants(shape), tensor.dtype, tensor.device)
+
+
+Flat = tuple[list[Spec], pytree.TreeSpec]
+"""The leaves of a tree, and its structure: Dynamo makes no constant of a user's nodes."""
+
+
+def specs(params: Mapping[str, Tensor], batch: Batch) -> tuple[dict[str, Spec], Flat]:
+    """Of the parameters, and of one example."""
+    leaves, tree = pytree.tree_flatten(batch)
+    return {name: spec(p, p.shape) for name, p in params.items()}, ([spec(x, x.shape[1:]) for x in leaves], tree)
+
+
+def filled(specs: Any, lead: tuple[int, ...] = ()) -> Any:
+    """A tree of tensors of these specs, with axes in front; without values in a `FakeTensorMode`."""
+    return pytree.tree_map(
+        lambda s: torch.empty((*lead, *s.shape), dtype=s.dtype, device=s.device),
+        specs,
+        is_leaf=lambda leaf: isinstance(leaf, Spec),
+    )
 
 
 class Along(NamedTuple):
