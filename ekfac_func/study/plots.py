@@ -93,16 +93,11 @@ def eigenvalues(study: Study) -> Figure:
 
 def batch_size(study: Study) -> Figure:
     """Errors of the whole model against the examples in a batch."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for ax, field, label in zip(
-        figure.subplots(1, 2),
-        ("moment_error", "fisher_error"),
-        ("||m2 - exact|| / ||exact||", "||F - estimate|| / ||F||"),
-        strict=True,
-    ):
-        _lines(ax, study.records("batch size"), "examples", field)
-        ax.set(xscale="log", xlabel="examples in a batch", ylabel=label, ylim=(0, None))
-        ax.set_xticks(batch_sizes(study.settings), batch_sizes(study.settings))
+    sizes = batch_sizes(study.settings)
+    figure = _errors(study.records("batch size"), "examples", "examples in a batch")
+    for ax in figure.axes:
+        ax.set(xscale="log", ylim=(0, None))
+        ax.set_xticks(sizes, [str(size) for size in sizes])
         ax.minorticks_off()
         ax.legend(fontsize="small")
     return figure
@@ -110,16 +105,9 @@ def batch_size(study: Study) -> Figure:
 
 def refreshes(study: Study) -> Figure:
     """Errors of the whole model along a training trajectory, by the steps since the last refresh."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for ax, field, label in zip(
-        figure.subplots(1, 2),
-        ("moment_error", "fisher_error"),
-        ("||m2 - exact|| / ||exact||", "||F - estimate|| / ||F||"),
-        strict=True,
-    ):
-        _lines(ax, study.records("refresh"), "since_refresh", field)
-        unit, first = study.settings.stride, middle(study.settings)
-        ax.set(xlabel=f"since the refresh, in units of {unit} steps, from step {first}", ylabel=label)
+    unit, first = study.settings.stride, middle(study.settings)
+    along = f"since the refresh, in units of {unit} steps, from step {first}"
+    figure = _errors(study.records("refresh"), "since_refresh", along)
     figure.axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -147,6 +135,16 @@ def step_quality(study: Study) -> Figure:
         ax.set(ylabel=label)
         ax.set_xticks([g + 0.5 for g in range(len(study.stages))], [f"{stage.steps} steps" for stage in study.stages])
     figure.axes[0].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _errors(records: list[Record], along: str, label: str) -> Figure:
+    """Both errors of the whole model, a panel each, along a field of the records."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    norms = {"moment_error": "||m2 - exact|| / ||exact||", "fisher_error": "||F - estimate|| / ||F||"}
+    for ax, (field, norm) in zip(figure.subplots(1, 2), norms.items(), strict=True):
+        _lines(ax, records, along, field)
+        ax.set(xlabel=label, ylabel=norm)
     return figure
 
 
