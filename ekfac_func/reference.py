@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .blocking import MAX_BYTES, fitting
 from .capture import capture
 from .checks import check_batch, check_loss, check_params, check_positive, check_tree
 from .discovery import Options, checked_options
@@ -25,7 +26,6 @@ from .kronecker import count, dense, pack, unpack_all
 from .rules import RULES, Rules
 from .types import Batch, Factored, Layer, LossFn, Params, Terms
 
-MAX_BYTES = 64 * 2**20  # of the dense per-example gradients that exist at a time
 MAX_BLOCK_BYTES = 2 * 2**30  # of one layer's blocks
 
 
@@ -200,7 +200,7 @@ def _dense(terms: Sequence[Terms]) -> Iterator[Tensor]:
     """Per-example gradients `[n b d]` in float64, a few examples at a time."""
     for term in terms:
         n = count(term)
-        size = max(1, MAX_BYTES // max(1, 8 * dense(part(term, 0, 1)).numel()))
+        size = fitting(8 * dense(part(term, 0, 1)).numel(), MAX_BYTES)
         for start in range(0, n, size):
             yield dense(part(term, start, start + size)).flatten(2).to(torch.float64)
 
