@@ -166,17 +166,8 @@ def _norms_inputs(g: Tensor, a: Tensor) -> Tensor:
 
 
 def _norms_outputs(g: Tensor, a: Tensor) -> Tensor:
-    """`sum_n ||sum_s g[n, s] a[n, s, i]||^2`, `[b i k]`."""
-    s, i, o = a.shape[2], a.shape[3], g.shape[3]
-    if s * (i + o) > i * o:
-        return _summed(lambda h, x: torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 2)), g, a, i * o)
-
-    def by_pairs(h: Tensor, x: Tensor) -> Tensor:
-        h, x = common_first(h), common_first(x)
-        K = torch.einsum("nbso,nbto->nbst", h, h)
-        return (torch.einsum("nbst,nbtik->nbsik", K, x) * x).sum((0, 2))
-
-    return _summed(by_pairs, g, a, s * s + s * i)
+    """`sum_n ||sum_s g[n, s] a[n, s, i]||^2`, `[b i k]`: the same with the sides exchanged."""
+    return _norms_inputs(a.flatten(3), g[..., None])[..., 0].unflatten(1, a.shape[3:])
 
 
 def _norms(g: Tensor, a: Tensor) -> Tensor:
