@@ -17,7 +17,7 @@ from .capture import UNMAPPED, Captured, capture
 from .checks import check_batch, check_count, check_decay, check_params, check_positive
 from .contraction import add_sums, exact_sums, mean_sums
 from .discovery import Options, checked_options
-from .fisher import Fisher, check_fisher, empirical
+from .fisher import Fisher, check_estimator, check_fisher, empirical
 from .kronecker import (
     add_factor_sums,
     average_factors,
@@ -33,7 +33,7 @@ from .kronecker import (
     unpack_all,
 )
 from .orders import contraction_of
-from .precondition import check_estimator, initial_state, rescaled
+from .precondition import initial_state, rescaled
 from .reference import exact_block, part
 from .refreshes import refresh_bases
 from .rules import RULES, SUA, Rules

@@ -40,6 +40,12 @@ def ranks(group: dist.ProcessGroup | None = None) -> Ranks:
     return Ranks(functools.partial(_all_reduce, group), dist.get_rank(group) == 0)
 
 
+def check_ranks(value: object) -> None:
+    """Refuse what is neither None nor processes."""
+    if value is not None and not isinstance(value, Ranks):
+        raise TypeError(f"ranks is a {type(value).__name__}: pass ranks(), or ranks(group), called")
+
+
 def _all_reduce(group: dist.ProcessGroup | None, t: Tensor) -> Tensor:
     dist.all_reduce(t, group=group)
     return t

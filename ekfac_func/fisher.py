@@ -21,6 +21,7 @@ from .checks import check_count, check_function
 from .discovery import DATA_DEPENDENT
 from .layout import Flat, filled, specs
 from .modes import undrawn
+from .second_moment import SecondMoment
 from .tap import unchecked
 from .types import Batch, LossFn, Params, batch_size, statistics_dtype
 
@@ -52,6 +53,23 @@ def check_fisher(fisher: object) -> None:
             f"fisher={fisher!r} is not a Fisher: pass empirical, sampled(model, likelihood), exact(model, likelihood), "
             "gradient(loss) or a Fisher"
         )
+
+
+def check_estimator(where: str, second_moment: object, fisher: Fisher, at_refresh: object) -> None:
+    """Refuse what is no estimator, or none of this Fisher. where: what a message begins with."""
+    if not isinstance(second_moment, SecondMoment):
+        raise TypeError(
+            f"{where}second_moment={second_moment!r} is not an estimator: pass intra_batch, "
+            "averaged_intra_batch(decay), running_average(decay), kfac or a SecondMoment"
+        )
+    check_fisher(fisher)
+    if second_moment.reads_mean and not fisher.draws:
+        raise ValueError(
+            f"{where}second_moment={second_moment.name} reads the mean of gradients that are draws, which the "
+            f"{fisher.name} Fisher does not have: use sampled(model, likelihood) with it, or another estimator"
+        )
+    if at_refresh is not None and not callable(at_refresh):
+        raise TypeError(f"{where}at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
 
 
 def _check_functions(model: object, likelihood: object) -> None:

@@ -44,8 +44,8 @@ from .checks import (
 )
 from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import checked_options, plan
-from .distributed import Ranks, of_first, total, total_factors
-from .fisher import Fisher, check_fisher, empirical
+from .distributed import Ranks, check_ranks, of_first, total, total_factors
+from .fisher import Fisher, check_estimator, empirical
 from .kronecker import (
     WeightSharing,
     average_factors,
@@ -230,8 +230,7 @@ def ekfac(
     choices = {} if bases is None else bases
     check_choices(choices)
     averaged = averages(factor_decay)
-    if ranks is not None and not isinstance(ranks, Ranks):
-        raise TypeError(f"ranks is a {type(ranks).__name__}: pass ranks(), or ranks(group), called")
+    check_ranks(ranks)
     check_of_samples(choices, ranks is not None, basis_every, averaged, factor_decay, second_moment, at_refresh)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
@@ -413,23 +412,6 @@ def ekfac(
         return natural, _choose(good, new, state), info
 
     return EKFAC(init, precondition)
-
-
-def check_estimator(where: str, second_moment: object, fisher: Fisher, at_refresh: object) -> None:
-    """Refuse what is no estimator, or none of a Fisher; where: what a message begins with."""
-    if not isinstance(second_moment, SecondMoment):
-        raise TypeError(
-            f"{where}second_moment={second_moment!r} is not an estimator: pass intra_batch, "
-            "averaged_intra_batch(decay), running_average(decay), kfac or a SecondMoment"
-        )
-    check_fisher(fisher)
-    if second_moment.reads_mean and not fisher.draws:
-        raise ValueError(
-            f"{where}second_moment={second_moment.name} reads the mean of gradients that are draws, which the "
-            f"{fisher.name} Fisher does not have: use sampled(model, likelihood) with it, or another estimator"
-        )
-    if at_refresh is not None and not callable(at_refresh):
-        raise TypeError(f"{where}at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
 
 
 def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
