@@ -597,16 +597,5 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
 
 def _choose(good: Tensor, new: State, old: State) -> State:
     """The new state where the step was good, else every tensor of the old one; the step number advances."""
-
-    def choose(x: Tensor, y: Tensor) -> Tensor:
-        return x if x is y else where(good, x, y)
-
-    return replace(
-        new,
-        factors={name: Factors(*map(choose, new.factors[name], old.factors[name])) for name in new.factors},
-        bases={name: pytree.tree_map(choose, new.bases[name], old.bases[name]) for name in new.bases},
-        second_moments={
-            name: Moment(*map(choose, new.second_moments[name], old.second_moments[name]))
-            for name in new.second_moments
-        },
-    )
+    old = replace(old, step=new.step, layers=new.layers)
+    return pytree.tree_map(lambda x, y: x if x is y else where(good, x, y), new, old)
