@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .contraction import add_sums
 from .kronecker import FactorSums, add_factor_sums, gradient
-from .types import Basis, Layer, Sums, Terms
+from .types import Layer, State, Sums, Terms
 
 
 class LayerSums(NamedTuple):
@@ -19,17 +19,16 @@ class LayerSums(NamedTuple):
     terms: tuple[Terms, ...] = ()  # of some examples after others, where they are wanted again and there is room
 
 
-def add_layer_sums(some: LayerSums, others: LayerSums, basis: Basis) -> LayerSums:
-    """What was seen of all examples of both."""
+def add_layer_sums(state: State, layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
+    """What was seen of all examples of both. state: of which the bases are."""
     factors = None
     if some.factors is not None and others.factors is not None:
-        factors = add_factor_sums(some.factors, others.factors, basis)
-    sums = None if some.sums is None or others.sums is None else add_sums(some.sums, others.sums)
-    return LayerSums(sums, factors, some.terms + others.terms)
+        factors = add_factor_sums(some.factors, others.factors, state.bases[layer.weight])
+    return LayerSums(add_if_any(layer, some.sums, others.sums), factors, some.terms + others.terms)
 
 
 def add_if_any(layer: Layer, some: Sums | None, others: Sums | None) -> Sums | None:
-    """Of a second pass, which reads nothing of a layer that the first was enough for."""
+    """The sums over all examples of both; None of a layer of which the pass reads none."""
     return None if some is None or others is None else add_sums(some, others)
 
 

@@ -300,9 +300,7 @@ def ekfac(
             turns.append(turn_of(layers, params, state))
             return functools.partial(observe, turns[-1], state, n)
 
-        def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
-            return add_layer_sums(some, others, state.bases[layer.weight])
-
+        add = functools.partial(add_layer_sums, state)
         folded = _blaming(fisher, fold, curvature_loss, params, examples, of_curvature, first, add)
         layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
         with no_autocast(leaf.device):
