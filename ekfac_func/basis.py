@@ -276,11 +276,6 @@ def fills_up(basis: Basis, layer: Layer) -> bool:
     return any(Q.dim() > 3 and Q.shape[1] * Q.shape[-1] > d for Q, d in sides)
 
 
-def of_layer(m2: Tensor, basis: Basis, layer: Layer) -> Tensor:
-    """A moment with its padding coordinates set to zero."""
-    return torch.where(real(basis, layer), m2, 0) if fills_up(basis, layer) else m2
-
-
 def real(basis: Basis, layer: Layer) -> Tensor:
     """`[b O I 1]`: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
 

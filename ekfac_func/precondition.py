@@ -24,8 +24,9 @@ from .basis import (
     choose,
     counts,
     factor_shapes,
+    fills_up,
     moment_shape,
-    of_layer,
+    real,
     warn_of_large,
 )
 from .capture import Reading, fold, joined, own
@@ -458,7 +459,9 @@ _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: mo
 
 
 def _spectrum(moment: Moment, basis: Basis, layer: Layer) -> Spectrum:
-    value = of_layer(moment.value, basis, layer)
+    value = moment.value
+    if fills_up(basis, layer):
+        value = torch.where(real(basis, layer), value, 0)
     return Spectrum(value, moment.weight, counts(basis, value), math.prod(layer.sizes))
 
 
