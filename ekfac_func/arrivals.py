@@ -80,7 +80,7 @@ class Arrivals:
         of = [(planned.output, output_shape(planned, self.n)) for planned in self.planned]
         return [torch.zeros(shape, dtype=output.dtype, device=output.device) for output, shape in of]
 
-    def all(self, inputs: list[Any], gradients: list[Any]) -> None:
+    def deliver(self, inputs: list[Any], gradients: list[Any]) -> None:
         """Deliver all gradients at once."""
         self.start(inputs)
         for k in range(len(gradients)):

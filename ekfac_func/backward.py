@@ -30,7 +30,7 @@ Probed = Callable[..., tuple[Tensor, Run]]
 Part = tuple[Params, Tensor, Any]  # gradients at copies, losses, aux
 
 
-def _copies(tree: Any, n: int) -> Any:
+def _for_each(tree: Any, n: int) -> Any:
     """Every tensor once an example, `[n, ...]`, in the memory of one."""
     return pytree.tree_map(lambda t: t.expand(n, *t.shape), tree)
 
@@ -107,8 +107,8 @@ def _freed(
     with torch.enable_grad():
         leaves, tree = pytree.tree_flatten((torch.zeros(()), free))
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        start, copies = pytree.tree_unflatten(leaves, tree)
-        value, run = f(start, copies, _detached(examples))
+        start, free = pytree.tree_unflatten(leaves, tree)
+        value, run = f(start, free, _detached(examples))
         run = _detached(run)
         begin(run.inputs)
         if value.requires_grad:
@@ -160,13 +160,13 @@ def summed(
     def of_probes(probes: list[Tensor], free: Params, examples: Batch) -> tuple[Tensor, Run]:
         return total(_adds, _marked(probes, fixed), probes, free, examples)
 
-    copies = _copies(free, n)
+    own = _for_each(free, n)
     if not transformed():
-        dense, run = _freed(of_taps, copies, examples, arrivals.start)
+        dense, run = _freed(of_taps, own, examples, arrivals.start)
         return dense, run.losses, run.aux
     of_f: Callable[..., Any] = torch.func.grad(of_probes, argnums=(0, 1), has_aux=True)
-    (outputs, dense), run = of_f(_copies(arrivals.probes(), n), copies, examples)
-    arrivals.all(run.inputs, outputs)
+    (outputs, dense), run = of_f(_for_each(arrivals.probes(), n), own, examples)
+    arrivals.deliver(run.inputs, outputs)
     return dense, run.losses, run.aux
 
 
@@ -192,9 +192,9 @@ def each(
         return probed(_adds(probes), fixed, free, example)
 
     of_one: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
-    copies = _copies((arrivals.probes(), free), n)
-    (outputs, dense), run = torch.func.vmap(of_one, randomness=randomness)(*copies, examples)
-    arrivals.all(run.inputs, outputs)
+    own = _for_each((arrivals.probes(), free), n)
+    (outputs, dense), run = torch.func.vmap(of_one, randomness=randomness)(*own, examples)
+    arrivals.deliver(run.inputs, outputs)
     return dense, run.losses, run.aux
 
 
@@ -223,7 +223,7 @@ def looped(
             "before the call"
         )
     outputs, dense, run = pytree.tree_map(lambda *t: torch.stack(t), *parts)
-    arrivals.all(run.inputs, outputs)
+    arrivals.deliver(run.inputs, outputs)
     return dense, run.losses, run.aux
 
 
@@ -258,5 +258,5 @@ def batched(
         (dense,) = torch.func.vmap(pull)(torch.eye(n, dtype=losses.dtype, device=losses.device))
     else:
         outputs, run = of_outputs(free)[1]
-    arrivals.all(run.inputs, outputs)
+    arrivals.deliver(run.inputs, outputs)
     return dense, run.losses, run.aux

@@ -97,7 +97,7 @@ def fold(
 
     In eager mode a layer is read within the backward pass, which then frees what the layer was made of.
     """
-    params = own(params)
+    params = separate(params)
 
     def tapped(found: Plan) -> tuple[Folded, list[Any]]:
         return _tapped(found, loss_fn, params, batch, options, begin, add)
@@ -148,14 +148,14 @@ KEPT = (
 )
 
 
-def own(params: Mapping[str, Tensor]) -> Params:
+def separate(params: Mapping[str, Tensor]) -> Params:
     """One object a name, even where tensors are shared."""
     return {name: p.detach() for name, p in params.items()}
 
 
 def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
     """What `capture` would return, of tensors without values where the loss looks at none."""
-    owned = own(params)
+    owned = separate(params)
     found = plan(loss_fn, owned, batch, options)
     if found.way is Way.LOOPED:
         n = batch_size(batch)
@@ -341,8 +341,8 @@ def _watched(
                     )
                 seen.append((read.letters, read.split, bias, read.table, output.dtype))
                 if torch.is_grad_enabled():
-                    own = map(innermost, pytree.tree_leaves(read.input))
-                    inputs.extend((planned.weight, x, x._version) for x in own)
+                    leaves = map(innermost, pytree.tree_leaves(read.input))
+                    inputs.extend((planned.weight, x, x._version) for x in leaves)
             calls.append(with_ids(read, gathered, planned.weight) if planned.by_ids else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())

@@ -29,7 +29,7 @@ from .basis import (
     real,
     warn_of_large,
 )
-from .capture import Reading, fold, joined, own
+from .capture import Reading, fold, joined, separate
 from .certify import certify
 from .checks import (
     check_batch,
@@ -239,9 +239,8 @@ def ekfac(
         check_batch(batch)
         if check:
             certify(loss_fn, params, batch, options)
-        layers = _blaming(
-            fisher, plan, curvature_loss, own(params), fisher.examples(params, batch), of_curvature
-        ).layers
+        examples = fisher.examples(params, batch)
+        layers = _blaming(fisher, plan, curvature_loss, separate(params), examples, of_curvature).layers
         check_patterns("bases", layers, choices)
         check_patterns("orders", layers, contractions.orders)
         chosen = choose(layers, choices)
