@@ -159,6 +159,12 @@ def _discover(
             found = found._replace(cuts=min(found.functions))
         return found
 
+    def of_values() -> Plan:
+        """Of a batched loss, by runs on the batch itself."""
+        assert values is not None
+        n = batch_size(values[1])
+        return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
+
     try:
         if batched:
             return _of_batches(param_specs, run, 3, 5)
@@ -177,28 +183,26 @@ def _discover(
         )
     except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
         if not batched:
-            layers = _unread(param_specs, "a branch on the values of tensors")
-            return Plan(layers, (), Way.LOOPED)
+            return _unread(param_specs, "a branch on the values of tensors", Way.LOOPED)
         if values is None:
             raise ValueError(
                 "loss_fn with batched=True looks at values, which a compiled step does not have: compute with tensors, "
                 "as by torch.where or a product with a mask, or call the step in eager mode"
             ) from error
-        n = batch_size(values[1])
-        return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
+        return of_values()
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched:
             raise ValueError(
                 "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
             ) from None
-        return Plan(_unread(param_specs, "torch.autograd.grad"), (), Way.EACH)
+        return _unread(param_specs, "torch.autograd.grad", Way.EACH)
     except _ChangesData as error:
         if batched:
             raise ValueError(
                 "loss_fn moves or casts a module, which torch.func does not let it: do it before, or leave batched out "
                 "for a loop over the examples"
             ) from error
-        return Plan(_unread(param_specs, "a module that is moved or cast"), (), Way.LOOPED)
+        return _unread(param_specs, "a module that is moved or cast", Way.LOOPED)
     except _WithoutContext:
         if batched and values is None:
             raise ValueError(
@@ -215,18 +219,18 @@ def _discover(
             try:
                 return _of_batches(param_specs, run, n, 2 * n)
             except RuntimeError:  # nor tensors without values, or within `torch.func`
-                return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
+                return of_values()
         if not batched and values is not None and "SparseCooTensorWithDimsAndTensorsBackward" in str(error):
-            return Plan(_unread(param_specs, "a sparse tensor, whose gradient torch has not of shapes"), (), Way.LOOPED)
+            return _unread(param_specs, "a sparse tensor, whose gradient torch has not of shapes", Way.LOOPED)
         if batched or "meta" not in str(error):
             raise
         # forward mode of a norm, which torch computes as if tensors without values were on their device
-        return Plan(_unread(param_specs, "a derivative that torch cannot take of shapes alone"), (), Way.EACH)
+        return _unread(param_specs, "a derivative that torch cannot take of shapes alone", Way.EACH)
 
 
-def _unread(param_specs: Mapping[str, Spec], why: str) -> tuple[Layer, ...]:
+def _unread(param_specs: Mapping[str, Spec], why: str, way: Way) -> Plan:
     """All parameters as what no rule reads."""
-    return tuple(dense_layer(name, param.shape, why) for name, param in param_specs.items())
+    return Plan(tuple(dense_layer(name, param.shape, why) for name, param in param_specs.items()), (), way)
 
 
 def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], few: int, more: int) -> Plan:
