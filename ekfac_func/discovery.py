@@ -304,28 +304,8 @@ def _run(
             with traced(), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
                 loss = loss_fn(marked, given)
         except Exception as error:
-            if isinstance(error, KeyError) and isinstance(error.args[0], TransformType):  # torch.cond, scan under grad
-                raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default) from error
-            if isinstance(error, RuntimeError):
-                refuse_checkpoint(error)
-                if "inference tensor" in str(error):
-                    raise RuntimeError(
-                        "loss_fn uses a tensor made in torch.inference_mode, which no transform takes: make it in "
-                        "torch.no_grad"
-                    ) from error
-                if "setup_context" in str(error):
-                    raise _WithoutContext from error
-                if "its data is not allocated yet" in str(error):  # as torch.tensor([x[0], x[1]]) reads
-                    raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default) from error
-                if "mutating directly with `.data`" in str(error):
-                    raise _ChangesData from error
-            shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]
-            error.add_note(
-                f"loss_fn was called on one example, whose tensors have the shapes {shapes}"
-                if n is None
-                else f"loss_fn was called on a batch of {n}, whose tensors have the shapes {shapes}: with batched=True "
-                "it is run on other numbers of examples than the batch has, to see which axes are theirs"
-            )
+            _raise_if_known(error)
+            error.add_note(_called_on(given, n))
             raise
         if watch.mutations:
             raise watch.mutations[0]
@@ -369,6 +349,36 @@ def _run(
         watch.made.drawn,
         tuple(watch.shared),
         watch.cuts,
+    )
+
+
+def _raise_if_known(error: Exception) -> None:
+    """Raise in place of an error of torch's what it says of the loss."""
+    # torch.cond and scan under `grad`, and torch.tensor([x[0], x[1]])
+    higher_order = isinstance(error, KeyError) and isinstance(error.args[0], TransformType)
+    if higher_order or "its data is not allocated yet" in str(error):
+        raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default) from error
+    if not isinstance(error, RuntimeError):
+        return
+    refuse_checkpoint(error)
+    if "inference tensor" in str(error):
+        raise RuntimeError(
+            "loss_fn uses a tensor made in torch.inference_mode, which no transform takes: make it in torch.no_grad"
+        ) from error
+    if "setup_context" in str(error):
+        raise _WithoutContext from error
+    if "mutating directly with `.data`" in str(error):
+        raise _ChangesData from error
+
+
+def _called_on(given: Any, n: int | None) -> str:
+    """What the loss was given, to note at an error."""
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]
+    if n is None:
+        return f"loss_fn was called on one example, whose tensors have the shapes {shapes}"
+    return (
+        f"loss_fn was called on a batch of {n}, whose tensors have the shapes {shapes}: with batched=True it is "
+        "run on other numbers of examples than the batch has, to see which axes are theirs"
     )
 
 
