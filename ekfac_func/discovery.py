@@ -156,7 +156,7 @@ def _discover(
             one = pytree.tree_unflatten(*example)
             found = _run(loss, param_specs, one, rules, has_aux, n, skip, picking, of, plain)
         if values is None and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
-            found = found._replace(cuts=min(found.functions))
+            found.cuts = min(found.functions)
         return found
 
     def of_values() -> Plan:
@@ -179,7 +179,7 @@ def _discover(
             is_open,
             found.filled,
             found.drawn,
-            found.shared,
+            tuple(found.shared),
         )
     except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
         if not batched:
@@ -313,7 +313,7 @@ def _run(
         refuse_changed(watch.given, watch.inputs, versions)
         if watch.copies.changed():
             raise DataDependentOutputException(torch.ops.aten.select.int)  # a view, which can be changed in place
-        watch.functions |= _custom_functions(loss)
+        watch.found.functions |= _custom_functions(loss)
         return loss if n is None else loss.sum()
 
     without_values = FakeTensorMode(allow_non_fake_inputs=True) if values is None else contextlib.nullcontext()
@@ -328,28 +328,17 @@ def _run(
                 torch.autograd.grad(loss, [p for p in (*leaves.values(), zero) if p.requires_grad], allow_unused=True)
             else:
                 torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
-    if not watch.reached and not watch.reached_uses and values is None:
+    found = watch.found
+    if not found.reached and not watch.reached_uses and values is None:
         raise ValueError(
             "loss_fn returned a loss that does not depend on params, as autograd sees it: its gradient would be zero. "
             "Compute it from the tensors of params, as functional_call(net, params, ...) does, without detach() and "
             "torch.no_grad() in between"
         )
-    uses = _differentiated(watch.uses, watch.reached_uses)
-    return Observed(
-        uses,
-        watch.reached,
-        watch.hidden_by,
-        watch.nested,
-        watch.asked_of,
-        watch.functions,
-        watch.picked.calls,
-        watch.picked.asked,
-        watch.picked.lookups,
-        watch.made.filled,
-        watch.made.drawn,
-        tuple(watch.shared),
-        watch.cuts,
-    )
+    found.uses = _differentiated(found.uses, watch.reached_uses)
+    found.picked, found.asked, found.lookups = watch.picked.calls, watch.picked.asked, watch.picked.lookups
+    found.filled, found.drawn = watch.made.filled, watch.made.drawn
+    return found
 
 
 def _raise_if_known(error: Exception) -> None:
@@ -444,27 +433,20 @@ class _Watch:
         self, rules: Rules, n: int | None, skip: Mapping[int, str], picked: Picked, without_values: bool
     ) -> None:
         self.rules, self.n, self.skip, self.without_values = rules, n, skip, without_values
-        self.uses: list[Use] = []
+        self.found = Observed()
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
         self.picked, self.made = picked, Made()
         self.gathered: list[views.Gathered] = []
-        self.reached: set[str] = set()
-        self.reached_uses: set[int] = set()  # by their places in `uses`
-        self.hidden_by: dict[str, dict[str, None]] = {}
+        self.reached_uses: set[int] = set()  # by their places in `found.uses`
         self.mutations: list[RuntimeError] = []
-        self.nested = False
-        self.asked_of: set[str] = set()
-        self.functions: set[str] = set()
         self.copies = Copies()
-        self.shared: list[bool] = []  # whether each call of `views.MAY_COPY` was a view
-        self.cuts = ""
         self.counted = 0  # calls of functions that have a rule
 
     def begin(self, params: Params, zero: Tensor) -> Params:
         """The parameters that the loss is to be given, within the transform that differentiates it."""
         self.level = depth()
-        self.params = {name: _Mark.apply(p, name, self.reached) for name, p in params.items()}
+        self.params = {name: _Mark.apply(p, name, self.found.reached) for name, p in params.items()}
         self.zero = zero
         # by the id of a tensor, which is held so that no id is reused, and its version: a changed copy is no view
         self.known = {id(p): (p, p._version, views.whole(name, p.shape)) for name, p in self.params.items()}
@@ -487,19 +469,19 @@ class _Watch:
         self.picked.enter(func, args)
         self.copies.begins(func, args)
         if args and (func in CUTS or func == DATA) and args[0].requires_grad:
-            self.cuts = ".data" if func == DATA else called(func)
+            self.found.cuts = ".data" if func == DATA else called(func)
         if func in ASKS:
             asked = self.view_of(args[0])
-            self.asked_of.add("" if asked is None else asked.name)
+            self.found.asked_of.add("" if asked is None else asked.name)
             if asked is not None and func is Tensor.register_hook:  # which a tapped one, a constant, cannot have
-                self.reached.add(asked.name)
+                self.found.reached.add(asked.name)
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise _SecondOrder
         inner = depth() != self.level
         if inner and not batched and func is Tensor.__setitem__ and has_tensors(args[1]):
             # a `vmap` within another misplaces what is written
             raise DataDependentOutputException(torch.ops.aten.index_put.default)
-        self.nested |= func in OPEN and inner
+        self.found.nested |= func in OPEN and inner
         output = expansions.expanded(func, args, kwargs, self.handle, batched)
         if output is not NotImplemented:
             if func in expansions.FOR_VMAP:  # not all its calls are handed over
@@ -511,7 +493,7 @@ class _Watch:
         if func in views.VIEWS:
             output = func(*args, **kwargs)
             if func in views.MAY_COPY and args:
-                self.shared.append(share(output, args[0]))
+                self.found.shared.append(share(output, args[0]))
             if not self.follow(func, args, output):
                 self.note(func, args[:1])
             return output
@@ -552,7 +534,7 @@ class _Watch:
             output = self.call(func, args, kwargs)
             self.picked.leave_layer()
             leaves = pytree.tree_leaves((with_ids(call, self.gathered, view.name) if view.by_ids else call).input)
-            self.uses.append(
+            self.found.uses.append(
                 Use(
                     at,
                     reading,
@@ -569,7 +551,7 @@ class _Watch:
             )
             if torch.is_grad_enabled():  # else no gradient needs them
                 self.inputs.extend((view.name, x, x._version) for x in leaves)
-            return output + _Mark.apply(self.zero, len(self.uses) - 1, self.reached_uses).to(output)
+            return output + _Mark.apply(self.zero, len(self.found.uses) - 1, self.reached_uses).to(output)
         return NotImplemented
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -605,7 +587,7 @@ class _Watch:
         for leaf in pytree.tree_leaves(tree):
             view = self.view_of(leaf) if isinstance(leaf, Tensor) else None
             if view is not None and not _reads_shape(func):
-                self.hidden_by.setdefault(view.name, {})[f"{called(func)} {why}".strip()] = None
+                self.found.hidden_by.setdefault(view.name, {})[f"{called(func)} {why}".strip()] = None
 
 
 def _shown(tensor: Tensor, spec: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -105,22 +106,23 @@ class Use(NamedTuple):
     inputs: tuple[Spec, ...]
 
 
-class Observed(NamedTuple):
+@dataclass
+class Observed:
     """What one run of the loss saw."""
 
-    uses: list[Use]
-    reached: set[str]  # parameters with a path to the loss beside their uses
-    hidden_by: dict[str, dict[str, None]]  # the functions without a rule that took a parameter
-    nested: bool  # a function of `batching.OPEN` stood inside a transform of the loss's own
-    asked_of: set[str]  # parameters that the loss asked whether they are differentiated; "" of any other tensor
-    functions: set[str]  # `autograd.Function`s of the loss's own
-    picked: set[int]  # calls on rows that values picked
-    asked: dict[int, int]  # by call, how many truths the loss read before
-    lookups: list[int]  # by ids that come from the batch: along how many entries
-    filled: bool  # a tensor that was one for all examples, by what depends on them
-    drawn: bool  # likewise, by random numbers
-    shared: tuple[bool, ...]  # whether each call of `views.MAY_COPY` was a view
-    cuts: str  # what the loss called that changes the graph of its derivative, if anything
+    uses: list[Use] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)  # parameters with a path to the loss beside their uses
+    hidden_by: dict[str, dict[str, None]] = field(default_factory=dict)  # by parameter, the functions without a rule
+    nested: bool = False  # a function of `batching.OPEN` stood inside a transform of the loss's own
+    asked_of: set[str] = field(default_factory=set)  # parameters asked whether differentiated; "" of any other tensor
+    functions: set[str] = field(default_factory=set)  # `autograd.Function`s of the loss's own
+    picked: set[int] = field(default_factory=set)  # calls on rows that values picked
+    asked: dict[int, int] = field(default_factory=dict)  # by call, how many truths the loss read before
+    lookups: list[int] = field(default_factory=list)  # by ids that come from the batch: along how many entries
+    filled: bool = False  # a tensor that was one for all examples, by what depends on them
+    drawn: bool = False  # likewise, by random numbers
+    shared: list[bool] = field(default_factory=list)  # whether each call of `views.MAY_COPY` was a view
+    cuts: str = ""  # what the loss called that changes the graph of its derivative, if anything
 
 
 def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Window]] | None:
