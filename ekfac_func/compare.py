@@ -475,9 +475,9 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
     for member, estimator in members.items():
         rule = estimator.second_moment
         if rule.sums not in sums:
-            n = {name: count(term) for name, term in for_moment.items()}
             sums[rule.sums] = {
-                name: mean_sums(rule.sums(term, bases[name], how[name]), n[name]) for name, term in for_moment.items()
+                name: mean_sums(rule.sums(term, bases[name], how[name]), count(term))
+                for name, term in for_moment.items()
             }
         carry = rule.at_refresh if estimator.at_refresh is None else estimator.at_refresh
         moments[member] = {}
@@ -490,18 +490,27 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
             moments[member][name] = rule.update(moment, sums[rule.sums][name], count(term))
     exact, noise = frame.exact, frame.noise
     if turn or not exact or frame.at is not data:
-        exact, noise = {}, {}
-        own_captures = data.captures[empirical, table]
-        for name, layer in truth.layers.items():
-            means = exact_means([c.terms[name] for c in data.references[table]], bases[name])
-            exact[name] = _square(means)
-            if own_captures[0].layers.get(name) != layer:
-                noise[name] = None
-                continue
-            if data.reference is not empirical:
-                means = exact_means([c.terms[name] for c in own_captures], bases[name])
-            noise[name] = means.projected, _square(means)
+        exact, noise = _all_data_in(bases, data, table)
     return _Frame(t if turn else frame.refreshed, factors, bases, moments, exact, noise, data)
+
+
+def _all_data_in(
+    bases: Mapping[str, Basis], data: _Data, table: Any
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor] | None]]:
+    """Of all the data in these bases, `exact` and `noise` of `_Frame`."""
+    exact: dict[str, Tensor] = {}
+    noise: dict[str, tuple[Tensor, Tensor] | None] = {}
+    own = data.captures[empirical, table]
+    for name, layer in data.truths[table].layers.items():
+        means = exact_means([c.terms[name] for c in data.references[table]], bases[name])
+        exact[name] = _square(means)
+        if own[0].layers.get(name) != layer:
+            noise[name] = None
+            continue
+        if data.reference is not empirical:
+            means = exact_means([c.terms[name] for c in own], bases[name])
+        noise[name] = means.projected, _square(means)
+    return exact, noise
 
 
 def _judge(
