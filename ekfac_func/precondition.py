@@ -282,6 +282,38 @@ def ekfac(
     def of_samples(terms: Terms, basis: Basis, n: int) -> bool:
         return ranks is None and rescales_samples(terms, basis, n)
 
+    def in_bases(
+        bases: Mapping[str, Basis],
+        turn: _Turn,
+        n: int,
+        seen: dict[str, LayerSums],
+        again: dict[str, Sums | None],
+        bytes_each: int,
+    ) -> tuple[dict[str, Sums], dict[str, Terms]]:
+        """The sums of each layer, and the samples of those whose samples are rescaled; seen is emptied on the way.
+
+        again: what a second pass read, of layers that the first read no terms of.
+        """
+        sums: dict[str, Sums] = {}
+        samples: dict[str, Terms] = {}
+        for name, layer in turn.layers.items():
+            of_layer, basis = seen.pop(name), bases[name]
+            terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
+            read = again.pop(name, None) if of_layer.sums is None else of_layer.sums
+            sums[name] = sums_in(basis, turn, layer, terms, bytes_each) if read is None else read
+            if of_samples(terms, basis, n):
+                samples[name] = terms
+        return sums, samples
+
+    def natural_of(layer: Layer, slope: Mean, moment: Moment, basis: Basis, added: Tensor, span: Span) -> Tensor:
+        """The rescaled gradient of a layer, `[b o i k]`. added: its damping."""
+        sizes = in_span(layer.sizes, span)
+        natural = expand_span(rescaled(slope, moment, basis, added, power, sizes), span)
+        if fisher.loss is None or span == (None, None):
+            return natural
+        outside = slope.gradient - expand_span(into_span(slope.gradient, span), span)  # of the data's loss
+        return natural + outside * added**power
+
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
@@ -319,7 +351,7 @@ def ekfac(
             basis = carried.bases[layer.weight]
             return sums_in(basis, turn, layer, terms, bytes_each) if layer.weight in again else None
 
-        sums: dict[str, Any] = {}
+        sums: dict[str, Sums | None] = {}
         if again and before is not None:
             before.repeat()
             sums = fold(curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any).kept
@@ -328,15 +360,7 @@ def ekfac(
             data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
 
         with no_autocast(leaf.device):
-            found: dict[str, Sums] = {}
-            few: dict[str, Terms] = {}
-            for name, layer in layers.items():
-                of_layer, basis = seen.pop(name), carried.bases[name]
-                terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
-                read = sums.pop(name, None) if of_layer.sums is None else of_layer.sums
-                found[name] = sums_in(basis, turn, layer, terms, folded.bytes_each) if read is None else read
-                if of_samples(terms, basis, n):
-                    few[name] = terms
+            found, few = in_bases(carried.bases, turn, n, seen, sums, folded.bytes_each)
             of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
             curvature = folded.losses.sum()
             if ranks is None:
@@ -378,16 +402,10 @@ def ekfac(
             updated[name] = estimator.update(carried.second_moments[name], mean, n)
             check_moment(name, estimator.name, updated[name], carried.second_moments[name])
         dampings = _dampings(damping, updated, bases, layers)
-        natural_in = {}
-        for name, layer in layers.items():
-            sizes = in_span(layer.sizes, spans[name])
-            M = rescaled(slopes[name], updated[name], bases[name], dampings[name], power, sizes)
-            natural_in[name] = expand_span(M, spans[name])
-            if fisher.loss is not None and spans[name] != (None, None):  # whose gradient lies outside of the span too
-                G = slopes[name].gradient
-                rest = G - expand_span(into_span(G, spans[name]), spans[name])
-                natural_in[name] = natural_in[name] + rest * dampings[name] ** power
-
+        natural_in = {
+            name: natural_of(layer, slopes[name], updated[name], bases[name], dampings[name], spans[name])
+            for name, layer in layers.items()
+        }
         new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
         new = out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
