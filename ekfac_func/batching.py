@@ -311,7 +311,7 @@ MAKES = (
 
 
 def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
-    """The same for a tensor that each example has for itself, as those of a tree are, and can write into."""
+    """For each of `MAKES` one that makes an example's own tensor, to write into: batched as the tensors of a tree."""
     like = sum(leaf.new_zeros(()) for leaf in pytree.tree_leaves(of))
 
     def written(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

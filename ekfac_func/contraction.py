@@ -292,7 +292,7 @@ def _formed_squares(
 
 
 class SplitBasis(NamedTuple):
-    """A basis as G[n] meets it: each half has ones, that turn nothing, for the sides of the other."""
+    """A basis in what G[n] meets before it is formed and after: each has ones, which turn nothing, for the other's."""
 
     first: Basis  # what is turned before G[n] is formed
     then: Basis  # in the order of the patches as they are written

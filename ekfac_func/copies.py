@@ -1,4 +1,4 @@
-"""What is a copy under `vmap` where a loop over the examples has a view: neither it nor what it is of may change."""
+"""Copies under `vmap` of what a loop over the examples has as views: neither they nor what they are of may change."""
 
 from __future__ import annotations
 

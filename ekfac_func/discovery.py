@@ -264,6 +264,7 @@ ASKS = frozenset({Tensor.register_hook, REQUIRES_GRAD, GRAD_FN})
 """What a loss asks a tensor, or does to it, because it is differentiated."""
 
 CUTS = frozenset({Tensor.detach_, torch.detach_, Tensor.register_hook})
+"""What changes the derivative of a tensor in place, beside `.data`; a compiled step cannot."""
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 

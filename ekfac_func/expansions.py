@@ -493,6 +493,7 @@ _LAYERS: dict[Any, Expansion] = {
     torch.rnn_relu_cell: one_step(_relu_cell),
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
 }
+"""What hides layers from the rules, with `vmap` and without."""
 COPIES: dict[Any, Expansion] = {Tensor.__getitem__: getitem}
 """Without `vmap` they are views: once there is a copy, a loss must change neither it nor what it is of in place."""
 FOR_VMAP: dict[Any, Expansion] = {
@@ -505,6 +506,7 @@ FOR_VMAP: dict[Any, Expansion] = {
     torch.rnn_tanh: recurrent(_tanh_cell),
     torch.rnn_relu: recurrent(_relu_cell),
 }
+"""What `vmap` does not know, or runs one example at a time."""
 
 
 def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any], Any], batched: bool) -> Any:

@@ -58,8 +58,8 @@ STRIPS_FROM = 256  # dimensions
 def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False) -> bool:
     """Whether a factor stays the samples that it is the sum of: a compact one, one of some rank, or of few samples.
 
-    samples: of a batch, or in a graph of a nominal one. Few are so many fewer than a side has dimensions that a QR of
-        them pays; the samples of several terms have no unit in common.
+    samples: of a batch, or in a graph of a nominal one. They are few below `FEW` for each dimension of the side.
+    single: whether the layer has one term; the samples of several have no unit in common.
     unwritten: the samples are patches; their factor is cheaper than they, unless the layer has several terms.
     """
     if isinstance(Q, Reflections):

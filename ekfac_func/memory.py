@@ -1,4 +1,4 @@
-"""Memory for large results on CPUs, in eager mode: in large pages, and written again where nobody reads it any more."""
+"""Memory for large results on CPUs, in eager mode: in large pages, and used again once nobody reads it."""
 
 import contextlib
 import ctypes
@@ -28,9 +28,10 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Likewise for what is soon freed, which the system then has back: glibc keeps the pages, and finds them badly.
+    """Likewise for what is soon freed, as a mapping of its own, which goes back to the system when it is.
 
-    It takes aligned memory from a piece that is larger, so that the same product in a loop fills one after another.
+    glibc would cut aligned memory out of a larger piece, keep it when it is freed and seldom find it again: the same
+    product in a loop would fill one piece after another.
     """
     size = math.prod(shape) * like.itemsize
     if HUGE_PAGES is None or size < SCRATCH_BYTES or not writable(like):
@@ -49,7 +50,7 @@ def writable(*operands: Tensor) -> bool:
 
 
 class Rooms:
-    """Memory for results in a row: each is written where the one before the last was, which nobody reads any more."""
+    """Memory for one result after another: each overwrites the last but one, which nobody reads any more."""
 
     def __init__(self) -> None:
         self.held: list[Tensor] = []

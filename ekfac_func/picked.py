@@ -24,10 +24,11 @@ SIZES = (
 
 
 class Picked(TorchDispatchMode):
-    """A mask, `nonzero` and the like pick rows, ids and orders that come from the batch may, and a number for Python.
+    """Notes the calls of layers on rows that values may have picked, and on what is made of them, by their memory.
 
-    What is made of such rows, or shares memory with what is, counts as such rows: we give up a layer rather than take
-    a row for another example's. A boolean for Python is let pass if every batch size reads as many.
+    A mask, `nonzero` and the like pick rows; ids and orders that come from the batch may, and so may a number that
+    Python reads. In doubt a layer is given up rather than a row taken for another example's. Truths that Python reads,
+    as of a branch, are let pass if every batch size reads as many.
 
     picking: which of the lookups, in their order, are along the examples.
     """

@@ -258,7 +258,7 @@ def ekfac(
             layers,
         )
         refreshing = due(layers, refresh, state.step, basis_every)
-        # one condition is a guard of Dynamo less, and so a graph
+        # in one condition, for each is a guard of Dynamo, which may cost a graph
         every = len(refreshing) == len(layers) or state.step % moment_every == 0
         estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
         return _Turn(layers, chosen, refreshing, estimators)

@@ -34,8 +34,8 @@ def _of_intel() -> bool:
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _of_intel()
-ENTRIES = 2**15  # of the matrix, or of the product, from which on it pays
-MULTIPLICATIONS = 2**23  # of a smaller matrix with many rows, from which on it pays
+ENTRIES = 2**15  # of the matrix, or of the product, from which on other ways than PyTorch's own pay
+MULTIPLICATIONS = 2**23  # from which on they pay for a smaller matrix too, if it has many rows
 NARROW, WIDE = 16, 1024  # columns of two matrices up to which their product adds up its rows in turn
 ROWS = 4096  # that are added up at a time
 ALIGNED_BYTES = 16  # of which the rows of a matrix are a multiple, for fast kernels

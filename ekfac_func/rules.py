@@ -34,7 +34,7 @@ class Call(NamedTuple):
     bias: Tensor | None = None
     split: tuple[int, ...] | None = None
     table: bool = False  # read returns OneHot
-    mixes: tuple[int, ...] = ()  # axes of the input, from its end, along which entries meet: none is of the examples
+    mixes: tuple[int, ...] = ()  # axes of the input, -1 the last, that the output mixes: no examples lie along them
 
 
 Rule = Callable[..., Call | Sequence[Call] | None]  # several readings where either operand may be the weight

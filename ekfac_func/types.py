@@ -168,7 +168,7 @@ class Basis(NamedTuple):
 
 
 def constants(sizes: Iterable[int]) -> tuple[int, ...]:
-    """Sizes as numbers: Dynamo takes those of a second model for symbols, which `range` makes it look up."""
+    """Sizes as Python numbers: those of a second model are symbols to Dynamo, of which `range` guards the values."""
     return tuple(len(range(size)) for size in sizes)
 
 
