@@ -266,51 +266,32 @@ def _watched(
         copies = Copies()
         instead = replacing | own_of_each((example, fixed, free) if mapped else example) if fills else replacing
 
-        def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            if by_ids and func in LOOKUPS:
-                if of_table(func, args, kwargs, free.values())[0] is not func:
-                    counted.append(func)  # as discovery does
-                func, args, kwargs = of_table(func, args, kwargs, fixed.values())
-            if not compiling:
-                seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
-                copies.begins(func, args)
-            refuse(func, args, kwargs, params, options.batched)
-            if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
-                return True
-            written = as_written or (looping and func in expansions.COPIES and name_of(args[0], known) is None)
-            output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, written)
-            if output is not NotImplemented:
-                if func in expansions.COPIES and not compiling:
-                    copies.add(output, *args)
-                copies.ends(func)
-                return output
-            if func in views.VIEWS:
-                name = name_of(args[0], known) if len(args) > 0 else None
-                if compiling and name is not None:
-                    views.fix((args[1:], kwargs))
-                output = (func if name is not None else instead.get(func, func))(*args, **kwargs)
-                if func in views.MAY_COPY and args and not compiling:
-                    at = len(reshaped)
-                    reshaped.append(func)
-                    if at < len(found.shared) and found.shared[at] != share(output, args[0]):
-                        copies.add(output, args[0])
-                parts = [output] if isinstance(output, Tensor) else output
-                if name is not None:
-                    if not compiling:
-                        viewed = by_id[id(args[0])][2] and share(parts[0], args[0])
-                        by_id.update({id(part): (name, at, viewed) for at, part in enumerate(parts, len(known))})
-                    known.extend((part, name) for part in parts)
-                # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
-                hidden = compiling and name is None and not any(args[0] is p for p in free.values())
-                ids = views.ids_of(func, args, gathered) if args and (name is not None or hidden) else None
-                if ids is not None:
-                    gathered.extend(views.Gathered(part, ids, name) for part in parts)
-                return output
-            if func not in options.rules:
-                output = instead.get(func, func)(*args, **kwargs)
-                if func in COPIED and func in instead and args and not compiling:
+        def view(func: Any, args: Any, kwargs: Any) -> Any:
+            """The output of a function of `views.VIEWS`; what it shows of a parameter is known from then on."""
+            name = name_of(args[0], known) if len(args) > 0 else None
+            if compiling and name is not None:
+                views.fix((args[1:], kwargs))
+            output = (func if name is not None else instead.get(func, func))(*args, **kwargs)
+            if func in views.MAY_COPY and args and not compiling:
+                at = len(reshaped)
+                reshaped.append(func)
+                if at < len(found.shared) and found.shared[at] != share(output, args[0]):
                     copies.add(output, args[0])
-                return output
+            parts = [output] if isinstance(output, Tensor) else output
+            if name is not None:
+                if not compiling:
+                    viewed = by_id[id(args[0])][2] and share(parts[0], args[0])
+                    by_id.update({id(part): (name, at, viewed) for at, part in enumerate(parts, len(known))})
+                known.extend((part, name) for part in parts)
+            # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
+            hidden = compiling and name is None and not any(args[0] is p for p in free.values())
+            ids = views.ids_of(func, args, gathered) if args and (name is not None or hidden) else None
+            if ids is not None:
+                gathered.extend(views.Gathered(part, ids, name) for part in parts)
+            return output
+
+        def layer(func: Any, args: Any, kwargs: Any) -> Any:
+            """The output of a function that has a rule, with a probe where the plan has one."""
             k, at = len(calls), len(counted)
             counted.append(func)
             if k == len(found.calls) or found.calls[k].at != at:
@@ -346,6 +327,34 @@ def _watched(
             calls.append(with_ids(read, gathered, planned.weight) if planned.by_ids else read)
             # a function of a rule of the user's own may need its output, which a change in place would not let alone
             return probe(k, output if func in RULES else output.clone())
+
+        def handle(func: Any, args: Any, kwargs: Any) -> Any:
+            """The output of any torch function."""
+            if by_ids and func in LOOKUPS:
+                if of_table(func, args, kwargs, free.values())[0] is not func:
+                    counted.append(func)  # as discovery does
+                func, args, kwargs = of_table(func, args, kwargs, fixed.values())
+            if not compiling:
+                seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
+                copies.begins(func, args)
+            refuse(func, args, kwargs, params, options.batched)
+            if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
+                return True
+            written = as_written or (looping and func in expansions.COPIES and name_of(args[0], known) is None)
+            output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, written)
+            if output is not NotImplemented:
+                if func in expansions.COPIES and not compiling:
+                    copies.add(output, *args)
+                copies.ends(func)
+                return output
+            if func in views.VIEWS:
+                return view(func, args, kwargs)
+            if func in options.rules:
+                return layer(func, args, kwargs)
+            output = instead.get(func, func)(*args, **kwargs)
+            if func in COPIED and func in instead and args and not compiling:
+                copies.add(output, args[0])
+            return output
 
         with contextlib.nullcontext() if compiling else traced(), unfused(), beneath(Tap(handle)):
             loss = loss_fn({name: fixed[name] if name in fixed else free[name] for name in params}, example)
