@@ -39,13 +39,11 @@ class PerExampleGradients:
         """`[n, *param.shape]` of one parameter. KeyError if params has no such name."""
         if name not in self.params:
             raise KeyError(f"{name!r} is not in params: it has {', '.join(map(repr, self.params))}")
-        for layer in self.captured.layers.values():
-            if name in (layer.weight, layer.bias):
-                terms = self.captured.terms[layer.weight]
-                G = dense(terms)
-                own = G.clone() if any(isinstance(term, Dense) for term in terms) else G
-                return unpack(layer, own, self.params)[name]
-        raise AssertionError(f"no layer holds {name!r}")
+        layer = next(layer for layer in self.captured.layers.values() if name in (layer.weight, layer.bias))
+        terms = self.captured.terms[layer.weight]
+        G = dense(terms)
+        own = G.clone() if any(isinstance(term, Dense) for term in terms) else G
+        return unpack(layer, own, self.params)[name]
 
     def mean(self) -> Params:
         """Mean over the examples, a tree like params."""
