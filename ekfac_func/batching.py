@@ -85,20 +85,34 @@ def addmm(*operands: Any, **named: Any) -> Tensor:
 
 
 def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.cross_entropy`; class indices without weights or smoothing keep the batch size open."""
-    if len(args) > 0 or not _given(kwargs) <= {"ignore_index", "reduction"} or target.is_floating_point():
+    """`F.cross_entropy`; class indices without weights keep the batch size open."""
+    known = {"ignore_index", "reduction", "label_smoothing"}
+    if len(args) > 0 or not _given(kwargs) <= known or target.is_floating_point():
         return F.cross_entropy(input, target, *args, **kwargs)
     (input,) = _under_autocast([input], torch.float32)
-    return nll_loss(F.log_softmax(input, dim=min(input.dim() - 1, 1)), target, **kwargs)
+    return _of_labels(F.log_softmax(input, dim=min(input.dim() - 1, 1)), target, **kwargs)
 
 
 def nll_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.nll_loss`; without weights it keeps the batch size open."""
     if len(args) > 0 or not _given(kwargs) <= {"ignore_index", "reduction"}:
         return F.nll_loss(input, target, *args, **kwargs)
-    ignore_index, reduction = kwargs.get("ignore_index", -100), kwargs.get("reduction", "mean")
     (input,) = _under_autocast([input], torch.float32)
-    losses = _nll(input, target, ignore_index)
+    return _of_labels(input, target, **kwargs)
+
+
+def _of_labels(
+    logs: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **defaults: None,
+) -> Tensor:
+    losses = _nll(logs, target, ignore_index)
+    if label_smoothing:
+        of_all = torch.where(target == ignore_index, 0, -logs.mean(min(logs.dim() - 1, 1)))
+        losses = (1 - label_smoothing) * losses + label_smoothing * of_all
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
@@ -167,6 +181,21 @@ def avg_pool2d(
     x = input if input.dim() == 4 else input[None]
     y = _avg_pool2d(x, kernel, strides, each(padding, (0, 0)), ceil_mode, count_include_pad, divisor_override)
     return y if input.dim() == 4 else y[0]
+
+
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: int | tuple[int],
+    stride: int | tuple[int] | None = None,
+    padding: int | tuple[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """`F.avg_pool1d`, of images of one row."""
+    kernel, pads = (*(each(v, (0,)) for v in (kernel_size, padding)),)
+    strides = kernel if stride is None else each(stride, (0,))
+    rows = (1, *kernel), (1, *strides), (0, *pads)
+    return avg_pool2d(input.unsqueeze(-2), *rows, ceil_mode, count_include_pad).squeeze(-2)
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -346,6 +375,7 @@ OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     F.scaled_dot_product_attention: attention,
+    F.avg_pool1d: avg_pool1d,
     F.avg_pool2d: avg_pool2d,
     **NORMS,
     **{
@@ -368,6 +398,13 @@ EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((torch.addmm, Tensor.addmm), addmm),
 }
 """Of calls that are tapped, in eager mode and in at most one `vmap`."""
+
+
+def examples_first(n: int, tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[Tensor]:
+    """What `vmap` maps along these axes, with the examples in front; those of all examples repeated."""
+    return [
+        t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=True)
+    ]
 
 
 @torch.library.custom_op("ekfac_func::conv", mutates_args=())
@@ -466,11 +503,7 @@ def _(logs: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 @_nll.register_vmap
 def _(info: Any, in_dims: Any, logs: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, int]:
-    n = info.batch_size
-    logs, target = (
-        t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip((logs, target), in_dims, strict=False)
-    )
+    logs, target = examples_first(info.batch_size, (logs, target), in_dims[:2])
     if logs.dim() == 2:  # one distribution an example
         return F.nll_loss(logs, target, ignore_index=ignore_index, reduction="none"), 0
     losses = F.nll_loss(logs.flatten(0, 1), target.flatten(0, 1), ignore_index=ignore_index, reduction="none")
@@ -494,9 +527,7 @@ def _(
     info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, gqa: bool
 ) -> tuple[Tensor, int]:
     n = info.batch_size
-    q, k, v = (
-        t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip((q, k, v), in_dims, strict=False)
-    )
+    q, k, v = examples_first(n, (q, k, v), in_dims[:3])
     lead = q.shape[:-3]
     if mask is not None and (in_dims[3] is not None or mask.dim() > 2):
         mask = mask.expand(n, *mask.shape) if in_dims[3] is None else mask.movedim(in_dims[3], 0)

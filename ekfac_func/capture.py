@@ -27,6 +27,7 @@ from .batching import COPIED, EAGER_LAYERS, EXACT, MAPPED, OPEN, OPEN_BATCHED, O
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
+from .graphs import IN_GRAPHS
 from .layout import spec
 from .modes import Draws, draws, host_draws, innermost, no_autocast, share, transformed, undrawn
 from .refusals import refuse, refuse_changed
@@ -243,7 +244,8 @@ def _watched(
     of_vmap = found.open and (compiling or not mapped)  # no `vmap` of the caller's own around it
     replacing: dict[Any, Callable[..., Any]] = OPEN_BATCHED if compiling else {}
     if not options.batched:
-        replacing = EXACT if looping else EXACT | MAPPED | (OPEN if of_vmap else {})
+        open_ones = (OPEN | IN_GRAPHS if compiling else OPEN) if of_vmap else {}
+        replacing = EXACT if looping else EXACT | MAPPED | open_ones
     replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
     fills = found.fills or (found.draws and options.randomness == "different")
     exact = EXACT if looping else {}  # of tapped calls

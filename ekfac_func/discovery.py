@@ -26,6 +26,7 @@ from . import expansions, views
 from .batching import COPIED, DATA, OPEN
 from .checks import check_count, check_loss, check_loss_fn, check_randomness
 from .copies import Copies
+from .graphs import IN_GRAPHS
 from .layout import (
     Flat,
     Observed,
@@ -100,7 +101,7 @@ class Plan(NamedTuple):
     layers: tuple[Layer, ...]
     calls: tuple[Tapped, ...]  # in the order of the loss
     way: Way
-    open: bool = False  # no loss of `batching.OPEN` stands inside a transform of the user's own
+    open: bool = False  # no function of `OPEN` or `IN_GRAPHS` stands inside a transform of the user's own
     fills: bool = False  # the loss writes into tensors that it made, of which each example then needs its own
     draws: bool = False  # likewise random numbers, where these are to be different
     shared: tuple[bool, ...] = ()  # whether each call of `views.MAY_COPY` is a view
@@ -345,7 +346,7 @@ def _run(
 def _raise_if_known(error: Exception) -> None:
     """Raise in place of an error of torch's what it says of the loss."""
     # torch.cond and scan under `grad`, and torch.tensor([x[0], x[1]])
-    higher_order = isinstance(error, KeyError) and isinstance(error.args[0], TransformType)
+    higher_order = isinstance(error, KeyError) and any(isinstance(key, TransformType) for key in error.args)
     if higher_order or "its data is not allocated yet" in str(error):
         raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default) from error
     if not isinstance(error, RuntimeError):
@@ -482,7 +483,7 @@ class _Watch:
         if inner and not batched and func is Tensor.__setitem__ and has_tensors(args[1]):
             # a `vmap` within another misplaces what is written
             raise DataDependentOutputException(torch.ops.aten.index_put.default)
-        self.found.nested |= func in OPEN and inner
+        self.found.nested |= (func in OPEN or func in IN_GRAPHS) and inner
         output = expansions.expanded(func, args, kwargs, self.handle, batched)
         if output is not NotImplemented:
             if func in expansions.FOR_VMAP:  # not all its calls are handed over

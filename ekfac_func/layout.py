@@ -113,7 +113,7 @@ class Observed:
     uses: list[Use] = field(default_factory=list)
     reached: set[str] = field(default_factory=set)  # parameters with a path to the loss beside their uses
     hidden_by: dict[str, dict[str, None]] = field(default_factory=dict)  # by parameter, the functions without a rule
-    nested: bool = False  # a function of `batching.OPEN` stood inside a transform of the loss's own
+    nested: bool = False  # a function of `OPEN` or `IN_GRAPHS` stood inside a transform of the loss's own
     asked_of: set[str] = field(default_factory=set)  # parameters asked whether differentiated; "" of any other tensor
     functions: set[str] = field(default_factory=set)  # `autograd.Function`s of the loss's own
     picked: set[int] = field(default_factory=set)  # calls on rows that values picked

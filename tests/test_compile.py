@@ -242,6 +242,67 @@ def test_number_of_graphs_of_a_classifier(case: tuple[Any, Any], backend: str) -
         assert graphs() <= most
 
 
+def of_rows(params: Params, x: Tensor) -> Tensor:
+    """What is made of the rows of a matrix."""
+    h, ids = F.linear(x, params["w"]), torch.tensor([2, 0, 1])  # [5 3]
+    found = [
+        torch.cat([h[:1], torch.ones(2, 3), h], -2).cos(),
+        torch.cat([h, torch.zeros(0), h], dim=1).tanh(),
+        h.gather(1, h.argmax(-1, keepdim=True)),
+        torch.gather(h, -2, ids[None]),
+        h.index_select(-1, ids).sin(),
+        torch.zeros(5, 3).index_add(1, ids, h, alpha=2),
+        torch.index_add(torch.ones(4, 3), 0, h[:, 0].argsort() // 2, h),
+        h.scatter_add(0, h.argsort(0)[:2], h[:2].exp()),
+        F.kl_div(h.log_softmax(-1), h.detach().softmax(-1), reduction="batchmean"),
+        F.kl_div(h.log_softmax(-1), h.cos().log_softmax(-1), reduction="sum", log_target=True),
+        F.binary_cross_entropy(h.sigmoid(), h.detach().cos().abs(), torch.arange(3.0)),
+        F.cross_entropy(h, torch.tensor([0, 1, -100, 2, 2]), label_smoothing=0.1),
+        F.cross_entropy(h, torch.tensor([0, 1, 5, 2, 2]), ignore_index=5, label_smoothing=0.1, reduction="none"),
+    ]
+    return torch.stack([part.square().mean() for part in found]).sum()
+
+
+def of_pixels(params: Params, x: Tensor) -> Tensor:
+    """What is made of images."""
+    h = F.linear(x, params["w"])[None, None] * torch.arange(1.0, 3.0)[None, :, None, None]  # [1 2 5 3]
+    found = [
+        F.pad(h, (1, 1), value=2.0).cos(),
+        F.pad(h, (1, 2, 0, 0), mode="circular"),
+        F.interpolate(h, scale_factor=2),
+        F.interpolate(h, size=(4, 7), mode="bilinear", align_corners=True).tanh(),
+        F.interpolate(h[0], 5, mode="linear"),
+        F.adaptive_avg_pool2d(h, (2, None)),
+        F.adaptive_avg_pool2d(h[0], 1).sin(),
+        F.adaptive_max_pool2d(h, 2),
+        F.adaptive_max_pool1d(h[0], 2).cos(),
+        F.avg_pool1d(h[0], 2),
+        F.max_pool2d(h, 2),
+        F.conv_transpose2d(h, params["v"], stride=2),
+        F.group_norm(h, 2),
+    ]
+    return torch.stack([part.square().mean() for part in found]).sum()
+
+
+@pytest.mark.parametrize(("loss_fn", "backend"), in_part([of_rows, of_pixels], traced=[of_rows, of_pixels]))
+def test_number_of_graphs_of_other_functions(loss_fn: Any, backend: str) -> None:
+    """Whose rules under vmap would fix the batch size: they are those of torch, and share two graphs."""
+    params = {"w": torch.randn(3, 4), "v": torch.randn(2, 3, 2, 2)}
+    step = compiled(functools.partial(found_gradients, loss_fn), backend)
+    for size in (16, 24, 9, 33, 12, 64, 7):
+        batch = torch.randn(size, 5, 4)
+        losses, gradients = loop(loss_fn, params, batch)
+        found, G = step(params, batch)
+        close(found, losses)
+        close_trees(G, gradients)
+    assert graphs() <= 2
+
+
+def found_gradients(loss_fn: LossFn, params: Params, batch: Any) -> tuple[Tensor, Params]:
+    found = per_example_gradients(loss_fn, params, batch)
+    return found.losses, {name: found.dense(name) for name in params}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_number_of_graphs_with_blocks_of_examples(backend: str) -> None:

@@ -1,0 +1,198 @@
+"""Torch functions as a traced graph should take them under `vmap`: with the batch size left open.
+
+The rules of `torch.func.vmap` for these fix the batch size, and every size would cost a graph of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batching import examples_first
+from .rules import each
+
+
+def cat(tensors: Sequence[Tensor], dim: int = 0, **named: Any) -> Tensor:
+    """`torch.cat`."""
+    rest = [t for t in tensors if t.shape != (0,)]  # torch leaves such out, whatever the others' shapes
+    if named or not rest:
+        return torch.cat(list(tensors), dim, **named)
+    return _cat(rest, range(rest[0].dim())[dim])
+
+
+def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    """`torch.index_select`."""
+    return input.movedim(dim, 0)[index.reshape(-1)].movedim(0, dim) if input.dim() else input.clone()
+
+
+def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """`torch.gather`."""
+    return input[_grid(dim, index)] if input.dim() else input.clone()
+
+
+def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    """`torch.scatter_add`."""
+    if input.dim() == 0:
+        return input + src
+    return input.index_put(_grid(dim, index), src[tuple(slice(size) for size in index.shape)], accumulate=True)
+
+
+def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    """`torch.index_add`."""
+    if input.dim() == 0:
+        return input + alpha * source.reshape(())
+    rows, source = input.movedim(dim, 0), source.movedim(dim, 0)
+    return rows.index_put((index.reshape(-1),), alpha * source, accumulate=True).movedim(0, dim)
+
+
+def _grid(dim: int, index: Tensor) -> tuple[Tensor, ...]:
+    """The places of entries of which an index names those along one axis."""
+    axes = range(index.dim())
+    along = [
+        torch.arange(size, device=index.device).reshape([-1 if axis == at else 1 for axis in axes])
+        for at, size in enumerate(index.shape)
+    ]
+    along[dim] = index
+    return tuple(along)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """`F.kl_div`."""
+    if size_average is not None or reduce is not None:
+        return F.kl_div(input, target, size_average, reduce, reduction, log_target)
+    losses = target.exp() * (target - input) if log_target else torch.xlogy(target, target) - target * input
+    if reduction == "batchmean":
+        return losses.sum() / (input.shape[0] if input.dim() else 1)
+    return _reduced(losses, reduction)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`F.binary_cross_entropy`."""
+    if size_average is not None or reduce is not None or target.shape != input.shape:
+        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    losses = _binary_cross_entropy(input, target)
+    return _reduced(losses if weight is None else losses * weight, reduction)
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+def interpolate(
+    input: Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    """`F.interpolate`."""
+    axes = input.shape[2:]
+    sizes = None if size is None else each(size, axes)
+    scales = [scale_factor] * len(axes) if isinstance(scale_factor, int | float) else scale_factor
+    return _interpolate(input, sizes, scales, mode, align_corners, recompute_scale_factor, antialias)
+
+
+def adaptive_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Tensor]:
+    """An average or a maximum over windows of the last nd axes, as many as are asked for."""
+    op = _of_images(function.__name__, function, "(Tensor input, SymInt[] output_size) -> Tensor")
+
+    def pool(input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False) -> Any:
+        if return_indices:
+            return function(input, output_size, True)
+        axes = input.shape[-nd:]
+        given = [output_size] * nd if isinstance(output_size, int) else output_size
+        sizes = [old if new is None else new for old, new in zip(axes, given, strict=True)]
+        y = op(input if input.dim() == nd + 2 else input[None], sizes)
+        return y if input.dim() == nd + 2 else y[0]
+
+    return pool
+
+
+def _of_images(name: str, function: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
+    """An operator whose first axis is of several images: those of all examples are one after another."""
+
+    def of_all(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 0)
+        return function(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2]), 0
+
+    op = torch.library.custom_op(f"ekfac_func::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(function)
+    op.register_vmap(of_all)
+    return op
+
+
+_interpolate = _of_images(
+    "interpolate",
+    F.interpolate,
+    "(Tensor input, SymInt[]? size, float[]? scales, str mode, bool? corners, bool? again, bool antialias) -> Tensor",
+)
+
+
+@torch.library.custom_op("ekfac_func::cat", mutates_args=())
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(list(tensors), dim)
+
+
+@_cat.register_fake
+def _(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(list(tensors), dim)
+
+
+@_cat.register_vmap
+def _(info: Any, in_dims: Any, tensors: Sequence[Tensor], dim: int) -> tuple[Tensor, int]:
+    return torch.cat(examples_first(info.batch_size, tensors, in_dims[0]), dim + 1), 0
+
+
+@torch.library.custom_op("ekfac_func::binary_cross_entropy", mutates_args=())
+def _binary_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy(input, target, reduction="none")
+
+
+@_binary_cross_entropy.register_fake
+def _(input: Tensor, target: Tensor) -> Tensor:
+    return torch.empty_like(input)
+
+
+@_binary_cross_entropy.register_vmap
+def _(info: Any, in_dims: Any, *both: Tensor) -> tuple[Tensor, int]:
+    input, target = examples_first(info.batch_size, both, in_dims)
+    return F.binary_cross_entropy(input, target, reduction="none"), 0
+
+
+IN_GRAPHS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), cat),
+    **dict.fromkeys((torch.gather, Tensor.gather), gather),
+    **dict.fromkeys((torch.index_select, Tensor.index_select), index_select),
+    **dict.fromkeys((torch.index_add, Tensor.index_add), index_add),
+    **dict.fromkeys((torch.scatter_add, Tensor.scatter_add), scatter_add),
+    F.kl_div: kl_div,
+    F.binary_cross_entropy: binary_cross_entropy,
+    F.interpolate: interpolate,
+    F.adaptive_avg_pool1d: adaptive_pool(F.adaptive_avg_pool1d, 1),
+    F.adaptive_avg_pool2d: adaptive_pool(F.adaptive_avg_pool2d, 2),
+    F.adaptive_avg_pool3d: adaptive_pool(F.adaptive_avg_pool3d, 3),
+    F.adaptive_max_pool1d: adaptive_pool(F.adaptive_max_pool1d, 1),
+    F.adaptive_max_pool2d: adaptive_pool(F.adaptive_max_pool2d, 2),
+    F.adaptive_max_pool3d: adaptive_pool(F.adaptive_max_pool3d, 3),
+}
+"""For a graph of a loss of one example."""
