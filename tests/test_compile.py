@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from benchmarks.workloads import TINY, work
 from ekfac_func import (
     DIAGONAL,
     EKFAC,
@@ -301,6 +302,21 @@ def test_number_of_graphs_of_other_functions(loss_fn: Any, backend: str) -> None
 def found_gradients(loss_fn: LossFn, params: Params, batch: Any) -> tuple[Tensor, Params]:
     found = per_example_gradients(loss_fn, params, batch)
     return found.losses, {name: found.dense(name) for name in params}
+
+
+@pytest.mark.parametrize(
+    "name", ["W3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("W1", "W2", "W4", "W5"))]
+)
+def test_number_of_graphs_of_the_workloads(name: str) -> None:
+    """A GPT, and the others: seven batch sizes."""
+    params, loss_fn = work(name, table=TINY).params, work(name, table=TINY).loss_fn
+    step = ekfac(loss_fn, damping=0.1, basis_every=2)
+    precondition, state = compiled(step.precondition, "eager"), None
+    for size in (4, 5, 5, 6, 7, 8, 9, 10):
+        batch = work(name, size, TINY).batch
+        state = step.init(params, batch) if state is None else state
+        _, state, _ = precondition(params, batch, state)
+    assert graphs() <= 3
 
 
 @pytest.mark.slow
