@@ -29,8 +29,6 @@ def check_params(params: Mapping[str, Tensor]) -> None:
             raise TypeError(f"params[{name!r}] is a {type(p).__name__}: pass tensors")
         if not torch.compiler.is_compiling() and is_lazy(p):
             raise ValueError(f"params[{name!r}] has no shape yet: call the lazy module that it is of on a batch first")
-        if p.layout is not torch.strided:
-            raise TypeError(f"params[{name!r}] of shape {tuple(p.shape)} is sparse: pass p.to_dense()")
         if not p.is_floating_point():
             raise TypeError(
                 f"params[{name!r}] of shape {tuple(p.shape)} has dtype {p.dtype}: params must be real floating-point; "
@@ -41,6 +39,8 @@ def check_params(params: Mapping[str, Tensor]) -> None:
                 f"params[{name!r}] of shape {tuple(p.shape)} is a {type(p).__name__}, which overrides what torch "
                 "functions do with it, unseen by the rules: pass p.as_subclass(torch.Tensor)"
             )
+        if p.layout is not torch.strided:
+            raise TypeError(f"params[{name!r}] of shape {tuple(p.shape)} is sparse: pass p.to_dense()")
         if p.is_meta:
             raise ValueError(
                 f"params[{name!r}] of shape {tuple(p.shape)} is on the meta device and has no values: materialise it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -199,15 +199,16 @@ def compare(
     if not isinstance(batches, Sequence):
         raise TypeError(f"batches is a {type(batches).__name__}: pass a list of batches")
     chosen = {name: _checked(name, estimator) for name, estimator in estimators.items()}
-    if not isinstance(params, Mapping | Sequence):
+    if not isinstance(params, Iterable):
         raise TypeError(f"params is a {type(params).__name__}: pass a dict of tensors, or one for each batch")
     trajectory = [params] * len(batches) if isinstance(params, Mapping) else list(params)
     check_positive("damping", damping)
-    check_fisher(reference)
+    check_fisher(reference, "reference")
     for estimator in chosen.values():
         checked_options(estimator.rules, randomness, chunk_size, has_aux=False, batched=False)
-    if not isinstance(step_sizes, Sequence):
+    if not isinstance(step_sizes, Iterable):
         raise TypeError(f"step_sizes is a {type(step_sizes).__name__}: pass a list of numbers, or ()")
+    step_sizes = [float(size) for size in step_sizes]
     if not batches:
         raise ValueError("batches is empty: pass the data as at least one batch")
     if len(trajectory) != len(batches):

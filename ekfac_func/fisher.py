@@ -46,11 +46,11 @@ class Fisher(NamedTuple):
     draws: bool = True
 
 
-def check_fisher(fisher: object) -> None:
-    """Refuse what is no Fisher."""
+def check_fisher(fisher: object, name: str = "fisher") -> None:
+    """Refuse what is no Fisher. name: of the argument, with what a message begins with."""
     if not isinstance(fisher, Fisher):
         raise TypeError(
-            f"fisher={fisher!r} is not a Fisher: pass empirical, sampled(model, likelihood), exact(model, likelihood), "
+            f"{name}={fisher!r} is not a Fisher: pass empirical, sampled(model, likelihood), exact(model, likelihood), "
             "gradient(loss) or a Fisher"
         )
 
@@ -62,7 +62,7 @@ def check_estimator(where: str, second_moment: object, fisher: Fisher, at_refres
             f"{where}second_moment={second_moment!r} is not an estimator: pass intra_batch, "
             "averaged_intra_batch(decay), running_average(decay), kfac or a SecondMoment"
         )
-    check_fisher(fisher)
+    check_fisher(fisher, f"{where}fisher")
     if second_moment.reads_mean and not fisher.draws:
         raise ValueError(
             f"{where}second_moment={second_moment.name} reads the mean of gradients that are draws, which the "

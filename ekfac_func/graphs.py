@@ -3,6 +3,7 @@
 The rules of `torch.func.vmap` for these fix the batch size, and every size would cost a graph of its own.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,19 +25,21 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **named: Any) -> Tensor:
 
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     """`torch.index_select`."""
-    return input.movedim(dim, 0)[index.reshape(-1)].movedim(0, dim) if input.dim() else input.clone()
+    if input.dim() == 0:
+        return input.clone()
+    return input.movedim(dim, 0)[_not_negative(index, input.shape[dim]).reshape(-1)].movedim(0, dim)
 
 
 def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     """`torch.gather`."""
-    return input[_grid(dim, index)] if input.dim() else input.clone()
+    return input[_grid(input, dim, index)] if input.dim() else input.clone()
 
 
 def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """`torch.scatter_add`."""
     if input.dim() == 0:
         return input + src
-    return input.index_put(_grid(dim, index), src[tuple(slice(size) for size in index.shape)], accumulate=True)
+    return input.index_put(_grid(input, dim, index), src[tuple(slice(size) for size in index.shape)], accumulate=True)
 
 
 def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
@@ -44,17 +47,23 @@ def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: 
     if input.dim() == 0:
         return input + alpha * source.reshape(())
     rows, source = input.movedim(dim, 0), source.movedim(dim, 0)
-    return rows.index_put((index.reshape(-1),), alpha * source, accumulate=True).movedim(0, dim)
+    places = _not_negative(index, len(rows)).reshape(-1)
+    return rows.index_put((places,), alpha * source, accumulate=True).movedim(0, dim)
 
 
-def _grid(dim: int, index: Tensor) -> tuple[Tensor, ...]:
+def _not_negative(index: Tensor, size: int) -> Tensor:
+    """An index by which a negative one is out of bounds too, as in these functions, and does not count from the end."""
+    return torch.where(index < 0, size, index)
+
+
+def _grid(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, ...]:
     """The places of entries of which an index names those along one axis."""
     axes = range(index.dim())
     along = [
         torch.arange(size, device=index.device).reshape([-1 if axis == at else 1 for axis in axes])
         for at, size in enumerate(index.shape)
     ]
-    along[dim] = index
+    along[dim] = _not_negative(index, input.shape[dim])
     return tuple(along)
 
 
@@ -179,12 +188,22 @@ def _(info: Any, in_dims: Any, *both: Tensor) -> tuple[Tensor, int]:
     return F.binary_cross_entropy(input, target, reduction="none"), 0
 
 
+def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, which may be given `dim` as `axis`, as torch functions may."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Tensor:
+        return function(*args, **{"dim" if name == "axis" else name: value for name, value in named.items()})
+
+    return call
+
+
 IN_GRAPHS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), cat),
-    **dict.fromkeys((torch.gather, Tensor.gather), gather),
-    **dict.fromkeys((torch.index_select, Tensor.index_select), index_select),
-    **dict.fromkeys((torch.index_add, Tensor.index_add), index_add),
-    **dict.fromkeys((torch.scatter_add, Tensor.scatter_add), scatter_add),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _named(cat)),
+    **dict.fromkeys((torch.gather, Tensor.gather), _named(gather)),
+    **dict.fromkeys((torch.index_select, Tensor.index_select), _named(index_select)),
+    **dict.fromkeys((torch.index_add, Tensor.index_add), _named(index_add)),
+    **dict.fromkeys((torch.scatter_add, Tensor.scatter_add), _named(scatter_add)),
     F.kl_div: kl_div,
     F.binary_cross_entropy: binary_cross_entropy,
     F.interpolate: interpolate,

@@ -437,9 +437,10 @@ def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:
-        error.add_note(
-            f"The loss_fn of this error is the curvature loss of the {fisher.name} Fisher, not that of ekfac."
-        )
+        if any("loss_fn" in said for said in (str(error), *getattr(error, "__notes__", ()))):
+            error.add_note(
+                f"The loss_fn of this error is the curvature loss of the {fisher.name} Fisher, not that of ekfac."
+            )
         raise
 
 

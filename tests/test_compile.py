@@ -246,9 +246,11 @@ def test_number_of_graphs_of_a_classifier(case: tuple[Any, Any], backend: str) -
 def of_rows(params: Params, x: Tensor) -> Tensor:
     """What is made of the rows of a matrix."""
     h, ids = F.linear(x, params["w"]), torch.tensor([2, 0, 1])  # [5 3]
+    named: Any = torch  # whose types know no axis
     found = [
         torch.cat([h[:1], torch.ones(2, 3), h], -2).cos(),
         torch.cat([h, torch.zeros(0), h], dim=1).tanh(),
+        named.gather(h, axis=1, index=ids[None]),
         h.gather(1, h.argmax(-1, keepdim=True)),
         torch.gather(h, -2, ids[None]),
         h.index_select(-1, ids).sin(),
@@ -297,6 +299,27 @@ def test_number_of_graphs_of_other_functions(loss_fn: Any, backend: str) -> None
         close(found, losses)
         close_trees(G, gradients)
     assert graphs() <= 2
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda h, ids: h.gather(1, ids[:, None]),
+        lambda h, ids: h.index_select(0, ids),
+        lambda h, ids: torch.zeros(5, 3).index_add(0, ids, h),
+        lambda h, ids: torch.zeros(5, 3).scatter_add(1, ids[:, None], h[:, :1]),
+    ],
+)
+def test_a_negative_index_does_not_count_from_the_end(pick: Any) -> None:
+    """Which such functions of torch refuse."""
+
+    def loss_fn(params: Params, example: Any) -> Tensor:
+        x, ids = example
+        return pick(F.linear(x, params["w"]), ids).square().sum()
+
+    params, batch = {"w": torch.randn(3, 4)}, (torch.randn(2, 5, 4), torch.tensor([[0, 1, 2, 0, -1]] * 2))
+    with pytest.raises(IndexError, match="out of bounds"):
+        compiled(functools.partial(found_gradients, loss_fn))(params, batch)
 
 
 def found_gradients(loss_fn: LossFn, params: Params, batch: Any) -> tuple[Tensor, Params]:

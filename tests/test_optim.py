@@ -1024,6 +1024,21 @@ def test_relative_damping_of_a_layer_whose_gradients_come_later(exponent: float)
     assert not any(d.any() for d in natural.values())
 
 
+def test_relative_damping_is_no_less_than_a_dtype_can_be_divided_by() -> None:
+    """A layer of float32 beside one of float64."""
+    params = {"w": torch.randn(3, 4, dtype=torch.float32), "v": torch.randn(3, 3)}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        small = 1e-22 * F.linear(x.float(), params["w"]).cos().sum()
+        return small.double() + F.linear(x[:3], params["v"]).cos().sum()
+
+    batch = torch.randn(5, 4)
+    step = ekfac(loss_fn, damping=relative(0.01), exponent=-0.5)
+    natural, _, info = step.precondition(params, batch, step.init(params, batch))
+    assert not info.skipped
+    assert natural["w"].any()
+
+
 def test_a_damping_rule_of_ones_own() -> None:
     case = make("mlp")
     batch = case.batch(N)

@@ -39,7 +39,8 @@ def _relative(fraction: Number, scope: Scope, moments: Mapping[str, Spectrum]) -
     of_all = total(sums) / total(counts).clamp(min=1)
     of_all = torch.where(of_all > 0, of_all, 1)
     shares = {name: fraction * torch.where(mean > 0, mean, of_all) for name, mean in means.items()}
-    return {name: share.clamp(min=1e6 * torch.finfo(share.dtype).tiny) for name, share in shares.items()}
+    tiny = {name: 1e6 * torch.finfo(m.value.dtype).tiny for name, m in moments.items()}  # its inverse may be multiplied
+    return {name: share.clamp(min=tiny[name]) for name, share in shares.items()}
 
 
 DEFAULTS: Mapping[str, Any] = {"damping": relative(0.01), "exponent": -0.5, "basis_every": 10}
