@@ -159,9 +159,10 @@ def attention(
 def max_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Tensor]:
     """A maximum over windows of the last nd axes, with all axes before them as one, which `vmap` does not reshape."""
 
-    def pool(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def pool(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = function(input.flatten(0, -nd - 1), *args, **kwargs)
-        return y.unflatten(0, input.shape[:-nd])
+        lead = input.shape[:-nd]
+        return y.unflatten(0, lead) if isinstance(y, Tensor) else tuple(part.unflatten(0, lead) for part in y)
 
     return pool
 
@@ -365,10 +366,14 @@ MAPPED: dict[Callable[..., Any], Callable[..., Tensor]] = {
 """Where torch's own is wrong under `vmap`."""
 COPIED = frozenset({torch.as_strided, Tensor.as_strided})
 """Those that copy what is a view without `vmap`."""
-NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.layer_norm: layer_norm,
+OF_CHANNELS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
+}
+"""Norms of which torch's own rule asks how images lie in memory, which it cannot be told."""
+NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **OF_CHANNELS,
+    F.layer_norm: layer_norm,
     F.batch_norm: batch_norm,
 }
 OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -23,7 +23,17 @@ from torch.utils import _pytree as pytree
 from . import expansions, views
 from .arrivals import Arrivals, output_shape
 from .backward import Copied, Probe, Probed, Run, StalePlan, batched, each, looped, summed
-from .batching import COPIED, EAGER_LAYERS, EXACT, MAPPED, OPEN, OPEN_BATCHED, OPEN_LAYERS, own_of_each
+from .batching import (
+    COPIED,
+    EAGER_LAYERS,
+    EXACT,
+    MAPPED,
+    OF_CHANNELS,
+    OPEN,
+    OPEN_BATCHED,
+    OPEN_LAYERS,
+    own_of_each,
+)
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
@@ -189,6 +199,7 @@ UNMAPPED = (
     "under vmap transform is not allowed",
     "Can't detach views in-place",
     "from the 'SparseCPU' backend",
+    "inside of vmap for memory_format",
 )
 """What torch says of what `vmap` does not know: operators, an `autograd.Function`, writing into a tensor of all."""
 
@@ -250,6 +261,7 @@ def _watched(
     fills = found.fills or (found.draws and options.randomness == "different")
     exact = EXACT if looping else {}  # of tapped calls
     of_batch = EAGER_LAYERS if not (compiling or mapped) and found.way in (Way.SUMMED, Way.BATCHED) else {}
+    of_batch = of_batch | OF_CHANNELS if replaced else of_batch
     by_ids = not options.batched and F.embedding in options.rules
     biases = {layer.weight: layer.bias for layer in found.layers}
     calls: list[Any] = []

@@ -32,13 +32,16 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     """`torch.gather`."""
-    return input[_grid(input, dim, index)] if input.dim() else input.clone()
+    if input.dim() == 0:
+        return input.expand(index.shape).clone()
+    return input[_grid(input, dim, index)] if index.dim() else index_select(input, dim, index).reshape(())
 
 
 def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """`torch.scatter_add`."""
     if input.dim() == 0:
-        return input + src
+        return input + src.reshape(())
+    index, src = (t if t.dim() else t[None] for t in (index, src))
     return input.index_put(_grid(input, dim, index), src[tuple(slice(size) for size in index.shape)], accumulate=True)
 
 
@@ -48,7 +51,8 @@ def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: 
         return input + alpha * source.reshape(())
     rows, source = input.movedim(dim, 0), source.movedim(dim, 0)
     places = _not_negative(index, len(rows)).reshape(-1)
-    return rows.index_put((places,), alpha * source, accumulate=True).movedim(0, dim)
+    added = source if isinstance(alpha, int) and alpha == 1 else alpha * source  # the former of bool too
+    return rows.index_put((places,), added, accumulate=True).movedim(0, dim)
 
 
 def _not_negative(index: Tensor, size: int) -> Tensor:

@@ -263,7 +263,7 @@ def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Call | None:
     """`F.rms_norm`: a block for the scale of each feature."""
-    return _scale(input, weight, None, lambda x: F.rms_norm(x, normalized_shape, None, eps), len(normalized_shape))
+    return _scale(F.rms_norm(input, normalized_shape, None, eps), weight, None, last=len(normalized_shape))
 
 
 def group_norm(

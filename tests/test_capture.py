@@ -293,6 +293,24 @@ def test_functions_replaced_for_vmap_follow_autocast(inner: Any) -> None:
     close(fast(params, batch), losses, tolerance)
 
 
+@pytest.mark.parametrize("norm", [functools.partial(F.group_norm, num_groups=2), F.instance_norm])
+def test_norms_of_images_that_lie_with_channels_last(norm: Any) -> None:
+    """As torch's rules under `vmap` cannot."""
+    params = {"w": torch.randn(4, 4), "scale": torch.randn(4), "shift": torch.randn(4)}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:  # [1 3 3 4]
+        h = F.linear(x, params["w"]).permute(0, 3, 1, 2)
+        return norm(h, weight=params["scale"], bias=params["shift"]).cos().sum()
+
+    batch = torch.randn(N, 1, 3, 3, 4)
+    expected = loop(loss_fn, params, batch)[1]
+    every: tuple[dict[str, Any], ...] = ({}, {"rules": {}}, {"chunk_size": 2})
+    for settings in every:
+        found = per_example_gradients(loss_fn, params, batch, **settings)
+        for name, G in expected.items():
+            close(found.dense(name), G)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_convolutions_follow_autocast(bias: bool) -> None:
     """Of which `vmap` leaves some in float32, and on CUDA devices casts half of the arguments."""

@@ -254,6 +254,9 @@ def of_rows(params: Params, x: Tensor) -> Tensor:
         h.gather(1, h.argmax(-1, keepdim=True)),
         torch.gather(h, -2, ids[None]),
         h.index_select(-1, ids).sin(),
+        h[0].log_softmax(-1).gather(0, h[1].argmax()),
+        h[0].scatter_add(0, h[1].argmax(), h[2, 0]),
+        h.cos() * torch.zeros(5, dtype=torch.bool).index_add(0, ids, ids > 0)[:, None],
         torch.zeros(5, 3).index_add(1, ids, h, alpha=2),
         torch.index_add(torch.ones(4, 3), 0, h[:, 0].argsort() // 2, h),
         h.scatter_add(0, h.argsort(0)[:2], h[:2].exp()),
@@ -281,6 +284,7 @@ def of_pixels(params: Params, x: Tensor) -> Tensor:
         F.adaptive_max_pool1d(h[0], 2).cos(),
         F.avg_pool1d(h[0], 2),
         F.max_pool2d(h, 2),
+        F.max_pool2d(h, 2, 1, return_indices=True)[0].sin(),
         F.conv_transpose2d(h, params["v"], stride=2),
         F.group_norm(h, 2),
     ]
