@@ -697,6 +697,8 @@ APART: dict[str, tuple[Any, tuple[int, ...], Callable[[Params, Tensor], Tensor]]
 @pytest.mark.parametrize("name", APART)
 def test_what_looks_like_a_layer(name: str, how: str) -> None:
     """And has another gradient than the layer's."""
+    if (name, how) == ("bits", "compiled") and torch.__version__ < "2.13":
+        pytest.skip("before torch 2.13 vmap has no rule for a view of another dtype")
     shapes, shape, outputs = APART[name]
     params, batch = {p: 2 * torch.randn(*of) for p, of in shapes.items()}, torch.randn(N, *shape)
 
