@@ -91,9 +91,10 @@ def outer(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
 
 def _sums_in_turn(x: Tensor, y: Tensor) -> bool:
     """Whether a CPU would add many rows up one after another, to fewer digits the more they are."""
+    if x.device.type != "cpu" or transformed():  # first, for Dynamo sorts no symbols
+        return False
     few, many = sorted((x.shape[-1], y.shape[-1]))
-    narrow = few <= NARROW and many <= WIDE and x.shape[:-2] == y.shape[:-2]
-    return narrow and x.device.type == "cpu" and not transformed() and x.shape[-2] >= 2 * ROWS
+    return few <= NARROW and many <= WIDE and x.shape[:-2] == y.shape[:-2] and x.shape[-2] >= 2 * ROWS
 
 
 def matmul(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
