@@ -29,7 +29,7 @@ from .test_cuda import training
 DEVICE = "absent"
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 AVERAGED: dict[str, Any] = {"second_moment": averaged_intra_batch(0.9), "factor_decay": 0.9}
-WITHOUT = ("attention", "filled")  # torch asks an accelerator for a kernel of these
+WITHOUT = ("attention", "filled", "dot")  # torch asks an accelerator for a kernel of these, or reads `dims` from it
 READS = {"script": "aten._to_copy", "messages": "aten.new_empty_strided"}  # their own constants
 
 
