@@ -272,16 +272,14 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm`."""
-    (input,) = _under_autocast([input], torch.float32) if input.device.type != "cpu" else [input]
-    return _affine(_layer_norm(input, list(normalized_shape), eps), weight, bias).to(input.dtype)
+    return _norm(_layer_norm, input, weight, bias, 0, list(normalized_shape), eps)
 
 
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """`F.group_norm`."""
-    (input,) = _under_autocast([input], torch.float32) if input.device.type != "cpu" else [input]
-    return _affine(_group_norm(input, num_groups, eps), weight, bias, input.dim() - 2).to(input.dtype)
+    return _norm(_group_norm, input, weight, bias, input.dim() - 2, num_groups, eps)
 
 
 def instance_norm(
@@ -300,6 +298,14 @@ def instance_norm(
     if running_mean is None and running_var is None:
         return group_norm(input, input.shape[1], weight, bias, eps)
     return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+
+
+def _norm(
+    operator: Callable[..., Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, pixels: int, *rest: Any
+) -> Tensor:
+    """In the dtype that autocast has for it: on a CPU none."""
+    (x,) = _under_autocast([input], torch.float32) if input.device.type != "cpu" else [input]
+    return _affine(operator(x, *rest), weight, bias, pixels).to(x.dtype)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, pixels: int = 0) -> Tensor:
@@ -458,42 +464,29 @@ def _(info: Any, in_dims: Any, x: Tensor, shape: list[int], eps: float) -> tuple
     return F.layer_norm(x.movedim(in_dims[0], 0), shape, None, None, eps), 0
 
 
-@torch.library.custom_op("ekfac_func::group_norm", mutates_args=())
-def _group_norm(x: Tensor, groups: int, eps: float) -> Tensor:
-    return F.group_norm(x, groups, None, None, eps)
+def of_images(name: str, function: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
+    """An operator whose first axis is of several images: those of all examples are one after another."""
+
+    def of_all(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 0)
+        return function(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2]), 0
+
+    op = torch.library.custom_op(f"ekfac_func::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(function)
+    op.register_vmap(of_all)
+    return op
 
 
-@_group_norm.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_group_norm.register_vmap
-def _(info: Any, in_dims: Any, x: Tensor, groups: int, eps: float) -> tuple[Tensor, int]:
-    x = x.movedim(in_dims[0], 0)
-    return F.group_norm(x.flatten(0, 1), groups, None, None, eps).unflatten(0, x.shape[:2]), 0
-
-
-@torch.library.custom_op("ekfac_func::avg_pool2d", mutates_args=())
-def _avg_pool2d(
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-) -> Tensor:
-    return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
-
-
-_avg_pool2d.register_fake(F.avg_pool2d)
-
-
-@_avg_pool2d.register_vmap
-def _(info: Any, in_dims: Any, x: Tensor, *geometry: Any) -> tuple[Tensor, int]:
-    x = x.movedim(in_dims[0], 0)
-    return F.avg_pool2d(x.flatten(0, 1), *geometry).unflatten(0, x.shape[:2]), 0
+_group_norm = of_images(
+    "group_norm",
+    lambda x, groups, eps: F.group_norm(x, groups, None, None, eps),
+    "(Tensor x, SymInt groups, float eps) -> Tensor",
+)
+_avg_pool2d = of_images(
+    "avg_pool2d",
+    F.avg_pool2d,
+    "(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool ceil, bool all, SymInt? divisor) -> Tensor",
+)
 
 
 @torch.library.custom_op("ekfac_func::nll", mutates_args=())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import examples_first
+from .batching import examples_first, of_images
 from .rules import each
 
 
@@ -127,7 +127,7 @@ def interpolate(
 
 def adaptive_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Tensor]:
     """An average or a maximum over windows of the last nd axes, as many as are asked for."""
-    op = _of_images(function.__name__, function, "(Tensor input, SymInt[] output_size) -> Tensor")
+    op = of_images(function.__name__, function, "(Tensor input, SymInt[] output_size) -> Tensor")
 
     def pool(input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False) -> Any:
         if return_indices:
@@ -141,20 +141,7 @@ def adaptive_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Ten
     return pool
 
 
-def _of_images(name: str, function: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
-    """An operator whose first axis is of several images: those of all examples are one after another."""
-
-    def of_all(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        x = x.movedim(in_dims[0], 0)
-        return function(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2]), 0
-
-    op = torch.library.custom_op(f"ekfac_func::{name}", function, mutates_args=(), schema=schema)
-    op.register_fake(function)
-    op.register_vmap(of_all)
-    return op
-
-
-_interpolate = _of_images(
+_interpolate = of_images(
     "interpolate",
     F.interpolate,
     "(Tensor input, SymInt[]? size, float[]? scales, str mode, bool? corners, bool? again, bool antialias) -> Tensor",
