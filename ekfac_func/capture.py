@@ -241,6 +241,7 @@ def _deciding(seen: Sequence[Any]) -> list[Any]:
     return [entry for entry in seen if len(entry) > 2]
 
 
+OF_IMAGES = (torch.channels_last, torch.channels_last_3d)  # which `vmap` gives no example of: no value depends on it
 WAYS = {"SUMMED": summed, "EACH": each, "LOOPED": looped, "BATCHED": batched}  # by name, for Dynamo hashes no enum
 
 
@@ -250,6 +251,7 @@ def _watched(
     """The loss under the tap; the list in which a run leaves its calls; and that of the ways that the runs took."""
     compiling = torch.compiler.is_compiling()
     looping = found.way is Way.LOOPED
+    mapping = not (looping or options.batched)
     as_written = options.batched or (looping and len(found.calls) == 0)
     mapped = transformed()  # the parameters too may be of several
     of_vmap = found.open and (compiling or not mapped)  # no `vmap` of the caller's own around it
@@ -352,6 +354,8 @@ def _watched(
                 seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
                 copies.begins(func, args)
             refuse(func, args, kwargs, params, options.batched)
+            if mapping and kwargs.get("memory_format") in OF_IMAGES:
+                kwargs = {**kwargs, "memory_format": torch.contiguous_format}
             if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
                 return True
             written = as_written or (looping and func in expansions.COPIES and name_of(args[0], known) is None)

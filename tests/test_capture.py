@@ -311,6 +311,26 @@ def test_norms_of_images_that_lie_with_channels_last(norm: Any) -> None:
             close(found.dense(name), G)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_that_lays_images_with_channels_last(compiled: bool) -> None:
+    """Which `vmap` does for no example, and no value depends on."""
+    params = {"w": torch.randn(2, 3, 2, 2)}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:  # [3 4 4]
+        h = x[None].to(memory_format=torch.channels_last)
+        if not h.is_contiguous(memory_format=torch.channels_last):
+            h = h.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(h, params["w"]).clone(memory_format=torch.channels_last)
+        return (y.cos() * torch.ones_like(y, memory_format=torch.channels_last)).sum()
+
+    batch = torch.randn(N, 3, 4, 4)
+    def mean(params: Params, batch: Tensor) -> Params:
+        return per_example_gradients(loss_fn, params, batch).mean()
+
+    found = torch.compile(mean, fullgraph=True, backend="aot_eager") if compiled else mean
+    close(found(params, batch)["w"], loop(loss_fn, params, batch)[1]["w"].mean(0))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_convolutions_follow_autocast(bias: bool) -> None:
     """Of which `vmap` leaves some in float32, and on CUDA devices casts half of the arguments."""
