@@ -71,6 +71,11 @@ def check_batch(batch: Batch) -> int:
                 f"batch{_where(batch, leaf)} is a nested tensor: pad it to one length, torch.nested.to_padded_tensor, "
                 "and give a mask"
             )
+        if leaf.is_meta:
+            raise ValueError(
+                f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is on the meta device and has no values: "
+                "give examples, to init, which reads their shapes alone, zeros on the device of params"
+            )
         if not torch.compiler.is_compiling() and _overrides(type(leaf)):
             raise TypeError(
                 f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is a {type(leaf).__name__}, which overrides "

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .blocking import MAX_BYTES, fitting
 from .capture import capture
 from .checks import check_batch, check_loss, check_params, check_positive, check_tree
-from .discovery import Options, checked_options
+from .discovery import checked_options
 from .fisher import Fisher, Model, check_fisher, empirical
 from .kronecker import count, dense, pack, unpack_all
 from .rules import RULES, Rules
@@ -100,6 +100,7 @@ def ggn_blocks(
     """
     check_params(params)
     n = check_batch(batch)
+    options = checked_options(rules, "different", None, has_aux=False, batched=False)
 
     def element(params: Params, example: Any) -> Tensor:
         part, index = example
@@ -119,7 +120,7 @@ def ggn_blocks(
     outputs = H.shape[1]
     index = torch.arange(outputs, device=H.device).repeat(n)
     each = pytree.tree_map(lambda leaf: leaf.repeat_interleave(outputs, 0), batch), index
-    captured = capture(element, params, each, Options(rules))
+    captured = capture(element, params, each, options)
     matrices = {}
     for name, layer in captured.layers.items():
         refuse_large(layer)

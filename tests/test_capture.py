@@ -324,6 +324,7 @@ def test_a_loss_that_lays_images_with_channels_last(compiled: bool) -> None:
         return (y.cos() * torch.ones_like(y, memory_format=torch.channels_last)).sum()
 
     batch = torch.randn(N, 3, 4, 4)
+
     def mean(params: Params, batch: Tensor) -> Params:
         return per_example_gradients(loss_fn, params, batch).mean()
 

@@ -144,6 +144,8 @@ def test_ggn_blocks_of_one_tensor_and_one_number() -> None:
         ggn_blocks(lambda p, x: (F.linear(x, p["w"]),), lambda z, x: z.sum(), params, x)
     with pytest.raises(ValueError, match=r"returned a tensor of shape \(3,\).*scalar"):
         ggn_blocks(lambda p, x: F.linear(x, p["w"]), lambda z, x: z.square(), params, x)
+    with pytest.raises(TypeError, match="rules is a list: pass a dict"):
+        ggn_blocks(lambda p, x: F.linear(x, p["w"]), lambda z, x: z.sum(), params, x, rules=[])  # type: ignore[arg-type]
 
 
 def test_blocks_that_are_too_large_are_refused() -> None:

@@ -75,6 +75,7 @@ JAGGED = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layo
         ({"w": torch.ones(3, 4, dtype=torch.int64)}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*int64.*floating"),
         ({"w": torch.ones(3, 4) * 1j}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*complex.*real"),
         ({"w": torch.ones(3, 4, device="meta")}, torch.randn(5, 4), ValueError, r"'w'.*\(3, 4\).*meta.*materialise"),
+        (W, {"x": torch.ones(5, 4, device="meta")}, ValueError, r"batch\['x'\].*\(5, 4\).*meta.*zeros on the device"),
         (W, {"x": JAGGED}, TypeError, r"batch\['x'\] is a nested tensor: pad it"),
         ({"w": torch.ones(3, 4).to_sparse()}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\) is sparse.*to_dense"),
         ({"w": nn.UninitializedParameter()}, torch.randn(5, 4), ValueError, "'w'.*no shape yet.*lazy"),

@@ -258,6 +258,9 @@ def test_average_of_parameters() -> None:
     found, state = average.update(half, average.init(half))
     assert {p.dtype for p in found.values()} == {torch.bfloat16}
     assert {v.dtype for v in state.value.values()} == {torch.float32}
+    for init in (average.init, learning_rate(0.1).init):
+        with pytest.raises(ValueError, match="params is empty"):
+            init({})
 
 
 def full_chain(lr: Any = 0.1) -> Transform:
@@ -506,6 +509,8 @@ def test_the_optimizer_resumes_with_the_same_bits() -> None:
     same_bits(net.state_dict(), straight)
     with pytest.raises(ValueError, match=r"state_dict has no 'ekfac'.*EKFACOptimizer.state_dict"):
         again.load_state_dict(torch.optim.SGD(net.parameters(), 0.1).state_dict())
+    with pytest.raises(ValueError, match="state_dict has no 'ekfac'"):
+        again.load_state_dict(None)  # type: ignore[arg-type]
 
 
 def test_the_optimizer_skips_compiles_and_takes_a_closure() -> None:
@@ -1195,6 +1200,8 @@ def test_metrics_of_what_is_not_of_a_step() -> None:
     natural, state, info = step.precondition(case.params, batch, step.init(case.params, batch))
     with pytest.raises(TypeError, match="info is a State: give natural, info and state, in this order"):
         metrics(natural, state, info)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="state is a NoneType: give natural, info and state"):
+        metrics(natural, info, None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="learning_rate is a function"):
         metrics(natural, info, state, learning_rate=cosine(0.1, 10))  # type: ignore[arg-type]
 

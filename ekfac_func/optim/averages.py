@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_decay
+from ..checks import check_decay, check_params
 from ..types import Number, Params
 from .transforms import check_like
 
@@ -39,6 +39,7 @@ def exponential_average(decay: Number) -> Averaging:
     check_decay("decay", decay)
 
     def init(params: Mapping[str, Tensor]) -> Average:
+        check_params(params)
         value = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
             for name, p in params.items()

@@ -265,7 +265,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, on the devices of the parameters. ValueError if it is another's."""
         for key in ("ekfac", "damping"):
-            if key not in state_dict:
+            if not isinstance(state_dict, Mapping) or key not in state_dict:
                 raise ValueError(f"state_dict has no {key!r}: pass what EKFACOptimizer.state_dict() returned")
         saved = state_dict["ekfac"], state_dict["damping"]
         shapes = {name: tuple(p.shape) for p, name in self.names.items()}

@@ -45,8 +45,9 @@ def metrics(
 
     The effective rank is that of Roy & Vetterli 2007, https://ieeexplore.ieee.org/document/7098875.
     """
-    if not isinstance(info, Info):
-        raise TypeError(f"info is a {type(info).__name__}: give natural, info and state, in this order")
+    for argument, value, kind in (("info", info, Info), ("state", state, State)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{argument} is a {type(value).__name__}: give natural, info and state, in this order")
     check_not_negative("learning_rate", learning_rate)
     gradient_square, natural_square = total(squares(info.gradient)), total(squares(natural))
     product = total(dots(natural, info.gradient))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..checks import check_decay, check_positive
+from ..checks import check_decay, check_params, check_positive
 from ..types import Info, Number, Params
 from .norms import Scope, dots, each, squares, together
 from .schedules import Schedule, value_at
@@ -226,6 +226,7 @@ def _accumulate(decay: Number, read: Callable[[Tensor, Tensor], Tensor]) -> Tran
 
 
 def _first_step(params: Mapping[str, Tensor]) -> Step:
+    check_params(params)
     return Step(torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device))
 
 
