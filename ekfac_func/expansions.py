@@ -348,8 +348,12 @@ def _between(bounds: slice, size: int, device: torch.device) -> Tensor | None:
 
 
 def requires_grad_(call: Callable[..., Any], input: Tensor, requires_grad: bool = True) -> Tensor:
-    """`torch.func` refuses it, and takes the same as an assignment."""
-    input.requires_grad = requires_grad
+    """`torch.func` refuses it, and takes the same as an assignment: of a leaf, for all else has a gradient anyway.
+
+    In a graph, where nothing can ask for that gradient, it does nothing.
+    """
+    if not torch.compiler.is_dynamo_compiling() and (input.is_leaf or not requires_grad):
+        input.requires_grad = requires_grad
     return input
 
 
@@ -482,7 +486,7 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.where(mask, -torch.inf, torch.zeros((), dtype=like.dtype, device=like.device))
 
 
-_LAYERS: dict[Any, Expansion] = {
+_ALWAYS: dict[Any, Expansion] = {
     F.multi_head_attention_forward: multi_head_attention,
     F.embedding_bag: embedding_bag,
     F.grouped_mm: grouped_mm,
@@ -492,15 +496,15 @@ _LAYERS: dict[Any, Expansion] = {
     torch.rnn_tanh_cell: one_step(_tanh_cell),
     torch.rnn_relu_cell: one_step(_relu_cell),
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
+    Tensor.requires_grad_: requires_grad_,
 }
-"""What hides layers from the rules, with `vmap` and without."""
+"""What hides layers from the rules or no transform takes, with `vmap` and without."""
 COPIES: dict[Any, Expansion] = {Tensor.__getitem__: getitem}
 """Without `vmap` they are views: once there is a copy, a loss must change neither it nor what it is of in place."""
 FOR_VMAP: dict[Any, Expansion] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
     Tensor.__setitem__: setitem,
-    Tensor.requires_grad_: requires_grad_,
     torch.lstm: recurrent(_lstm_cell),
     torch.gru: recurrent(_gru_cell),
     torch.rnn_tanh: recurrent(_tanh_cell),
@@ -517,7 +521,7 @@ def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any]
     key = str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func
     if batched and key is F.embedding_bag and (kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None):
         return NotImplemented  # for the offsets, not the places of the ids, make the examples
-    expansion = _LAYERS.get(key) or (None if batched else FOR_VMAP.get(key) or COPIES.get(key))
+    expansion = _ALWAYS.get(key) or (None if batched else FOR_VMAP.get(key) or COPIES.get(key))
     if expansion is None:
         return NotImplemented
     return expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)

@@ -373,7 +373,8 @@ def _context(params: Params, x: Tensor) -> Tensor:
 
 
 def _leaf(params: Params, x: Tensor) -> Tensor:
-    return F.linear(x.clone().requires_grad_(), params["w"]).sin().sum(1) * params["scale"].sum()
+    h = F.linear(x.clone().requires_grad_(), params["w"]).requires_grad_()
+    return h.sin().requires_grad_(True).sum(1) * params["scale"].sum()
 
 
 def _checked_hook(params: Params, x: Tensor) -> Tensor:
@@ -389,6 +390,12 @@ def test_what_plain_autograd_alone_takes(loss_fn: LossFn) -> None:
     found = per_example_gradients(loss_fn, params, x, batched=True)
     assert found.captured.layers["w"].rule == "linear"
     close_trees({name: found.dense(name) for name in params}, every_example(loss_fn, params, x))
+    if loss_fn is _leaf:
+        close_trees(torch.compile(mean_of, fullgraph=True, backend="aot_eager")(loss_fn, params, x), found.mean())
+
+
+def mean_of(loss_fn: LossFn, params: Params, x: Tensor) -> Params:
+    return per_example_gradients(loss_fn, params, x, batched=True).mean()
 
 
 def test_a_function_without_a_context_of_its_own_is_not_for_graphs() -> None:

@@ -1177,12 +1177,18 @@ def _by_requires_grad(params: Params, x: Tensor) -> Tensor:
     return slope.square().sum()
 
 
+def _that_has_a_gradient(params: Params, x: Tensor) -> Tensor:
+    """As a hook does that `transformers` puts on the embedding of a model."""
+    h = F.linear(x, params["w"]).requires_grad_()
+    return F.linear(h.sin().requires_grad_(True), params["w"].exp().requires_grad_(True)).cos().sum()
+
+
 def _by_data(params: Params, x: Tensor) -> Tensor:
     h = F.linear(x, params["w"])
     return (h + (h.round() - h).data).square().sum()
 
 
-@pytest.mark.parametrize("loss_fn", [_drawn, _by_requires_grad, _by_data])
+@pytest.mark.parametrize("loss_fn", [_drawn, _by_requires_grad, _that_has_a_gradient, _by_data])
 def test_what_torch_func_does_not_let_a_loss_do(loss_fn: Any) -> None:
     """At once for all examples."""
     params, batch, calls = {"w": torch.randn(4, 4)}, torch.randn(N, 4), itertools.count()
