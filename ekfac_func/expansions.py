@@ -152,16 +152,13 @@ def embedding_bag(
     if padding_idx is not None:
         share = torch.where(input == padding_idx % len(weight), 0, share)
     rows = call(F.embedding, input, weight, padding_idx)
-    if offsets is None:
-        if mode == "mean":
-            share = share / share.sum(-1, keepdim=True).clamp(min=1)
-    else:
+    if offsets is not None:
         starts = offsets[:-1] if include_last_offset else offsets
         bag = (starts[None] <= torch.arange(len(input), device=input.device)[:, None]).sum(1) - 1  # [s]
         member = bag[None] == torch.arange(len(starts), device=input.device)[:, None]  # [m s]
         share = torch.where(member, share, 0)
-        if mode == "mean":
-            share = share / share.sum(-1, keepdim=True).clamp(min=1)
+    if mode == "mean":
+        share = share / share.sum(-1, keepdim=True).clamp(min=1)
     share = share if per_sample_weights is None else share * per_sample_weights
     return torch.einsum("ms,msi->mi" if offsets is None else "ms,si->mi", share, rows)
 
