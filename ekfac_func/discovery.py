@@ -10,7 +10,7 @@ import contextlib
 import enum
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ from .modes import depth, innermost, share, undrawn
 from .picked import READS, Picked, has_tensors
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
-from .tap import LOOKUPS, Tap, beneath, called, of_table, readings, traced, unchecked, unfused, with_ids
+from .tap import LOOKUPS, Tap, assigned, beneath, called, of_table, readings, traced, unchecked, unfused, with_ids
 from .types import Batch, Layer, LossAuxFn, LossFn, Params, batch_size
 from .views import View
 
@@ -417,15 +417,9 @@ def _differentiated(uses: list[Use], reached: set[int]) -> list[Use]:
     return [use for k, use in enumerate(uses) if k in reached or use.weight not in weights]
 
 
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
+def _unlogged() -> contextlib.AbstractContextManager[None]:
     """Without the traceback that tensors without values log of an error that is raised as well."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+    return assigned(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True)
 
 
 class _Watch:

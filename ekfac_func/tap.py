@@ -87,15 +87,21 @@ def _address(t: Tensor) -> int:
 
 
 @contextlib.contextmanager
+def assigned(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute has another value inside."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
 def traced() -> Iterator[None]:
     """Tell a model that it is traced, as `torch.compile` does: under `vmap` too it cannot branch on values."""
-    flag = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        with _as_written():
-            yield
-    finally:
-        torch.compiler._is_compiling_flag = flag
+    with assigned(torch.compiler, "_is_compiling_flag", True), _as_written():
+        yield
 
 
 def _as_written() -> contextlib.AbstractContextManager[Any]:
@@ -108,30 +114,16 @@ def _as_written() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def unfused() -> Iterator[None]:
+def unfused() -> contextlib.AbstractContextManager[None]:
     """Without the kernels of `nn.TransformerEncoder` in eval mode, which neither a rule nor `vmap` knows."""
-    enabled = mha._is_fastpath_enabled  # its setter is not traced
-    mha._is_fastpath_enabled = False
-    try:
-        yield
-    finally:
-        mha._is_fastpath_enabled = enabled
+    return assigned(mha, "_is_fastpath_enabled", False)  # its setter is not traced
 
 
 def unchecked() -> contextlib.AbstractContextManager[None]:
     """Distributions without the checks of their arguments, which read values that discovery does not have."""
-    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _no_checks()
-
-
-@contextlib.contextmanager
-def _no_checks() -> Iterator[None]:
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
+    if torch.compiler.is_dynamo_compiling():
+        return contextlib.nullcontext()
+    return assigned(Distribution, "_validate_args", False)
 
 
 def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
