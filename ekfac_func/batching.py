@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from . import expansions, products
 from .modes import innermost, past_vmap
-from .rules import each, padded, standardised
+from .rules import each, margins, standardised
 
 
 def conv(
@@ -36,7 +36,7 @@ def conv(
     nd = len(kernel)
     x = input if input.dim() == nd + 2 else input[None]
     if padding == "same":
-        x, padding = padded(x, kernel, padding, dilation), 0
+        x, padding = F.pad(x, margins(kernel, padding, dilation)), 0
     pads = each(0 if padding == "valid" else padding, kernel)
     y = _with_bias(x, weight, bias, each(stride, kernel), pads, each(dilation, kernel), groups, None)
     return y if input.dim() == nd + 2 else y[0]

@@ -407,20 +407,12 @@ def _patches(
     """What each output pixel sees of an input `[n m (b c) ...]`."""
     kernel = tuple(weight.shape[2:])
     x = x.unflatten(2, (groups, -1)).movedim(3, -1)
-    margins = _margins(kernel, padding, dilation)
-    x = (F.pad(x, [0, 0, *margins]) if any(margins) else x).contiguous()  # a pass that pads has turned it already
+    sides = margins(kernel, padding, dilation)
+    x = (F.pad(x, [0, 0, *sides]) if any(sides) else x).contiguous()  # a pass that pads has turned it already
     return Patches(x, kernel, tuple(each(stride, kernel)), tuple(each(dilation, kernel)))
 
 
-def padded(
-    x: Tensor, kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: int | tuple[int, ...]
-) -> Tensor:
-    """The input of a convolution with its zero padding written out."""
-    margins = _margins(kernel, padding, dilation)
-    return F.pad(x, margins) if any(margins) else x
-
-
-def _margins(
+def margins(
     kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: int | tuple[int, ...]
 ) -> list[int]:
     """Of `F.pad`: both sides of each spatial axis, the last one first."""
