@@ -33,13 +33,10 @@ def conv(
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
     kernel = weight.shape[2:]
-    nd = len(kernel)
-    x = input if input.dim() == nd + 2 else input[None]
     if padding == "same":
-        x, padding = F.pad(x, margins(kernel, padding, dilation)), 0
+        input, padding = F.pad(input, margins(kernel, padding, dilation)), 0
     pads = each(0 if padding == "valid" else padding, kernel)
-    y = _with_bias(x, weight, bias, each(stride, kernel), pads, each(dilation, kernel), groups, None)
-    return y if input.dim() == nd + 2 else y[0]
+    return _with_bias(input, weight, bias, each(stride, kernel), pads, each(dilation, kernel), groups, None)
 
 
 def conv_transpose(
@@ -54,15 +51,13 @@ def conv_transpose(
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`."""
     kernel = weight.shape[2:]
-    x = input if input.dim() == len(kernel) + 2 else input[None]
     strides, pads, extra, reach = (each(v, kernel) for v in (stride, padding, output_padding, dilation))
-    y = _with_bias(x, weight, bias, strides, pads, reach, groups, extra)
-    return y if input.dim() == len(kernel) + 2 else y[0]
+    return _with_bias(input, weight, bias, strides, pads, reach, groups, extra)
 
 
 def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     x, weight = _under_autocast([x, weight])
-    y = _conv(x, weight, *geometry)
+    y = of_one_or_more(_conv, x, weight.dim() - 2, weight, *geometry)
     return y if bias is None else y + _under_autocast([bias])[0].reshape(-1, *(1,) * (weight.dim() - 2))
 
 
@@ -179,9 +174,8 @@ def avg_pool2d(
     """`F.avg_pool2d`."""
     kernel = each(kernel_size, (0, 0))
     strides = each(kernel_size if stride is None else stride, (0, 0))
-    x = input if input.dim() == 4 else input[None]
-    y = _avg_pool2d(x, kernel, strides, each(padding, (0, 0)), ceil_mode, count_include_pad, divisor_override)
-    return y if input.dim() == 4 else y[0]
+    pads = each(padding, (0, 0))
+    return of_one_or_more(_avg_pool2d, input, 2, kernel, strides, pads, ceil_mode, count_include_pad, divisor_override)
 
 
 def avg_pool1d(
@@ -475,6 +469,11 @@ def of_images(name: str, function: Callable[..., Tensor], schema: str) -> Callab
     op.register_fake(function)
     op.register_vmap(of_all)
     return op
+
+
+def of_one_or_more(op: Callable[..., Tensor], x: Tensor, nd: int, *args: Any) -> Tensor:
+    """Of such an operator, of images of nd axes: x may be a single one."""
+    return op(x, *args) if x.dim() == nd + 2 else op(x[None], *args)[0]
 
 
 _group_norm = of_images(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import examples_first, of_images
+from .batching import examples_first, of_images, of_one_or_more
 from .rules import each
 
 
@@ -135,8 +135,7 @@ def adaptive_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Ten
         axes = input.shape[-nd:]
         given = [output_size] * nd if isinstance(output_size, int) else output_size
         sizes = [old if new is None else new for old, new in zip(axes, given, strict=True)]
-        y = op(input if input.dim() == nd + 2 else input[None], sizes)
-        return y if input.dim() == nd + 2 else y[0]
+        return of_one_or_more(op, input, nd, sizes)
 
     return pool
 
