@@ -245,6 +245,28 @@ OF_IMAGES = (torch.channels_last, torch.channels_last_3d)  # which `vmap` gives 
 WAYS = {"SUMMED": summed, "EACH": each, "LOOPED": looped, "BATCHED": batched}  # by name, for Dynamo hashes no enum
 
 
+Functions = Mapping[Callable[..., Any], Callable[..., Any]]
+
+
+def _replacing(found: Plan, batched: bool) -> tuple[Functions, Functions, Functions]:
+    """What is called in place of torch functions: in any call, in a tapped one, and in a tapped one under autocast."""
+    mapped = transformed()
+    if torch.compiler.is_compiling():
+        if batched:  # `found.way is Way.BATCHED` would be a guard that Dynamo cannot check
+            return OPEN_BATCHED, {}, {}
+        return EXACT | MAPPED | (OPEN | IN_GRAPHS if found.open else {}), OPEN_LAYERS, OPEN_LAYERS
+    if batched:
+        return {}, {} if mapped else EAGER_LAYERS, {}
+    if found.way is Way.LOOPED:
+        return EXACT, EXACT, EXACT
+    if found.way is Way.EACH or mapped:  # by a `vmap` of the caller's own
+        return EXACT | MAPPED, {}, {}
+    if not found.open:
+        return EXACT | MAPPED, EAGER_LAYERS, {}
+    # of a convolution with a bias `vmap` makes calls that autocast does not cast, or in part
+    return EXACT | MAPPED | OPEN, EAGER_LAYERS | OF_CHANNELS, OPEN_LAYERS
+
+
 def _watched(
     found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, options: Options, device: torch.device
 ) -> tuple[Probed, list[Any], list[list[Any]]]:
@@ -254,16 +276,8 @@ def _watched(
     mapping = not (looping or options.batched)
     as_written = options.batched or (looping and len(found.calls) == 0)
     mapped = transformed()  # the parameters too may be of several
-    of_vmap = found.open and (compiling or not mapped)  # no `vmap` of the caller's own around it
-    replacing: dict[Any, Callable[..., Any]] = OPEN_BATCHED if compiling else {}
-    if not options.batched:
-        open_ones = (OPEN | IN_GRAPHS if compiling else OPEN) if of_vmap else {}
-        replacing = EXACT if looping else EXACT | MAPPED | open_ones
-    replaced = OPEN_LAYERS if (compiling or of_vmap) and not options.batched else {}
+    replacing, of_tapped, of_cast = _replacing(found, options.batched)
     fills = found.fills or (found.draws and options.randomness == "different")
-    exact = EXACT if looping else {}  # of tapped calls
-    of_batch = EAGER_LAYERS if not (compiling or mapped) and found.way in (Way.SUMMED, Way.BATCHED) else {}
-    of_batch = of_batch | OF_CHANNELS if replaced else of_batch
     by_ids = not options.batched and F.embedding in options.rules
     biases = {layer.weight: layer.bias for layer in found.layers}
     calls: list[Any] = []
@@ -280,7 +294,7 @@ def _watched(
         gathered: list[views.Gathered] = []
         inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
         copies = Copies()
-        instead = replacing | own_of_each((example, fixed, free) if mapped else example) if fills else replacing
+        instead = {**replacing, **own_of_each((example, fixed, free) if mapped else example)} if fills else replacing
 
         def view(func: Any, args: Any, kwargs: Any) -> Any:
             """The output of a function of `views.VIEWS`; what it shows of a parameter is known from then on."""
@@ -320,9 +334,8 @@ def _watched(
             if read is not None and not compiling:
                 held = (read.weight,) if bias is None else (read.weight, read.bias)
                 args, kwargs = without_gradient((args, kwargs), *held)
-            # under autocast `vmap` makes of a convolution with a bias calls that are not cast, or in part
-            layers_of = replaced if compiling or torch.is_autocast_enabled(device.type) else of_batch
-            output = layers_of.get(func, exact.get(func, func))(*args, **kwargs)
+            of_layers = of_cast if torch.is_autocast_enabled(device.type) else of_tapped
+            output = of_layers.get(func, func)(*args, **kwargs)
             named = name == planned.weight or (compiling and name is None)  # a view by `w.T`
             if read is None or not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
                 raise StalePlan(
