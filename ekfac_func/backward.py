@@ -27,7 +27,7 @@ Probe = Callable[[int, Tensor], Tensor]
 """(call, its output) -> the output, whose gradient is wanted"""
 
 Probed = Callable[..., tuple[Tensor, Run]]
-Part = tuple[Params, Tensor, Any]  # gradients at copies, losses, aux
+Part = tuple[Params, Run]  # gradients at copies, and the run
 
 
 def _for_each(tree: Any, n: int) -> Any:
@@ -139,9 +139,7 @@ def _adds(probes: list[Tensor]) -> Probe:
     return lambda k, output: output + probes[k]
 
 
-def summed(
-    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, n: int, randomness: str
-) -> Part:
+def summed(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, randomness: str) -> Part:
     """The gradient of the sum of the losses: of each example w.r.t. its own outputs and copies."""
 
     def total(
@@ -154,20 +152,19 @@ def summed(
         return losses.sum(), run
 
     def of_taps(start: Tensor, free: Params, examples: Batch) -> tuple[Tensor, Run]:
-        tap = _batched_taps(arrivals.arrived, start, n)
+        tap = _batched_taps(arrivals.arrived, start, arrivals.n)
         return total(lambda _: tap, _marked([start], fixed), [], free, examples)
 
     def of_probes(probes: list[Tensor], free: Params, examples: Batch) -> tuple[Tensor, Run]:
         return total(_adds, _marked(probes, fixed), probes, free, examples)
 
-    own = _for_each(free, n)
+    own = _for_each(free, arrivals.n)
     if not transformed():
-        dense, run = _freed(of_taps, own, examples, arrivals.start)
-        return dense, run.losses, run.aux
+        return _freed(of_taps, own, examples, arrivals.start)
     of_f: Callable[..., Any] = torch.func.grad(of_probes, argnums=(0, 1), has_aux=True)
-    (outputs, dense), run = of_f(_for_each(arrivals.probes(), n), own, examples)
+    (outputs, dense), run = of_f(_for_each(arrivals.probes(), arrivals.n), own, examples)
     arrivals.deliver(run.inputs, outputs)
-    return dense, run.losses, run.aux
+    return dense, run
 
 
 def _of_each(losses: Tensor, free: Params, n: int) -> Params:
@@ -183,24 +180,20 @@ def _detached(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
-def each(
-    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, n: int, randomness: str
-) -> Part:
+def each(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, randomness: str) -> Part:
     """`vmap(grad)` as it is."""
 
     def at_zeros(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Run]:
         return probed(_adds(probes), fixed, free, example)
 
     of_one: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
-    own = _for_each((arrivals.probes(), free), n)
+    own = _for_each((arrivals.probes(), free), arrivals.n)
     (outputs, dense), run = torch.func.vmap(of_one, randomness=randomness)(*own, examples)
     arrivals.deliver(run.inputs, outputs)
-    return dense, run.losses, run.aux
+    return dense, run
 
 
-def looped(
-    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, n: int, randomness: str
-) -> Part:
+def looped(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, randomness: str) -> Part:
     """One example after another, without `vmap`."""
 
     def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
@@ -209,7 +202,7 @@ def looped(
     leaves = pytree.tree_leaves((free, examples))
     before = None if randomness == "different" else draws(leaves)
     parts = []
-    for k in range(n):
+    for k in range(arrivals.n):
         if before is not None and randomness == "same":
             before.repeat()
         # a copy, for discovery may not have seen whether the loss changes it in place
@@ -224,14 +217,12 @@ def looped(
         )
     outputs, dense, run = pytree.tree_map(lambda *t: torch.stack(t), *parts)
     arrivals.deliver(run.inputs, outputs)
-    return dense, run.losses, run.aux
+    return dense, run
 
 
-def batched(
-    probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, batch: Batch, n: int, randomness: str
-) -> Part:
+def batched(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, batch: Batch, randomness: str) -> Part:
     """The batch as it is; a parameter without a rule takes a backward pass an example."""
-
+    n = arrivals.n
     dense: Params = {}
 
     def of_taps(start: Tensor, free: Params, batch: Batch) -> tuple[Tensor, Run]:
@@ -241,7 +232,7 @@ def batched(
 
     if not transformed():
         _, run = _freed(of_taps, free, batch, arrivals.start)
-        return dense, run.losses, run.aux
+        return dense, run
 
     def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], Run]]:
         def at_zeros(probes: list[Tensor], batch: Batch) -> tuple[Tensor, Run]:
@@ -259,4 +250,4 @@ def batched(
     else:
         outputs, run = of_outputs(free)[1]
     arrivals.deliver(run.inputs, outputs)
-    return dense, run.losses, run.aux
+    return dense, run

@@ -451,13 +451,13 @@ def _tapped(
             before.repeat()
         n = batch_size(examples)
         arrivals = Arrivals(found, params, calls, take, n)
-        dense, losses, aux = run(probed, arrivals, fixed, free, examples, n, options.randomness)
+        dense, ran = run(probed, arrivals, fixed, free, examples, options.randomness)
         arrivals.finish()
         for name in layers:
             if name not in tapped:
                 G = dense[name].to(statistics_dtype(params[name]))
                 take(layers[name], (Dense(G.reshape(n, *layers[name].sizes)),), arrivals.bytes_each)
-        parts.append((losses, aux))
+        parts.append((ran.losses, ran.aux))
         bytes_each = arrivals.bytes_each
     losses, aux = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
     kept = {name: kept[name] for name in layers}
