@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -267,140 +267,164 @@ def _replacing(found: Plan, batched: bool) -> tuple[Functions, Functions, Functi
     return EXACT | MAPPED | OPEN, EAGER_LAYERS | OF_CHANNELS, OPEN_LAYERS
 
 
+class _Tapping:
+    """One run of a loss under the tap, call by call."""
+
+    def __init__(
+        self,
+        found: Plan,
+        options: Options,
+        replacing: tuple[Functions, Functions, Functions],
+        calls: list[Any],
+        probe: Probe,
+        fixed: Params,
+        free: Params,
+        n: int | None,
+    ) -> None:
+        self.found, self.options, self.calls, self.probe, self.n = found, options, calls, probe, n
+        self.instead, self.of_tapped, self.of_cast = replacing
+        self.params = {**fixed, **free}
+        self.fixed, self.free = fixed, free
+        self.biases = {layer.weight: layer.bias for layer in found.layers}
+        self.compiling = torch.compiler.is_compiling()
+        self.looping = found.way is Way.LOOPED
+        self.mapping = not (options.batched or self.looping)
+        self.as_written = options.batched or (self.looping and len(found.calls) == 0)
+        self.by_ids = not options.batched and F.embedding in options.rules
+        self.seen: list[Any] = []  # the way that the loss takes; not told in a graph
+        self.known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
+        # 0 for the parameter, else which part of it, and whether it is a view: not all that `views.VIEWS` give are
+        self.by_id = {} if self.compiling else {id(p): (name, 0, True) for p, name in self.known}
+        self.counted = self.reshaped = 0  # calls of functions that have a rule, and of `views.MAY_COPY`
+        self.gathered: list[views.Gathered] = []
+        self.inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
+        self.copies = Copies()
+
+    def handle(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of any torch function."""
+        if self.by_ids and func in LOOKUPS:
+            if of_table(func, args, kwargs, self.free.values())[0] is not func:
+                self.counted += 1  # as discovery does
+            func, args, kwargs = of_table(func, args, kwargs, self.fixed.values())
+        if not self.compiling:
+            self.seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), self.by_id)))
+            self.copies.begins(func, args)
+        refuse(func, args, kwargs, self.params, self.options.batched)
+        if self.mapping and kwargs.get("memory_format") in OF_IMAGES:
+            kwargs = {**kwargs, "memory_format": torch.contiguous_format}
+        if func == REQUIRES_GRAD and name_of(args[0], self.known) is not None:  # one of a tapped call is a constant
+            return True
+        output = NotImplemented
+        if func not in self.instead:
+            own = self.looping and func in expansions.COPIES and name_of(args[0], self.known) is None
+            output = expansions.expanded(func, args, kwargs, self.handle, self.as_written or own)
+        if output is not NotImplemented:
+            if func in expansions.COPIES and not self.compiling:
+                self.copies.add(output, *args)
+            self.copies.ends(func)
+            return output
+        if func in views.VIEWS:
+            return self.view(func, args, kwargs)
+        if func in self.options.rules:
+            return self.layer(func, args, kwargs)
+        output = self.instead.get(func, func)(*args, **kwargs)
+        if func in COPIED and func in self.instead and args and not self.compiling:
+            self.copies.add(output, args[0])
+        return output
+
+    def view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function of `views.VIEWS`; what it shows of a parameter is known from then on."""
+        name = name_of(args[0], self.known) if len(args) > 0 else None
+        if self.compiling and name is not None:
+            views.fix((args[1:], kwargs))
+        output = (func if name is not None else self.instead.get(func, func))(*args, **kwargs)
+        if func in views.MAY_COPY and args and not self.compiling:
+            at, self.reshaped = self.reshaped, self.reshaped + 1
+            if at < len(self.found.shared) and self.found.shared[at] != share(output, args[0]):
+                self.copies.add(output, args[0])
+        parts = [output] if isinstance(output, Tensor) else output
+        if name is not None:
+            if not self.compiling:
+                viewed = self.by_id[id(args[0])][2] and share(parts[0], args[0])
+                self.by_id.update({id(part): (name, at, viewed) for at, part in enumerate(parts, len(self.known))})
+            self.known.extend((part, name) for part in parts)
+        # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
+        hidden = self.compiling and name is None and not any(args[0] is p for p in self.free.values())
+        ids = views.ids_of(func, args, self.gathered) if args and (name is not None or hidden) else None
+        if ids is not None:
+            self.gathered.extend(views.Gathered(part, ids, name) for part in parts)
+        return output
+
+    def layer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function that has a rule, with a probe where the plan has one."""
+        k, at = len(self.calls), self.counted
+        self.counted += 1
+        if k == len(self.found.calls) or self.found.calls[k].at != at:
+            return self.instead.get(func, func)(*args, **kwargs)
+        planned = self.found.calls[k]
+        reads = readings(self.options.rules, func, args, kwargs)
+        read = reads[planned.reading] if planned.reading < len(reads) else None
+        name = None if read is None else name_of(read.weight, self.known)
+        bias = None if read is None or read.bias is None else name_of(read.bias, self.known)
+        if read is not None and not self.compiling:
+            held = (read.weight,) if bias is None else (read.weight, read.bias)
+            args, kwargs = without_gradient((args, kwargs), *held)
+        cast = torch.is_autocast_enabled(self.params[planned.weight].device.type)
+        output = (self.of_cast if cast else self.of_tapped).get(func, func)(*args, **kwargs)
+        named = name == planned.weight or (self.compiling and name is None)  # a view by `w.T`
+        # two tuples, for Dynamo
+        if read is None or not named or tuple(output.shape) != output_shape(planned, self.n):
+            raise StalePlan(
+                f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "
+                "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
+            )
+        if not self.compiling:
+            added = self.biases[planned.weight] if planned.biased else None
+            if bias != added:
+                raise StalePlan(
+                    f"call {k} of a layer, of {planned.weight!r}, adds the parameter {bias!r} where discovery saw "
+                    f"{added!r}: let the loss call the same layers whatever device, mode or values it meets"
+                )
+            self.seen.append((read.letters, read.split, bias, read.table, output.dtype))
+            if torch.is_grad_enabled():
+                leaves = map(innermost, pytree.tree_leaves(read.input))
+                self.inputs.extend((planned.weight, x, x._version) for x in leaves)
+        self.calls.append(with_ids(read, self.gathered, planned.weight) if planned.by_ids else read)
+        # a function of a rule of the user's own may need its output, which a change in place would not let alone
+        return self.probe(k, output if func in RULES else output.clone())
+
+    def check(self) -> None:
+        """Refuse, once the loss has run, what was not as discovery saw it."""
+        if len(self.calls) != len(self.found.calls):
+            raise StalePlan(
+                f"the loss called {len(self.calls)} layers where discovery saw {len(self.found.calls)}: let the loss "
+                "call the same layers whatever device, mode or values it meets"
+            )
+        refuse_changed(inputs=self.inputs)
+        if self.copies.changed():
+            raise Copied("the loss changes a view in place, which it did not when its layers were found")
+
+
 def _watched(
-    found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, options: Options, device: torch.device
+    found: Plan, loss_fn: LossFn | LossAuxFn, names: Collection[str], options: Options
 ) -> tuple[Probed, list[Any], list[list[Any]]]:
     """The loss under the tap; the list in which a run leaves its calls; and that of the ways that the runs took."""
-    compiling = torch.compiler.is_compiling()
-    looping = found.way is Way.LOOPED
-    mapping = not (looping or options.batched)
-    as_written = options.batched or (looping and len(found.calls) == 0)
-    mapped = transformed()  # the parameters too may be of several
-    replacing, of_tapped, of_cast = _replacing(found, options.batched)
+    compiling, mapped = torch.compiler.is_compiling(), transformed()  # the parameters too may be of several
+    instead, of_tapped, of_cast = _replacing(found, options.batched)
     fills = found.fills or (found.draws and options.randomness == "different")
-    by_ids = not options.batched and F.embedding in options.rules
-    biases = {layer.weight: layer.bias for layer in found.layers}
     calls: list[Any] = []
-    ways: list[list[Any]] = []  # that the loss took, of each run; not told in a graph
+    ways: list[list[Any]] = []
 
     def probed(probe: Probe, fixed: Params, free: Params, example: Any, n: int | None = None) -> tuple[Tensor, Run]:
         calls.clear()
-        seen: list[Any] = []
-        known: list[tuple[Tensor, str]] = [(p, name) for name, p in fixed.items()]
-        # 0 for the parameter, else which part of it, and whether it is a view: not all that `views.VIEWS` give are
-        by_id = {} if compiling else {id(p): (name, 0, True) for p, name in known}
-        counted: list[Any] = []
-        reshaped: list[Any] = []
-        gathered: list[views.Gathered] = []
-        inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
-        copies = Copies()
-        instead = {**replacing, **own_of_each((example, fixed, free) if mapped else example)} if fills else replacing
-
-        def view(func: Any, args: Any, kwargs: Any) -> Any:
-            """The output of a function of `views.VIEWS`; what it shows of a parameter is known from then on."""
-            name = name_of(args[0], known) if len(args) > 0 else None
-            if compiling and name is not None:
-                views.fix((args[1:], kwargs))
-            output = (func if name is not None else instead.get(func, func))(*args, **kwargs)
-            if func in views.MAY_COPY and args and not compiling:
-                at = len(reshaped)
-                reshaped.append(func)
-                if at < len(found.shared) and found.shared[at] != share(output, args[0]):
-                    copies.add(output, args[0])
-            parts = [output] if isinstance(output, Tensor) else output
-            if name is not None:
-                if not compiling:
-                    viewed = by_id[id(args[0])][2] and share(parts[0], args[0])
-                    by_id.update({id(part): (name, at, viewed) for at, part in enumerate(parts, len(known))})
-                known.extend((part, name) for part in parts)
-            # Dynamo does not show `w.T` to the tap, so that a view of a parameter may have no name there
-            hidden = compiling and name is None and not any(args[0] is p for p in free.values())
-            ids = views.ids_of(func, args, gathered) if args and (name is not None or hidden) else None
-            if ids is not None:
-                gathered.extend(views.Gathered(part, ids, name) for part in parts)
-            return output
-
-        def layer(func: Any, args: Any, kwargs: Any) -> Any:
-            """The output of a function that has a rule, with a probe where the plan has one."""
-            k, at = len(calls), len(counted)
-            counted.append(func)
-            if k == len(found.calls) or found.calls[k].at != at:
-                return instead.get(func, func)(*args, **kwargs)
-            planned = found.calls[k]
-            reads = readings(options.rules, func, args, kwargs)
-            read = reads[planned.reading] if planned.reading < len(reads) else None
-            name = None if read is None else name_of(read.weight, known)
-            bias = None if read is None or read.bias is None else name_of(read.bias, known)
-            if read is not None and not compiling:
-                held = (read.weight,) if bias is None else (read.weight, read.bias)
-                args, kwargs = without_gradient((args, kwargs), *held)
-            of_layers = of_cast if torch.is_autocast_enabled(device.type) else of_tapped
-            output = of_layers.get(func, func)(*args, **kwargs)
-            named = name == planned.weight or (compiling and name is None)  # a view by `w.T`
-            if read is None or not named or tuple(output.shape) != output_shape(planned, n):  # two tuples, for Dynamo
-                raise StalePlan(
-                    f"call {k} of a layer, of {name!r} with an output of shape {tuple(output.shape)}, is not the one "
-                    "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
-                )
-            if not compiling:
-                added = biases[planned.weight] if planned.biased else None
-                if bias != added:
-                    raise StalePlan(
-                        f"call {k} of a layer, of {planned.weight!r}, adds the parameter {bias!r} where discovery saw "
-                        f"{added!r}: let the loss call the same layers whatever device, mode or values it meets"
-                    )
-                seen.append((read.letters, read.split, bias, read.table, output.dtype))
-                if torch.is_grad_enabled():
-                    leaves = map(innermost, pytree.tree_leaves(read.input))
-                    inputs.extend((planned.weight, x, x._version) for x in leaves)
-            calls.append(with_ids(read, gathered, planned.weight) if planned.by_ids else read)
-            # a function of a rule of the user's own may need its output, which a change in place would not let alone
-            return probe(k, output if func in RULES else output.clone())
-
-        def handle(func: Any, args: Any, kwargs: Any) -> Any:
-            """The output of any torch function."""
-            if by_ids and func in LOOKUPS:
-                if of_table(func, args, kwargs, free.values())[0] is not func:
-                    counted.append(func)  # as discovery does
-                func, args, kwargs = of_table(func, args, kwargs, fixed.values())
-            if not compiling:
-                seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), by_id)))
-                copies.begins(func, args)
-            refuse(func, args, kwargs, params, options.batched)
-            if mapping and kwargs.get("memory_format") in OF_IMAGES:
-                kwargs = {**kwargs, "memory_format": torch.contiguous_format}
-            if func == REQUIRES_GRAD and name_of(args[0], known) is not None:  # one of a tapped call is a constant
-                return True
-            written = as_written or (looping and func in expansions.COPIES and name_of(args[0], known) is None)
-            output = NotImplemented if func in instead else expansions.expanded(func, args, kwargs, handle, written)
-            if output is not NotImplemented:
-                if func in expansions.COPIES and not compiling:
-                    copies.add(output, *args)
-                copies.ends(func)
-                return output
-            if func in views.VIEWS:
-                return view(func, args, kwargs)
-            if func in options.rules:
-                return layer(func, args, kwargs)
-            output = instead.get(func, func)(*args, **kwargs)
-            if func in COPIED and func in instead and args and not compiling:
-                copies.add(output, args[0])
-            return output
-
-        with contextlib.nullcontext() if compiling else traced(), unfused(), beneath(Tap(handle)):
-            loss = loss_fn({name: fixed[name] if name in fixed else free[name] for name in params}, example)
-        if not compiling:
-            del handle  # which calls itself, and in that cycle would keep the parameters and the inputs of calls
-        if len(calls) != len(found.calls):
-            raise StalePlan(
-                f"the loss called {len(calls)} layers where discovery saw {len(found.calls)}: let the loss call the "
-                "same layers whatever device, mode or values it meets"
-            )
-        refuse_changed(inputs=inputs)
-        if copies.changed():
-            raise Copied("the loss changes a view in place, which it did not when its layers were found")
-        ways.append(seen)
-        if found.calls and _deciding(seen) != _deciding(ways[0]):
+        own = own_of_each((example, fixed, free) if mapped else example) if fills else {}
+        replacing = {**instead, **own}, of_tapped, of_cast
+        run = _Tapping(found, options, replacing, calls, probe, fixed, free, n)
+        with contextlib.nullcontext() if compiling else traced(), unfused(), beneath(Tap(run.handle)):
+            loss = loss_fn({name: run.params[name] for name in names}, example)
+        run.check()
+        ways.append(run.seen)
+        if found.calls and _deciding(run.seen) != _deciding(ways[0]):
             raise StalePlan(
                 "the loss took another path for some of the examples than for others: draw what it depends on before "
                 "the call, into what the loss closes over"
@@ -425,7 +449,7 @@ def _tapped(
             f"loss_fn calls {found.cuts}, which in a transform or a compiled step does not reach {next(iter(free))!r}, "
             "which has no rule: write detach(), as x + (f(x) - x).detach(), or call the step in eager mode"
         )
-    probed, calls, ways = _watched(found, loss_fn, params, options, device)
+    probed, calls, ways = _watched(found, loss_fn, params.keys(), options)
     run = WAYS[found.way.name]
     read = begin(layers)
     kept: dict[str, Any] = {}
