@@ -444,13 +444,13 @@ def _tapped(
     fixed = {name: p for name, p in params.items() if name in owned}
     free = {name: p for name, p in params.items() if name not in owned}
     device = pytree.tree_leaves(batch)[0].device
-    if found.cuts and free and options.batched and transformed():  # one transform within another, which it is not of
+    if found.cuts and free and transformed():  # one transform within another, which it is not of
         raise RuntimeError(
             f"loss_fn calls {found.cuts}, which in a transform or a compiled step does not reach {next(iter(free))!r}, "
             "which has no rule: write detach(), as x + (f(x) - x).detach(), or call the step in eager mode"
         )
     probed, calls, ways = _watched(found, loss_fn, params.keys(), options)
-    run = WAYS[found.way.name]
+    way = WAYS[found.way.name]
     read = begin(layers)
     kept: dict[str, Any] = {}
 
@@ -460,32 +460,36 @@ def _tapped(
             kept[layer.weight] = add(layer, kept[layer.weight], of_terms) if layer.weight in kept else of_terms
 
     chunks = _chunks(batch, options.chunk_size)
-    repeated = options.randomness == "same" and len(chunks) > 1 and not options.batched
-    if repeated and torch.compiler.is_compiling():
-        raise ValueError(
-            f"chunk_size={options.chunk_size!r} with randomness='same' in a compiled step, where its chunks would draw "
-            "other numbers: leave one of them out"
-        )
-    before = draws(pytree.tree_leaves((params, batch))) if repeated else None
-    if before is None and len(chunks) > 1 and found.way is not Way.LOOPED and not torch.compiler.is_compiling():
-        before = host_draws()
+    before = _draws_of_chunks(found, params, batch, options) if len(chunks) > 1 else None
     parts, bytes_each = [], 0
     for examples in chunks:
         if before is not None:
             before.repeat()
         n = batch_size(examples)
         arrivals = Arrivals(found, params, calls, take, n)
-        dense, ran = run(probed, arrivals, fixed, free, examples, options.randomness)
+        dense, run = way(probed, arrivals, fixed, free, examples, options.randomness)
         arrivals.finish()
         for name in layers:
             if name not in tapped:
                 G = dense[name].to(statistics_dtype(params[name]))
                 take(layers[name], (Dense(G.reshape(n, *layers[name].sizes)),), arrivals.bytes_each)
-        parts.append((ran.losses, ran.aux))
+        parts.append((run.losses, run.aux))
         bytes_each = arrivals.bytes_each
     losses, aux = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
     kept = {name: kept[name] for name in layers}
     return Folded(losses.to(statistics_dtype(losses)), layers, kept, aux, bytes_each), ways[0]
+
+
+def _draws_of_chunks(found: Plan, params: Params, batch: Batch, options: Options) -> Draws | None:
+    """The state of the generators to which every chunk goes back, if any: for one draw serves the whole batch."""
+    if options.randomness == "same":
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"chunk_size={options.chunk_size!r} with randomness='same' in a compiled step, where its chunks would "
+                "draw other numbers: leave one of them out"
+            )
+        return draws(pytree.tree_leaves((params, batch)))
+    return None if found.way is Way.LOOPED or torch.compiler.is_compiling() else host_draws()
 
 
 def _chunks(batch: Batch, size: int | None) -> list[Batch]:
