@@ -160,73 +160,75 @@ def _discover(
             found.cuts = min(found.functions)
         return found
 
-    def of_values() -> Plan:
-        """Of a batched loss, by runs on the batch itself."""
-        assert values is not None
-        n = batch_size(values[1])
-        return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
+    return (_of_batched if batched else _of_examples)(param_specs, run, values)
 
+
+def _of_examples(
+    param_specs: Mapping[str, Spec], run: Callable[..., Observed], values: tuple[Params, Batch] | None
+) -> Plan:
+    """The plan of a loss of one example."""
     try:
-        if batched:
-            return _of_batches(param_specs, run, 3, 5)
         found = run(None)
-        if values is None:
-            _refuse_compiled(found)
-        # under `vmap` an activation says that it requires a gradient within `grad` alone
-        way, is_open = (Way.EACH, False) if found.asked_of else (Way.SUMMED, not found.nested)
-        return Plan(
-            *arrange(param_specs, found, [None] * len(found.uses)),
-            way,
-            is_open,
-            found.filled,
-            found.drawn,
-            tuple(found.shared),
-        )
-    except DATA_DEPENDENT as error:  # the loss looks at values: nothing is known of it before it runs
-        if not batched:
-            return _unread(param_specs, "a branch on the values of tensors", Way.LOOPED)
+    except DATA_DEPENDENT:  # the loss looks at values: nothing is known of it before it runs
+        return _unread(param_specs, "a branch on the values of tensors", Way.LOOPED)
+    except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
+        return _unread(param_specs, "torch.autograd.grad", Way.EACH)
+    except _ChangesData:
+        return _unread(param_specs, "a module that is moved or cast", Way.LOOPED)
+    except _WithoutContext:
+        found = run(None, plain=True)
+        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
+    except RuntimeError as error:
+        if values is not None and "SparseCooTensorWithDimsAndTensorsBackward" in str(error):
+            return _unread(param_specs, "a sparse tensor, whose gradient torch has not of shapes", Way.LOOPED)
+        if "meta" not in str(error):
+            raise
+        # forward mode of a norm, which torch computes as if tensors without values were on their device
+        return _unread(param_specs, "a derivative that torch cannot take of shapes alone", Way.EACH)
+    if values is None:
+        _refuse_compiled(found)
+    # under `vmap` an activation says that it requires a gradient within `grad` alone
+    way, is_open = (Way.EACH, False) if found.asked_of else (Way.SUMMED, not found.nested)
+    tapped = arrange(param_specs, found, [None] * len(found.uses))
+    return Plan(*tapped, way, is_open, found.filled, found.drawn, tuple(found.shared))
+
+
+def _of_batched(
+    param_specs: Mapping[str, Spec], run: Callable[..., Observed], values: tuple[Params, Batch] | None
+) -> Plan:
+    """The plan of a batched loss: of shapes alone, or where these are not enough by runs on the batch itself."""
+    try:
+        return _of_batches(param_specs, run, 3, 5)
+    except DATA_DEPENDENT as error:
         if values is None:
             raise ValueError(
                 "loss_fn with batched=True looks at values, which a compiled step does not have: compute with tensors, "
                 "as by torch.where or a product with a mask, or call the step in eager mode"
             ) from error
-        return of_values()
-    except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
-        if batched:
-            raise ValueError(
-                "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
-            ) from None
-        return _unread(param_specs, "torch.autograd.grad", Way.EACH)
+    except _SecondOrder:
+        raise ValueError(
+            "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
+        ) from None
     except _ChangesData as error:
-        if batched:
-            raise ValueError(
-                "loss_fn moves or casts a module, which torch.func does not let it: do it before, or leave batched out "
-                "for a loop over the examples"
-            ) from error
-        return _unread(param_specs, "a module that is moved or cast", Way.LOOPED)
+        raise ValueError(
+            "loss_fn moves or casts a module, which torch.func does not let it: do it before, or leave batched out "
+            "for a loop over the examples"
+        ) from error
     except _WithoutContext:
-        if batched and values is None:
+        if values is None:
             raise ValueError(
                 "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: "
                 "give it a setup_context, or call the step in eager mode"
             ) from None
-        if batched:
-            return _of_batches(param_specs, functools.partial(run, plain=True), 3, 5)
-        found = run(None, plain=True)
-        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
-    except RuntimeError as error:
-        if batched and values is not None:
-            n = batch_size(values[1])  # it may not take every number of examples
-            try:
-                return _of_batches(param_specs, run, n, 2 * n)
-            except RuntimeError:  # nor tensors without values, or within `torch.func`
-                return of_values()
-        if not batched and values is not None and "SparseCooTensorWithDimsAndTensorsBackward" in str(error):
-            return _unread(param_specs, "a sparse tensor, whose gradient torch has not of shapes", Way.LOOPED)
-        if batched or "meta" not in str(error):
+        return _of_batches(param_specs, functools.partial(run, plain=True), 3, 5)
+    except RuntimeError:
+        if values is None:
             raise
-        # forward mode of a norm, which torch computes as if tensors without values were on their device
-        return _unread(param_specs, "a derivative that torch cannot take of shapes alone", Way.EACH)
+        n = batch_size(values[1])  # it may not take every number of examples
+        with contextlib.suppress(RuntimeError):  # nor tensors without values, or within `torch.func`
+            return _of_batches(param_specs, run, n, 2 * n)
+    n = batch_size(values[1])
+    return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
 
 
 def _unread(param_specs: Mapping[str, Spec], why: str, way: Way) -> Plan:
