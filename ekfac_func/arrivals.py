@@ -179,26 +179,20 @@ def _added(terms: Sequence[Factored | OneHot]) -> Terms:
     """Several uses of one weight are more positions of it."""
     factored = [term for term in terms if isinstance(term, Factored)]
     tables = [term for term in terms if isinstance(term, OneHot)]
-    added: list[Factored | OneHot] = []
-    if len(factored) > 0:
-        own = any(term.x is not None for term in factored)
-        samples = [term.inputs[..., 0] if term.x is None else term.x for term in factored] if own else []
-        a, g = factored[0].a, _cat([term.g for term in factored], 2)
-        if len(factored) > 1:
-            a = torch.cat([term.inputs for term in factored], 2)
-        counted = None
-        if any(term.counted is not None for term in factored):
-            every = [
-                torch.ones_like(t.g[..., 0], dtype=torch.bool) if t.counted is None else t.counted for t in factored
-            ]
-            counted = _cat(every, 2)
-        added.append(Factored(a, g, _cat(samples, 2) if own else None, counted))
-    if len(tables) > 0:
-        ids = _cat([term.ids for term in tables], 1)
-        g, counted = _cat([term.g for term in tables], 1), _cat([term.counted for term in tables], 1)
-        added.append(OneHot(ids, tables[0].size, g, counted))
-    return tuple(added)
+    if len(factored) > 1:
+        factored = [_of_factored(factored)]
+    if len(tables) > 1:
+        ids, g, counted = (torch.cat([getattr(t, name) for t in tables], 1) for name in ("ids", "g", "counted"))
+        tables = [OneHot(ids, tables[0].size, g, counted)]
+    return *factored, *tables
 
 
-def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+def _of_factored(terms: Sequence[Factored]) -> Factored:
+    a, g = torch.cat([t.inputs for t in terms], 2), torch.cat([t.g for t in terms], 2)
+    x = counted = None
+    if any(t.x is not None for t in terms):
+        x = torch.cat([t.inputs[..., 0] if t.x is None else t.x for t in terms], 2)
+    if any(t.counted is not None for t in terms):
+        every = [torch.ones_like(t.g[..., 0], dtype=torch.bool) if t.counted is None else t.counted for t in terms]
+        counted = torch.cat(every, 2)
+    return Factored(a, g, x, counted)
