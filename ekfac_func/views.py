@@ -165,17 +165,12 @@ RESHAPES = frozenset(
 )
 MAY_COPY = (SAME | RESHAPES) - {Tensor.clone}
 """Whether these share memory with their argument depends on how it lies there, under `vmap` too."""
-VIEWS = (
-    frozenset(
-        {
-            *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
-            *(getattr(Tensor, name) for name in ("t", "transpose", "permute", "swapaxes", "movedim", "__getitem__")),
-            *(getattr(torch, name) for name in ("t", "transpose", "permute", "swapaxes", "movedim")),
-            *(getattr(Tensor, name) for name in ("narrow", "select", "chunk", "unbind", "unsqueeze", "squeeze")),
-            *(getattr(torch, name) for name in ("narrow", "select", "chunk", "unbind", "unsqueeze", "squeeze")),
-            *(torch.split, blocks_at),
-        }
-    )
-    | SAME
-    | RESHAPES
+VIEWS = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+        *(getattr(of, name) for of in (Tensor, torch) for name in ("t", "transpose", "permute", "swapaxes", "movedim")),
+        *(getattr(of, name) for of in (Tensor, torch) for name in ("narrow", "select", "chunk", "unbind")),
+        *(getattr(of, name) for of in (Tensor, torch) for name in ("unsqueeze", "squeeze")),
+        *(torch.split, *GATHERS, *SAME, *RESHAPES),
+    }
 )
