@@ -455,13 +455,9 @@ class _Watch:
         """The output of a call of a torch function."""
         return self.made.call(self.noted, func, args, kwargs) if self.n is None else self.noted(func, args, kwargs)
 
-    def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The same, with what it says of parameters."""
-        batched = self.n is not None
-        # in a batch rows in another order would be taken for other examples'
-        if func in LOOKUPS and not batched and F.embedding in self.rules:
-            func, args, kwargs = of_table(func, args, kwargs, self.params.values())
-        refuse(func, args, kwargs, self.params, batched)
+    def begins(self, func: Any, args: Any, kwargs: Any, inner: bool) -> None:
+        """A call begins: what it says of the loss by itself. inner: within a transform of the loss's own."""
+        refuse(func, args, kwargs, self.params, self.n is not None)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
         self.picked.enter(func, args)
@@ -475,11 +471,19 @@ class _Watch:
                 self.found.reached.add(asked.name)
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise _SecondOrder
-        inner = depth() != self.level
-        if inner and not batched and func is Tensor.__setitem__ and has_tensors(args[1]):
+        if inner and self.n is None and func is Tensor.__setitem__ and has_tensors(args[1]):
             # a `vmap` within another misplaces what is written
             raise DataDependentOutputException(torch.ops.aten.index_put.default)
         self.found.nested |= (func in OPEN or func in IN_GRAPHS) and inner
+
+    def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The same as `handle`, with what it says of parameters."""
+        batched = self.n is not None
+        # in a batch rows in another order would be taken for other examples'
+        if func in LOOKUPS and not batched and F.embedding in self.rules:
+            func, args, kwargs = of_table(func, args, kwargs, self.params.values())
+        inner = depth() != self.level
+        self.begins(func, args, kwargs, inner)
         output = expansions.expanded(func, args, kwargs, self.handle, batched)
         if output is not NotImplemented:
             if func in expansions.FOR_VMAP:  # not all its calls are handed over
