@@ -65,23 +65,11 @@ def multi_head_attention(
         biases = [None if in_proj_bias is None else call(torch.narrow, in_proj_bias, 0, j * e, e) for j in range(3)]
         q, k, v = (call(F.linear, x, w, b) for x, w, b in zip((query, key, value), matrices, biases, strict=True))
 
-    mask = _additive(attn_mask, q)
-    if mask is not None and mask.dim() == 3:  # [(m heads) l t]
-        mask = mask.reshape(m, heads, *mask.shape[1:])
-    extra = 0
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([t, bias.expand(1, m, e)]) for t, bias in ((k, bias_k), (v, bias_v)))
-        extra += 1
     if add_zero_attn:
         k, v = (F.pad(t, [0, 0, 0, 0, 0, 1]) for t in (k, v))
-        extra += 1
-    padding = _additive(key_padding_mask, q)
-    if padding is not None:
-        padding = F.pad(padding, [0, extra])[:, None, None]
-    if mask is not None:
-        mask = F.pad(mask, [0, extra])
-    mask = padding if mask is None else mask if padding is None else mask + padding
-
+    mask = _added_up(attn_mask, key_padding_mask, q, heads, len(k) - len(key))
     q, k, v = (t.reshape(*t.shape[:2], heads, e // heads).permute(1, 2, 0, 3) for t in (q, k, v))  # [m heads l d]
     dropout = dropout_p if training else 0.0
     if need_weights:
@@ -96,6 +84,18 @@ def multi_head_attention(
         return out, None
     weights = weights.mean(1) if average_attn_weights else weights
     return out, weights if batched else weights.squeeze(0)
+
+
+def _added_up(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int, extra: int) -> Tensor | None:
+    """What two masks add to the scores `[m heads l t]`, of which the extra last keys are seen by all."""
+    mask, padding = _additive(mask, like), _additive(padding, like)
+    if mask is not None and mask.dim() == 3:  # [(m heads) l t]
+        mask = mask.unflatten(0, (-1, heads))
+    if mask is not None:
+        mask = F.pad(mask, [0, extra])
+    if padding is not None:
+        padding = F.pad(padding, [0, extra])[:, None, None]
+    return padding if mask is None else mask if padding is None else mask + padding
 
 
 def scaled_dot_product_attention(
