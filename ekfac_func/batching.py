@@ -6,7 +6,6 @@ same functions with a rule that takes all examples at once and leaves their numb
 their own: the gradient is taken outside `vmap`, of what the rule calls.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from . import expansions, products
 from .modes import innermost, past_vmap
@@ -329,26 +327,6 @@ def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
                 f"{num_classes - 1}"
             )
     return F.one_hot(tensor, num_classes)
-
-
-MAKES = (
-    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.tensor, torch.scalar_tensor),
-    *(torch.arange, torch.linspace, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
-    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
-    *(torch.clone, Tensor.clone, Tensor.repeat),
-)
-"""What makes tensors that are one for all examples."""
-
-
-def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
-    """For each of `MAKES` one that makes an example's own tensor, to write into: batched as the tensors of a tree."""
-    like = sum(leaf.new_zeros(()) for leaf in pytree.tree_leaves(of))
-
-    def written(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        made = make(*args, **kwargs)
-        return like.new_empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device).copy_(made)
-
-    return {make: functools.partial(written, make) for make in MAKES}
 
 
 EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.batch_norm: batch_norm}

@@ -32,13 +32,13 @@ from .batching import (
     OPEN,
     OPEN_BATCHED,
     OPEN_LAYERS,
-    own_of_each,
 )
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
 from .graphs import IN_GRAPHS
 from .layout import spec
+from .made import own_of_each
 from .modes import Draws, draws, host_draws, innermost, no_autocast, share, transformed, undrawn
 from .refusals import refuse, refuse_changed
 from .rules import RULES

@@ -1,10 +1,12 @@
 """Which tensors of a loss depend on neither params nor the example, as `torch.zeros` makes them, until they are filled.
 
-`vmap` lets no function write what differs between the examples into a tensor that is one for all of them.
+`vmap` lets no function write what differs between the examples into a tensor that is one for all of them: where a loss
+does, each example gets its own.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,3 +51,23 @@ class Made:
         """Closed over, or made of constants."""
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
         return not wrapped or not storages(innermost(t)).keys().isdisjoint(self.storages)
+
+
+MAKES = (
+    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.tensor, torch.scalar_tensor),
+    *(torch.arange, torch.linspace, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
+    *(torch.clone, Tensor.clone, Tensor.repeat),
+)
+"""What makes tensors that are one for all examples."""
+
+
+def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
+    """For each of `MAKES` one that makes an example's own tensor, to write into: batched as the tensors of a tree."""
+    like = sum(leaf.new_zeros(()) for leaf in pytree.tree_leaves(of))
+
+    def written(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        made = make(*args, **kwargs)
+        return like.new_empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device).copy_(made)
+
+    return {make: functools.partial(written, make) for make in MAKES}
