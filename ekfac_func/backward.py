@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .arrivals import Arrivals
-from .modes import draws, past_vmap, transformed
+from .draws import draws
+from .modes import past_vmap, transformed
 from .types import Batch, Params
 
 

@@ -36,10 +36,11 @@ from .batching import (
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
 from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
+from .draws import Draws, draws, host_draws, undrawn
 from .graphs import IN_GRAPHS
 from .layout import spec
 from .made import own_of_each
-from .modes import Draws, draws, host_draws, innermost, no_autocast, share, transformed, undrawn
+from .modes import innermost, no_autocast, share, transformed
 from .refusals import refuse, refuse_changed
 from .rules import RULES
 from .tap import LOOKUPS, Tap, beneath, name_of, of_table, readings, traced, unfused, with_ids

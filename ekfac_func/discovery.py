@@ -26,6 +26,7 @@ from . import expansions, views
 from .batching import COPIED, DATA, OPEN
 from .checks import check_count, check_loss, check_loss_fn, check_randomness
 from .copies import Copies
+from .draws import undrawn
 from .graphs import IN_GRAPHS
 from .layout import (
     Flat,
@@ -43,7 +44,7 @@ from .layout import (
     specs,
 )
 from .made import Made
-from .modes import depth, innermost, share, undrawn
+from .modes import depth, innermost, share
 from .picked import READS, Picked, has_tensors
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules

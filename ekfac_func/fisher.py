@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from .checks import check_count, check_function
 from .discovery import DATA_DEPENDENT
+from .draws import undrawn
 from .layout import Flat, filled, specs
-from .modes import undrawn
 from .second_moment import SecondMoment
 from .tap import unchecked
 from .types import Batch, LossFn, Params, batch_size, statistics_dtype

@@ -1,11 +1,7 @@
-"""What depends on whether a line runs in eager mode, under a transform or in a graph; and random states."""
+"""What depends on whether a line runs in eager mode, under a transform or in a graph."""
 
-import contextlib
-import functools
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,65 +106,6 @@ def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
 def squared(own: Tensor) -> Tensor:
     """The square of a tensor that nobody else reads: in place, but under `vmap`, which has no rule for that."""
     return own.square() if transformed() else own.square_()
-
-
-_WITH_STATES = ("cuda", "mps", "xpu")
-
-
-class Draws(NamedTuple):
-    """The states of the random number generators before a pass, from which another one draws the same."""
-
-    states: list[tuple[Callable[[Any], Any], Any]]  # how each is set, and what it was
-    recorded: bool = False  # into a CUDA graph, where the states of the devices cannot be had
-
-    def repeat(self) -> None:
-        """Go back to them."""
-        if self.recorded:
-            raise RuntimeError(
-                "a step that a CUDA graph records wanted a second pass with the same random numbers: call it once "
-                "before, and record steps without chunk_size or a refresh"
-            )
-        for set_state, state in self.states:
-            set_state(state)
-
-    def followed(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether a generator of torch has been used since, on the CPU or where these tensors are."""
-        now = draws(tensors).states
-        pairs = [(old, new) for (_, old), (_, new) in zip(self.states, now, strict=False) if isinstance(old, Tensor)]
-        return any(not torch.equal(old, new) for old, new in pairs)
-
-
-def host_draws() -> Draws:
-    """Of Python and numpy alone, of which one draw serves the whole batch."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
-    if numpy := sys.modules.get("numpy"):
-        states.append((numpy.random.set_state, numpy.random.get_state()))
-    return Draws(states)
-
-
-def draws(tensors: Iterable[Tensor]) -> Draws:
-    """Of the CPU and the accelerators that these tensors are on; of Python and numpy, by which a loss may branch."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        *host_draws().states,
-    ]
-    devices = {t.device for t in tensors if t.device.type in _WITH_STATES}
-    recorded = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
-    for d in () if recorded else devices:
-        module = torch.get_device_module(d)
-        which = {} if d.type == "mps" else {"device": d}  # of mps there is one
-        states.append((functools.partial(module.set_rng_state, **which), module.get_rng_state(**which)))
-    return Draws(states, recorded)
-
-
-@contextlib.contextmanager
-def undrawn(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restores the random state on exit."""
-    before = draws(tensors)
-    try:
-        yield
-    finally:
-        before.repeat()
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

@@ -46,6 +46,7 @@ from .checks import (
 from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import checked_options, plan
 from .distributed import Ranks, check_ranks, of_first, total, total_factors
+from .draws import draws
 from .fisher import Fisher, check_estimator, empirical
 from .kronecker import (
     WeightSharing,
@@ -61,7 +62,7 @@ from .kronecker import (
     unpack_all,
 )
 from .memory import empty, writable
-from .modes import depth, draws, no_autocast, transformed, where
+from .modes import depth, no_autocast, transformed, where
 from .orders import DEFAULT_CONTRACTIONS, Contractions, budget, check_contractions, contraction_of
 from .passes import LayerSums, add_gradients, add_if_any, add_layer_sums, read_gradient
 from .refreshes import EIGH, Refresh, check_refresh, check_samples, due, refresh_bases

@@ -32,7 +32,7 @@ from ekfac_func import (
     staggered,
     thin,
 )
-from ekfac_func.modes import Draws
+from ekfac_func.draws import Draws
 from ekfac_func.types import Params
 
 from .cases import N, classifier, every_case, make
