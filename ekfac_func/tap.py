@@ -135,12 +135,14 @@ def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     return REORDERED[func](*args, **kwargs) if func in REORDERED else (func, args, kwargs)
 
 
-def _reordered(function: Any, *names: str) -> Any:
-    """To a function of the same arguments in another order, without the choice of cuDNN."""
+def _reordered(name: str) -> Any:
+    """From a norm to that of `torch.nn.functional`: the arguments in another order, without the choice of cuDNN."""
+    names = [argument.name for argument in getattr(_aten, name).default._schema.arguments]
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        return function, (given.pop(names[0]),), {k: v for k, v in given.items() if not k.startswith("cudnn_enable")}
+        named = {k: v for k, v in given.items() if not k.startswith("cudnn_enable")}
+        return getattr(F, name), (named.pop("input"),), named
 
     return call
 
@@ -192,21 +194,17 @@ def _with_packets(table: dict[Any, Any]) -> dict[Any, Any]:
 
 
 _aten = torch.ops.aten
-_OPERANDS = ("input", "weight", "bias", "running_mean", "running_var")
 ALIASES = _with_packets(
     {
-        _aten.linear.default: F.linear,
         **{getattr(_aten, f"conv{d}d").default: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
         **{getattr(_aten, f"conv{d}d").padding: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
         _aten.conv_transpose1d.default: F.conv_transpose1d,
         _aten.conv_transpose2d.input: F.conv_transpose2d,
         _aten.conv_transpose3d.input: F.conv_transpose3d,
+        **{getattr(_aten, name).default: getattr(F, name) for name in ("linear", "scaled_dot_product_attention")},
         **{getattr(_aten, name).default: getattr(torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm")},
-        _aten.rms_norm.default: torch.rms_norm,
-        _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
-        _aten.select_scatter.default: torch.select_scatter,
-        _aten.as_strided.default: torch.as_strided,
-        _aten.index_select.default: torch.index_select,
+        **{getattr(_aten, name).default: getattr(torch, name) for name in ("rms_norm", "select_scatter")},
+        **{getattr(_aten, name).default: getattr(torch, name) for name in ("as_strided", "index_select")},
     }
 )
 REORDERED = _with_packets(
@@ -217,22 +215,11 @@ REORDERED = _with_packets(
         Tensor.split: _split,
         _aten.index.Tensor: _index,
         **dict.fromkeys((torch.mv, Tensor.mv, _aten.mv.default), _mv),
-        **dict.fromkeys(
-            (torch.batch_norm, _aten.batch_norm.default),
-            _reordered(F.batch_norm, *_OPERANDS, "training", "momentum", "eps"),
-        ),
-        **dict.fromkeys(
-            (torch.instance_norm, _aten.instance_norm.default),
-            _reordered(F.instance_norm, *_OPERANDS, "use_input_stats", "momentum", "eps"),
-        ),
-        **dict.fromkeys(
-            (torch.layer_norm, _aten.layer_norm.default),
-            _reordered(F.layer_norm, "input", "normalized_shape", "weight", "bias", "eps"),
-        ),
-        **dict.fromkeys(
-            (torch.group_norm, _aten.group_norm.default),
-            _reordered(F.group_norm, "input", "num_groups", "weight", "bias", "eps"),
-        ),
+        **{
+            norm: _reordered(name)
+            for name in ("batch_norm", "instance_norm", "layer_norm", "group_norm")
+            for norm in (getattr(torch, name), getattr(_aten, name).default)
+        },
     }
 )
 """From the arguments of an operator to a function, its arguments and keywords."""
