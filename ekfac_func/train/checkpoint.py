@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import Any, BinaryIO
 
@@ -53,24 +54,17 @@ def read(path: Path) -> Any | None:
         raise Unreadable(f"{path} is no checkpoint ({type(reason).__name__}): give --restart") from reason
 
 
-class Flag:
-    """Whether something happened."""
-
-    def __init__(self) -> None:
-        self.up = False
-
-
 @contextmanager
-def interruptible() -> Iterator[Flag]:
-    """The first Ctrl-C inside raises the flag, for the loop to read between two steps; the second one interrupts."""
-    flag = Flag()
+def interruptible() -> Iterator[Event]:
+    """The first Ctrl-C inside sets the event, for the loop to read between two steps; the second one interrupts."""
+    stop = Event()
 
-    def raise_flag(number: int, frame: FrameType | None) -> None:
-        flag.up = True
+    def after_this_step(number: int, frame: FrameType | None) -> None:
+        stop.set()
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, raise_flag)
+    before = signal.signal(signal.SIGINT, after_this_step)
     try:
-        yield flag
+        yield stop
     finally:
         signal.signal(signal.SIGINT, before)

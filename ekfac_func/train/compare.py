@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, TextIO
 
 import torch
@@ -94,7 +95,7 @@ class _Written(NamedTuple):
     reached: dict[str, Progress]  # of all trainings
     files: Files
     table: TextIO  # of metrics
-    stop: checkpoint.Flag
+    stop: Event
 
     def after_step(self, now: Progress, loss: Tensor) -> None:
         """Metrics and a checkpoint where they are due. `checkpoint.Interrupted` after Ctrl-C."""
@@ -105,9 +106,9 @@ class _Written(NamedTuple):
             self.table.flush()
         if not math.isfinite(loss.item()):  # the end of this training, from which nothing goes on
             return
-        if self.stop.up or now.step % self.files.checkpoint_every == 0:
+        if self.stop.is_set() or now.step % self.files.checkpoint_every == 0:
             self._save(now)
-        if self.stop.up:
+        if self.stop.is_set():
             raise checkpoint.Interrupted(
                 f"stopped after {now.step} steps of {self.name}: {self.files.checkpoint} is there to go on from, by "
                 "the same command"
