@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .basis import fills_up, real
 from .checks import check_count, check_not_negative, check_number, check_tree
-from .kronecker import into_basis, out_of_basis, pack, unpack, unpack_all, written
+from .kronecker import into_basis, out_of_basis, pack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
-from .types import Basis, Layer, Number, Params, State
+from .types import Basis, Layer, Number, Params, State, shapes_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,10 +136,8 @@ class Curvature:
         for layer in self.layers:
             refuse_large(layer)
             b, o, i, k = layer.sizes
-            values, basis = (
-                self.values[layer.weight].double(),
-                Basis(*(written(Q).double() for Q in self.bases[layer.weight])),
-            )
+            values = self.values[layer.weight].double()
+            basis = Basis(*(written(Q).double() for Q in self.bases[layer.weight]))
             units = torch.eye(o * i * k, dtype=torch.float64, device=values.device).reshape(o * i * k, 1, o, i, k)
             columns = out_of_basis(into_basis(units.expand(-1, b, -1, -1, -1), basis) * values, basis, layer.sizes)
             matrices[layer.weight] = columns.flatten(2).permute(1, 2, 0)
@@ -185,11 +183,8 @@ class Curvature:
 
     def _tree(self, blocks: Mapping[str, Tensor]) -> Params:
         """`[... b o i k]` of each layer as a tree like params, in the dtypes of the statistics."""
-        tree: Params = {}
-        for layer in self.layers:
-            M = blocks[layer.weight]
-            tree |= unpack(layer, M, dict.fromkeys((layer.weight, layer.bias or layer.weight), M))
-        return tree
+        like = {name: blocks[layer.weight] for layer in self.layers for name in shapes_of([layer])}
+        return unpack_all(self.layers, blocks, like)
 
 
 def curvature(state: State) -> Curvature:
