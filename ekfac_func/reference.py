@@ -7,6 +7,7 @@ gradients of that precision.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,12 +140,8 @@ class Exact(NamedTuple):
 def second_moment_block(terms: Sequence[Terms], layer: Layer) -> Tensor:
     """`mean_n vec(G[n]) vec(G[n])^T` over the examples of several batches, `[b d d]` in float64."""
     refuse_large(layer)
-    total: Tensor | float = 0.0
-    n = 0
-    for G in _dense(terms):
-        total, n = total + torch.einsum("nbd,nbe->bde", G, G), n + len(G)
-    assert isinstance(total, Tensor)
-    return total / n
+    total = functools.reduce(torch.add, (torch.einsum("nbd,nbe->bde", G, G) for G in _dense(terms)))
+    return total / sum(map(count, terms))
 
 
 def exact_block(terms: Sequence[Terms], layer: Layer, slope: Tensor, damping: float, limit: int) -> Exact:
@@ -156,7 +153,7 @@ def exact_block(terms: Sequence[Terms], layer: Layer, slope: Tensor, damping: fl
 
     limit: the largest matrix that is solved; where both d and N exceed it there is a norm alone.
     """
-    n = sum(count(term) for term in terms)
+    n = sum(map(count, terms))
     d = math.prod(layer.sizes[1:])
     v = slope.flatten(1).to(torch.float64)
     if d <= min(n, limit):
@@ -167,13 +164,10 @@ def exact_block(terms: Sequence[Terms], layer: Layer, slope: Tensor, damping: fl
         squares = [gram(terms[j], terms[k]).square().sum() * (1 if j == k else 2) for j, k in pairs]
         return Exact(torch.stack(squares).sum() / n**2, None)
     K = torch.cat([torch.cat([gram(x, y) for y in terms], dim=2) for x in terms], dim=1)  # [b n n]
-    Gv = torch.cat([torch.einsum("nbd,bd->bn", G, v) for G in _dense(terms)], dim=1)
-    weights = torch.linalg.solve(K + n * damping * _eye(K), Gv)
-    sizes = [len(G) for G in _dense(terms)]
-    back = sum(
-        (torch.einsum("nbd,bn->bd", G, w) for G, w in zip(_dense(terms), weights.split(sizes, 1), strict=True)),
-        torch.zeros_like(v),
-    )
+    Gv = [torch.einsum("nbd,bd->bn", G, v) for G in _dense(terms)]
+    weights = torch.linalg.solve(K + n * damping * _eye(K), torch.cat(Gv, dim=1)).split([x.shape[1] for x in Gv], 1)
+    parts = (torch.einsum("nbd,bn->bd", G, w) for G, w in zip(_dense(terms), weights, strict=True))
+    back = functools.reduce(torch.add, parts)
     return Exact(K.square().sum() / n**2, ((v - back) / damping).reshape(slope.shape))
 
 
@@ -186,9 +180,7 @@ def gram(x: Terms, y: Terms) -> Tensor:
             a = torch.einsum("nbsik,mbtik->bnmst", x[0].inputs.to(torch.float64), y[0].inputs.to(torch.float64))
             g = torch.einsum("nbso,mbto->bnmst", x[0].g.to(torch.float64), y[0].g.to(torch.float64))
             return torch.einsum("bnmst,bnmst->bnm", a, g)
-    rows = []
-    for G in _dense([x]):
-        rows.append(torch.cat([torch.einsum("nbd,mbd->bnm", G, H) for H in _dense([y])], dim=2))
+    rows = [torch.cat([torch.einsum("nbd,mbd->bnm", G, H) for H in _dense([y])], dim=2) for G in _dense([x])]
     return torch.cat(rows, dim=1)
 
 
