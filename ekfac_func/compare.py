@@ -297,14 +297,14 @@ def _recipe(e: Estimator) -> Any:
 
 
 class _Truth(NamedTuple):
-    """What the estimators of one table of rules are judged against."""
+    """What the estimators are judged against on one layer."""
 
-    layers: dict[str, Layer]
-    slopes: dict[str, Tensor]  # [b o i k] gradient of all the data
-    square_norms: dict[str, float]  # of F
-    traces: dict[str, float]  # of F
-    naturals: dict[str, Tensor]  # [b o i k] the target
-    targets: dict[str, str]
+    layer: Layer
+    slope: Tensor  # [b o i k] gradient of all the data
+    square_norm: float  # of F
+    trace: float  # of F
+    natural: Tensor  # [b o i k] the target
+    target: str
 
 
 class _Data:
@@ -325,7 +325,7 @@ class _Data:
         self.damping, self.limit, self.randomness, self.chunk_size = damping, limit, randomness, chunk_size
         self.captures: dict[Any, list[Captured]] = {}
         self.references: dict[Any, list[Captured]] = {}  # by rules
-        self.truths: dict[Any, _Truth] = {}
+        self.truths: dict[Any, dict[str, _Truth]] = {}  # by rules and layer
 
     def load(self, sources: Sequence[tuple[Fisher, Rules]], advance: Callable[[], object]) -> None:
         """Capture every batch once for each kind of gradients and table of rules."""
@@ -354,11 +354,10 @@ class _Data:
             self.references[table] = _weighed(self.captures[self.reference, table], [len(c.losses) for c in own])
             self.truths[table] = self._truth(table)
 
-    def _truth(self, table: Any) -> _Truth:
+    def _truth(self, table: Any) -> dict[str, _Truth]:
         captures = self.references[table]
-        layers = captures[0].layers
-        found = _Truth(layers, {}, {}, {}, {}, {})
-        for name, layer in layers.items():
+        found = {}
+        for name, layer in captures[0].layers.items():
             terms = [captured.terms[name] for captured in captures]
             slope = pack(layer, self.slope)
             exact = exact_block(terms, layer, slope, self.damping, self.limit)
@@ -367,13 +366,10 @@ class _Data:
             natural, target = exact.natural, "dense"
             if natural is None:
                 moment = Moment(square, torch.ones((), dtype=slope.dtype, device=slope.device))
-                natural, target = (
-                    _scaled(into_basis(slope, everywhere), moment, everywhere, self.damping, layer),
-                    "ekfac",
-                )
-            found.slopes[name], found.naturals[name], found.targets[name] = slope, natural.to(torch.float64), target
-            found.square_norms[name] = exact.square_norm.item()
-            found.traces[name] = square.double().sum().item()
+                natural = _scaled(into_basis(slope, everywhere), moment, everywhere, self.damping, layer)
+                target = "ekfac"
+            norm, trace = exact.square_norm.item(), square.double().sum().item()
+            found[name] = _Truth(layer, slope, norm, trace, natural.to(torch.float64), target)
         return found
 
     def _everywhere(self, terms: Sequence[Terms], layer: Layer) -> tuple[Sums, Basis]:
@@ -444,12 +440,12 @@ class _Frame(NamedTuple):
 def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapping[str, Estimator], t: int) -> _Frame:
     """One step of all estimators of a recipe."""
     table = _table(recipe.rules)
-    truth = data.truths[table]
     captured = data.captures[recipe.fisher, table][t]
-    if captured.layers != truth.layers:
+    layers = {name: truth.layer for name, truth in data.truths[table].items()}
+    if captured.layers != layers:
         raise ValueError(
             f"the {recipe.fisher.name} Fisher sees the layers {list(captured.layers.values())}, the reference "
-            f"{data.reference.name} {list(truth.layers.values())}: give a reference whose loss uses them alike"
+            f"{data.reference.name} {list(layers.values())}: give a reference whose loss uses them alike"
         )
     for_basis, for_moment = recipe.basis(captured.terms, batch_size(data.batches[t]))
     if frame is None:
@@ -502,10 +498,10 @@ def _all_data_in(
     exact: dict[str, Tensor] = {}
     noise: dict[str, tuple[Tensor, Tensor] | None] = {}
     own = data.captures[empirical, table]
-    for name, layer in data.truths[table].layers.items():
+    for name, truth in data.truths[table].items():
         means = exact_means([c.terms[name] for c in data.references[table]], bases[name])
         exact[name] = _square(means)
-        if own[0].layers.get(name) != layer:
+        if own[0].layers.get(name) != truth.layer:
             noise[name] = None
             continue
         if data.reference is not empirical:
@@ -524,40 +520,39 @@ def _judge(
     step_sizes: Sequence[float],
     watch: Callable[[Seen], None] | None,
 ) -> Iterator[Record]:
-    truth = data.truths[_table(recipe.rules)]
+    truths = data.truths[_table(recipe.rules)]
     parts: list[dict[str, float]] = []
     directions: Params = {}
     ratios: list[Tensor] = []
-    for layer, where in truth.layers.items():
+    for layer, truth in truths.items():
         moment, exact, basis = frame.moments[name][layer], frame.exact[layer], frame.bases[layer]
         if watch is not None:
             watch(Seen(name, layer, t, moment.value, exact))
-        natural = _scaled(into_basis(truth.slopes[layer], basis), moment, basis, data.damping, where)
-        direction = unpack(where, natural, data.params)
+        natural = _scaled(into_basis(truth.slope, basis), moment, basis, data.damping, truth.layer)
+        direction = unpack(truth.layer, natural, data.params)
         directions |= direction
         ratio = _signal_to_noise(frame.noise[layer])
         ratios.append(ratio)
-        parts.append(_sums_of(moment.value, exact, truth, layer, natural))
+        parts.append(_sums_of(moment.value, exact, truth, natural))
         decrease, size = _best_step(data, direction, step_sizes)
-        yield _record(name, layer, t, frame, examples, parts[-1:], ratio, truth.targets[layer], decrease, size)
+        yield _record(name, layer, t, frame, examples, parts[-1:], ratio, truth.target, decrease, size)
     decrease, size = _best_step(data, directions, step_sizes)
-    target = " and ".join(sorted(set(truth.targets.values())))
+    target = " and ".join(sorted({truth.target for truth in truths.values()}))
     yield _record(name, "all", t, frame, examples, parts, torch.cat(ratios), target, decrease, size)
 
 
-def _sums_of(estimate: Tensor, exact: Tensor, truth: _Truth, layer: str, natural: Tensor) -> dict[str, float]:
+def _sums_of(estimate: Tensor, exact: Tensor, truth: _Truth, natural: Tensor) -> dict[str, float]:
     """What a layer adds to the sums that its figures, and those of the whole model, are ratios of."""
-    m, e, v, target = (x.to(torch.float64) for x in (estimate, exact, natural, truth.naturals[layer]))
-    norm = truth.square_norms[layer]
+    m, e, v, target = (x.to(torch.float64) for x in (estimate, exact, natural, truth.natural))
     return {
         "error": (m - e).square().sum().item(),
         "exact": e.square().sum().item(),
-        "norm": norm,
+        "norm": truth.square_norm,
         # ||F - Q diag(m) Q^T||^2 = ||F||^2 - ||e||^2 + ||m - e||^2, e the diagonal of Q^T F Q
-        "off": max(norm - e.square().sum().item(), 0.0),
+        "off": max(truth.square_norm - e.square().sum().item(), 0.0),
         "sum": m.sum().item(),
         "square": m.square().sum().item(),
-        "trace": truth.traces[layer],
+        "trace": truth.trace,
         "dot": (v * target).sum().item(),
         "natural": v.square().sum().item(),
         "target": target.square().sum().item(),
