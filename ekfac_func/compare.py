@@ -453,7 +453,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
         moments = {name: dict(state.second_moments) for name in members}
         frame = _Frame(t, state.factors, state.bases, moments, {}, {}, data)
     turn = for_basis is not None and t % recipe.basis_every == 0
-    factors, bases, moments = dict(frame.factors), dict(frame.bases), {}
+    factors, bases = dict(frame.factors), dict(frame.bases)
     used: dict[str, Means] = {}
     if turn:
         assert for_basis is not None
@@ -467,24 +467,22 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
         used = {name: _factors(term, bases[name]) for name, term in for_moment.items()}
         for name, mean in used.items():
             factors[name] = average_factors(frame.factors[name], mean, 0.0)
-    sums: dict[Any, dict[str, Sums]] = {}
-    how = {name: contraction_of(name, term, bases[name]) for name, term in for_moment.items()}
-    for member, estimator in members.items():
-        rule = estimator.second_moment
-        if rule.sums not in sums:
-            sums[rule.sums] = {
-                name: mean_sums(rule.sums(term, bases[name], how[name]), count(term))
-                for name, term in for_moment.items()
-            }
-        carry = rule.at_refresh if estimator.at_refresh is None else estimator.at_refresh
-        moments[member] = {}
-        for name, term in for_moment.items():
-            moment = frame.moments[member][name]
-            if name in used:
-                positions = used[name].positions
-                product = functools.partial(eigenvalue_product, factors[name], bases[name], positions, moment.value)
-                moment = carry_over(rule, carry, moment, frame.bases[name], bases[name], product)
-            moments[member][name] = rule.update(moment, sums[rule.sums][name], count(term))
+
+    @functools.cache
+    def means(sums: Callable[..., Sums], name: str) -> Sums:
+        term, basis = for_moment[name], bases[name]
+        return mean_sums(sums(term, basis, contraction_of(name, term, basis)), count(term))
+
+    def moment_of(member: str, estimator: Estimator, name: str) -> Moment:
+        rule, moment = estimator.second_moment, frame.moments[member][name]
+        if name in used:
+            carry = rule.at_refresh if estimator.at_refresh is None else estimator.at_refresh
+            positions = used[name].positions
+            product = functools.partial(eigenvalue_product, factors[name], bases[name], positions, moment.value)
+            moment = carry_over(rule, carry, moment, frame.bases[name], bases[name], product)
+        return rule.update(moment, means(rule.sums, name), count(for_moment[name]))
+
+    moments = {member: {name: moment_of(member, e, name) for name in for_moment} for member, e in members.items()}
     exact, noise = frame.exact, frame.noise
     if turn or not exact or frame.at is not data:
         exact, noise = _all_data_in(bases, data, table)
