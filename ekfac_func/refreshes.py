@@ -74,8 +74,7 @@ def eigh(dtype: torch.dtype | None = None) -> Refresh:
 
 
 def _anew(factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]:
-    found: list[Tensor] = eigenvectors(factors)
-    return found
+    return eigenvectors(factors)
 
 
 EIGH = eigh()
@@ -125,8 +124,7 @@ def adaptive(tolerance: float, dtype: torch.dtype | None = None) -> Refresh:
 
 
 def _where_due(tolerance: float, factors: list[Tensor], old: list[Tensor], first: bool) -> list[Tensor]:
-    found: list[Tensor] = eigenvectors_where_due(factors, old, tolerance)
-    return found
+    return eigenvectors_where_due(factors, old, tolerance)
 
 
 def staggered(groups: int, of: Refresh = EIGH) -> Refresh:
