@@ -233,7 +233,7 @@ def ekfac(
     check_choices(choices)
     averaged = averages(factor_decay)
     check_ranks(ranks)
-    check_of_samples(choices, ranks is not None, basis_every, averaged, factor_decay, second_moment, at_refresh)
+    check_of_samples(choices, ranks is not None, basis_every, factor_decay, second_moment, at_refresh)
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
         check_params(params)

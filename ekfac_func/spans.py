@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .basis import Choice, Choices, Compact, Thin
 from .capture import joined
-from .kronecker import WeightSharing, factor_sums, gradient
+from .kronecker import WeightSharing, averages, factor_sums, gradient
 from .passes import LayerSums
 from .second_moment import AtRefresh, SecondMoment, reset
 from .types import Basis, Factored, Factors, Layer, Moment, Number, OneHot, State, Terms
@@ -24,7 +24,6 @@ def check_of_samples(
     choices: Choices,
     several: bool,
     basis_every: int,
-    averaged: bool,
     factor_decay: Number,
     estimator: SecondMoment,
     at_refresh: AtRefresh | None,
@@ -39,7 +38,7 @@ def check_of_samples(
             "ranks with thin or compact bases: these are of the samples of one process, give rank(r) or FULL"
         )
     for kind, name in ((Thin, "thin"), (Compact, "compact")):
-        if averaged and kind in kinds:
+        if averages(factor_decay) and kind in kinds:
             raise ValueError(
                 f"factor_decay={factor_decay!r} with {name} bases: they are of the samples of one batch alone, give "
                 "factor_decay=0, rank(r) or FULL"
