@@ -37,12 +37,12 @@ def write(path: Path, tree: Any) -> None:
         torch.save(tree, file)
 
 
-class Unreadable(Exception):
-    """The file is nothing that `write` saved."""
+class Unusable(Exception):
+    """The file is nothing that a run can go on from."""
 
 
 def read(path: Path) -> Any | None:
-    """What `write` saved, on the CPU; None where there is nothing. Unreadable where there is something else."""
+    """What `write` saved, on the CPU; None where there is nothing. Unusable where there is something else."""
     if not path.exists():
         return None
     try:
@@ -51,7 +51,7 @@ def read(path: Path) -> Any | None:
                 raise zipfile.BadZipFile(broken)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # of bytes at random the unpickler raises anything
-        raise Unreadable(f"{path} is no checkpoint ({type(reason).__name__}): give --restart") from reason
+        raise Unusable(f"{path} is no checkpoint ({type(reason).__name__}): give --restart") from reason
 
 
 @contextmanager

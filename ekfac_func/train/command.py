@@ -119,7 +119,7 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
             compiled,
             files,
         )
-    except (compare.OtherRun, checkpoint.Unreadable) as reason:
+    except checkpoint.Unusable as reason:
         error(f"argument --out: {reason}")
     except checkpoint.Interrupted as reason:
         print(reason)

@@ -18,10 +18,6 @@ from .run import Curve, NaturalGradient, Point, Progress, TorchOptimizer, Traine
 from .settings import SECOND_MOMENTS, Settings
 
 
-class OtherRun(Exception):
-    """The checkpoint is of other options."""
-
-
 class Files(NamedTuple):
     """What a comparison writes while it runs."""
 
@@ -45,7 +41,7 @@ def compare(
 ) -> list[Curve]:
     """One curve for each optimizer. Goes on from a checkpoint that is there, which stays for the caller to delete.
 
-    OtherRun where the checkpoint is of other options; `checkpoint.Interrupted` after Ctrl-C.
+    `checkpoint.Unusable` where the checkpoint is of other options; `checkpoint.Interrupted` after Ctrl-C.
     """
     s = settings
     trainers: dict[str, Callable[[], Trainer]] = {
@@ -136,13 +132,15 @@ def _saved(files: Files) -> dict[str, Any]:
     if saved is None:
         return {"reached": {}, "training": None, "trainer": None, "metrics_bytes": 0}
     if not isinstance(saved, dict) or not {"about", "reached", "training", "trainer", "metrics_bytes"} <= saved.keys():
-        raise OtherRun(f"{files.checkpoint} is no checkpoint of this command: give --restart, or another directory")
+        raise checkpoint.Unusable(
+            f"{files.checkpoint} is no checkpoint of this command: give --restart, or another directory"
+        )
     for key, value in files.about.items():
         if saved["about"].get(key) != value:
-            raise OtherRun(
+            raise checkpoint.Unusable(
                 f"{files.checkpoint} is of a run with {key} {saved['about'].get(key)}, here it is {value}: give that, "
                 "--restart, or another directory"
             )
     if not files.metrics.exists() or files.metrics.stat().st_size < saved["metrics_bytes"]:
-        raise OtherRun(f"{files.metrics} is not what {files.checkpoint} goes on from: give --restart")
+        raise checkpoint.Unusable(f"{files.metrics} is not what {files.checkpoint} goes on from: give --restart")
     return dict(saved)
