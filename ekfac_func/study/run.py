@@ -75,16 +75,15 @@ def run(settings: Settings, data: Data) -> Study:
     examples = inputs.double() if inputs.is_floating_point() else inputs, labels
     compared = functools.partial(compare, loss_fn, damping=settings.damping)
     found = Study(settings, [], [], [])
+    of_stage = cut(examples, settings.batch_size)
     for stage in settings.stages:
-        last = -(-settings.examples // settings.batch_size) - 1
 
-        def watch(seen: Seen, stage: int = stage, last: int = last) -> None:
-            if seen.step == last:
+        def watch(seen: Seen, stage: int = stage) -> None:
+            if seen.step == len(of_stage) - 1:
                 found.seen.append((stage, seen))
 
         print(f"after {stage} training steps", flush=True)
-        split = cut(examples, settings.batch_size)
-        records = compared(points[stage], split, estimators=chosen, watch=watch, step_sizes=settings.step_sizes)
+        records = compared(points[stage], of_stage, estimators=chosen, watch=watch, step_sizes=settings.step_sizes)
         found.rows.extend(Row("batches", stage, record) for record in records)
         whole = {name: estimator for name, estimator in ESTIMATORS.items() if name in WHOLE}
         records = compared(points[stage], [examples], estimators=whole, step_sizes=())
@@ -100,8 +99,7 @@ def run(settings: Settings, data: Data) -> Study:
         some = {name: ESTIMATORS[name] for name in ("intra_batch", "kfac", "diagonal")}
         records = compared(points[stage], cut(examples, size), estimators=some, step_sizes=())
         found.rows.extend(Row("batch size", stage, record) for record in records)
-    few = tuple(t[: REFRESH_STEPS * settings.refresh_batch] for t in examples)
-    split = cut((few[0], few[1]), settings.refresh_batch)
+    split = cut(examples, settings.refresh_batch)[:REFRESH_STEPS]
     trajectory = [points[step] for step in _trajectory_steps(settings)][: len(split)]
     records = compared(trajectory, split, estimators=REFRESHES, step_sizes=())
     found.rows.extend(Row("refresh", stage, record) for record in records)
