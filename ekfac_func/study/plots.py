@@ -1,6 +1,5 @@
 """The pictures of a study."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ def error_by_layer(study: Study) -> Figure:
         for k, name in enumerate(names):
             mine = [row for row in table if row["estimator"] == name]
             x = [layers.index(row["layer"]) + (k + 0.5) / (len(names) + 1) for row in mine]
-            errors = [0 if math.isnan(row["fisher_error_se"]) else row["fisher_error_se"] for row in mine]
+            errors = [row["fisher_error_se"] for row in mine]
             ax.bar(x, [r["fisher_error"] for r in mine], 1 / (len(names) + 1), yerr=errors, label=name, color=_color(k))
         ax.set(title=f"after {stage.steps} steps, loss {stage.loss:.3g}", ylabel="||F - estimate|| / ||F||")
         ax.set_xticks([k + 0.5 for k in range(len(layers))], layers)
@@ -123,12 +122,11 @@ def step_quality(study: Study) -> Figure:
             table = [row for row in summarise(rows) if row["layer"] == "all"]
             scale = stage.loss if field == "decrease" else 1.0
             for k, row in enumerate(table):
-                error = row[f"{field}_se"] / scale
                 ax.bar(
                     g + (k + 0.5) / (len(table) + 1),
                     row[field] / scale,
                     1 / (len(table) + 1),
-                    yerr=0 if math.isnan(error) else error,
+                    yerr=row[f"{field}_se"] / scale,
                     color=_color(k),
                     label=row["estimator"] if g == 0 else None,
                 )
@@ -161,7 +159,7 @@ def _lines(ax: Axes, records: list[Record], along: str, field: str) -> None:
             groups = {x: group for x, group in groups.items() if len(group) > 1 or most == 1 or x == max(groups)}
         table = {x: summarise(group)[0] for x, group in sorted(groups.items())}
         y = [row[field] for row in table.values()]
-        error = [0 if math.isnan(row[f"{field}_se"]) else row[f"{field}_se"] for row in table.values()]
+        error = [row[f"{field}_se"] for row in table.values()]
         ax.errorbar(list(table), y, yerr=error, marker="o", markersize=3, label=name, color=_color(k))
 
 
