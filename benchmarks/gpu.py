@@ -95,11 +95,8 @@ def measured(device: str, tiny: bool, tiles: bool, compiled: bool, repeats: int)
 
 def machine(device: str) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__, "triton": str(projected.FOUND), "interpreted": interpreted()}
-
-
-def interpreted() -> str:
-    return str(projected.INTERPRETED)
+    found, interpreted = str(projected.FOUND), str(projected.INTERPRETED)
+    return {"device": name, "torch": torch.__version__, "triton": found, "interpreted": interpreted}
 
 
 def usable(device: str) -> bool:
