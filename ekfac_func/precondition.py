@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import basis as eigenbasis
 from .basis import (
     Choice,
     Choices,
@@ -25,6 +24,7 @@ from .basis import (
     counts,
     factor_shapes,
     fills_up,
+    identity,
     moment_shape,
     real,
     warn_of_large,
@@ -284,24 +284,15 @@ def ekfac(
         return ranks is None and rescales_samples(terms, basis, n)
 
     def in_bases(
-        bases: Mapping[str, Basis],
-        turn: _Turn,
-        n: int,
-        seen: dict[str, LayerSums],
-        again: dict[str, Sums | None],
-        bytes_each: int,
+        bases: Mapping[str, Basis], turn: _Turn, n: int, seen: dict[str, LayerSums], bytes_each: int
     ) -> tuple[dict[str, Sums], dict[str, Terms]]:
-        """The sums of each layer, and the samples of those whose samples are rescaled; seen is emptied on the way.
-
-        again: what a second pass read, of layers that the first read no terms of.
-        """
+        """The sums of each layer, and the samples of those whose samples are rescaled; seen is emptied on the way."""
         sums: dict[str, Sums] = {}
         samples: dict[str, Terms] = {}
         for name, layer in turn.layers.items():
             of_layer, basis = seen.pop(name), bases[name]
             terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
-            read = again.pop(name, None) if of_layer.sums is None else of_layer.sums
-            sums[name] = sums_in(basis, turn, layer, terms, bytes_each) if read is None else read
+            sums[name] = of_layer.sums or sums_in(basis, turn, layer, terms, bytes_each)
             if of_samples(terms, basis, n):
                 samples[name] = terms
         return sums, samples
@@ -352,16 +343,16 @@ def ekfac(
             basis = carried.bases[layer.weight]
             return sums_in(basis, turn, layer, terms, bytes_each) if layer.weight in again else None
 
-        sums: dict[str, Sums | None] = {}
         if again and before is not None:
             before.repeat()
-            sums = fold(curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any).kept
+            kept = fold(curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any).kept
+            seen |= {name: LayerSums(kept.pop(name)) for name in again}
         data = None
         if fisher.loss is not None:
             data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
 
         with no_autocast(leaf.device):
-            found, few = in_bases(carried.bases, turn, n, seen, sums, folded.bytes_each)
+            found, few = in_bases(carried.bases, turn, n, seen, folded.bytes_each)
             of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
             curvature = folded.losses.sum()
             if ranks is None:
@@ -493,7 +484,7 @@ def initial_state(
         p = params[layer.weight]
         zero = torch.zeros((), dtype=statistics_dtype(p), device=p.device)
         choice = chosen[layer.weight]
-        bases[layer.weight] = eigenbasis.identity(layer, choice, zero)
+        bases[layer.weight] = identity(layer, choice, zero)
         A, B = factor_shapes(layer, choice, averaged)
         factors[layer.weight] = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
         second_moments[layer.weight] = Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
