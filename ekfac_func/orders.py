@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .blocking import MAX_BYTES, NOMINAL_N, fitting, nominal
+from .blocking import MAX_BYTES, NOMINAL_N, fitting
 from .checks import check_count
+from .kronecker import count
 from .modes import opaque
 from .patches import Patches
 from .types import Basis, Dense, Factored, OneHot, Terms, constants, is_matrix, outside, turns
@@ -142,7 +143,8 @@ def contraction_of(
     bytes_each: bytes of an example of all layers' inputs and output gradients.
     """
     (order,) = _order(name, (chosen.orders,))
-    most = budget(chosen, bytes_each * nominal_count(terms))
+    n = NOMINAL_N if torch.compiler.is_compiling() else count(terms)
+    most = budget(chosen, bytes_each * n)
     return contraction(terms, basis, order, most, chosen.costs, name)
 
 
@@ -150,11 +152,6 @@ def contraction_of(
 def _order(name: str, orders: tuple[Mapping[str, Order]]) -> tuple[Order | None]:
     fits = (order for pattern, order in orders[0].items() if fnmatch.fnmatchcase(name, pattern))
     return (next(fits, None),)
-
-
-def nominal_count(terms: Terms) -> int:
-    """The examples of terms that a plan is for."""
-    return nominal(next(field for field in terms[0] if isinstance(field, Tensor | Patches)))
 
 
 def contraction(
