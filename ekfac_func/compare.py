@@ -374,12 +374,10 @@ class _Data:
 
     def _everywhere(self, terms: Sequence[Terms], layer: Layer) -> tuple[Sums, Basis]:
         """Exact means over all the data in the eigenbasis of all the data's factors."""
-        initial, name = _started((layer,), self.params), layer.weight
-        start = initial.bases[name]
-        sums = (factor_sums(of_batch, start) for of_batch in terms)
-        total = functools.reduce(lambda some, more: add_factor_sums(some, more, start), sums)
-        factors = average_factors(initial.factors[name], mean_factors(total), 0.0)
-        basis = refresh_bases({name: factors}, initial.bases)[0][name]
+        name, bases = layer.weight, _started((layer,), self.params).bases
+        sums = (factor_sums(of_batch, bases[name]) for of_batch in terms)
+        total = functools.reduce(lambda some, more: add_factor_sums(some, more, bases[name]), sums)
+        basis = refresh_bases({name: mean_factors(total)}, bases)[0][name]
         return exact_means(terms, basis), basis
 
     def mean_loss(self, params: Params) -> float:
