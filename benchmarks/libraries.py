@@ -45,16 +45,14 @@ def ours(w: Work, compiled: bool = False, **settings: Any) -> Calls:
     fresh = ekf.init(w.params, w.batch)
     due, known = dataclasses.replace(fresh, step=STEPS), dataclasses.replace(fresh, step=1)
     step = wrap(ekf.precondition)
-    found = per_example_gradients(w.loss_fn, w.params, w.batch)
-    layers, gradient = found.captured.layers, found.mean()
-    del found
+    gradient = per_example_gradients(w.loss_fn, w.params, w.batch).mean()
     observed: list[State] = []
 
     def moment(params: Params, batch: Any) -> dict[str, Tensor]:
         return second_moments(w.loss_fn, params, batch, known.bases)
 
     def precondition(gradient: Params, state: State) -> Params:
-        return precondition_gradient(layers, state, gradient, w.params)
+        return precondition_gradient(state, gradient, w.params)
 
     moment_call, precondition_call = wrap(moment), wrap(precondition)
 

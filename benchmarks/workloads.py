@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from ekfac_func import EKFAC, SecondMoment, State, averaged_intra_batch, ekfac, intra_batch, kfac, running_average
 from ekfac_func.kronecker import into_basis, out_of_basis, pack, unpack
-from ekfac_func.types import Layer, LossFn, Params
+from ekfac_func.types import LossFn, Params
 
 DAMPING = 1e-2
 ESTIMATORS: dict[str, SecondMoment] = {
@@ -248,11 +248,11 @@ def naive(w: Work, state: State) -> Params:
     return natural
 
 
-def precondition_gradient(layers: Mapping[str, Layer], state: State, gradient: Params, params: Params) -> Params:
+def precondition_gradient(state: State, gradient: Params, params: Params) -> Params:
     """A gradient rescaled by the moments of a state."""
     natural: Params = {}
-    for name, layer in layers.items():
-        projected = into_basis(pack(layer, gradient), state.bases[name])
-        rescaled = projected / (state.second_moments[name].value + DAMPING)
-        natural |= unpack(layer, out_of_basis(rescaled, state.bases[name], layer.sizes), params)
+    for layer in state.layers:
+        basis = state.bases[layer.weight]
+        rescaled = into_basis(pack(layer, gradient), basis) / (state.second_moments[layer.weight].value + DAMPING)
+        natural |= unpack(layer, out_of_basis(rescaled, basis, layer.sizes), params)
     return natural
