@@ -488,7 +488,7 @@ def initial_state(
         A, B = factor_shapes(layer, choice, averaged)
         factors[layer.weight] = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
         second_moments[layer.weight] = Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
-    return State(0, factors, bases, second_moments, tuple(layers))
+    return State(0, factors, bases, second_moments, layers)
 
 
 def _refresh(
