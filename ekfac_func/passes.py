@@ -14,7 +14,7 @@ from .types import Layer, State, Sums, Terms
 class LayerSums(NamedTuple):
     """Of one layer and some examples."""
 
-    sums: Sums | None = None  # in a basis that stays
+    sums: Sums | None = None  # in a basis that stays, or of a second pass in a new one
     factors: tuple[FactorSums, ...] | None = None  # for one that is to change
     terms: tuple[Terms, ...] = ()  # of some examples after others, where they are wanted again and there is room
 
