@@ -244,7 +244,7 @@ def _problem(C: Factor, old: Side, how: Refresh, first: bool) -> Problem | None:
     if C.shape[-1] <= 1:
         return None
     dtype = _solved_in(how, old)
-    C, _ = _scaled(C.to(torch.promote_types(C.dtype, dtype)))
+    C, _ = scaled(C.to(torch.promote_types(C.dtype, dtype)))
     C = C.to(dtype)
     return Problem((C + C.mT) / 2, old, lambda U: _where_good(U, old))
 
@@ -266,7 +266,7 @@ def _good(Q: Tensor) -> Tensor:
 
 def _spanned(x: Tensor, old: Tensor, how: Refresh) -> Problem:
     """The eigenvectors of `x^T x` of samples `[b samples d]`, ascending: those in their span, after any others."""
-    V, W, R = householder(_scaled(x)[0].mT)
+    V, W, R = householder(scaled(x)[0].mT)
     k = R.shape[1]
 
     def read(U: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +283,7 @@ def _spanned(x: Tensor, old: Tensor, how: Refresh) -> Problem:
 def _reflected(x: Tensor, old: Reflections, how: Refresh) -> Problem:
     """The eigenvectors of `x^T x` by reflections onto the span of the samples `[b samples d]`, and in it."""
     missing = old.E.shape[-1] - x.shape[1]
-    V, W, R = householder(F.pad(_scaled(x)[0], (0, 0, 0, missing)).mT)
+    V, W, R = householder(F.pad(scaled(x)[0], (0, 0, 0, missing)).mT)
 
     def read(E: Tensor) -> tuple[Reflections, Tensor]:
         good = _good(E)
@@ -301,7 +301,7 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
     samples no more than all these columns no iteration is needed, for the eigenvectors lie in their span; the old ones
     fill up what room they leave.
     """
-    x, largest = _scaled(C.x if isinstance(C, Gram) else (C + C.mT) / 2)
+    x, largest = scaled(C.x if isinstance(C, Gram) else (C + C.mT) / 2)
     U, (d, r) = old[..., :-1], (old.shape[-2], old.shape[-1] - 1)
     beside, samples = min(max(LEAST_FRESH, r // 8), d - r), x.shape[-2]
     if isinstance(C, Gram) and not torch.compiler.is_compiling() and samples <= r + beside:
@@ -324,7 +324,7 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
     return Problem((T + T.mT) / 2, None, read)
 
 
-def _scaled(C: Tensor) -> tuple[Tensor, Tensor]:
+def scaled(C: Tensor) -> tuple[Tensor, Tensor]:
     """Finite, and with a largest entry of 1; and what that was, `[... 1 1]`."""
     C = torch.where(torch.isfinite(C), C, 0)
     largest = C.abs().amax((-2, -1), keepdim=True) if C.numel() else C.new_zeros(*C.shape[:-2], 1, 1)

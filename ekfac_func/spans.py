@@ -16,6 +16,7 @@ from .basis import Choice, Choices, Compact, Thin
 from .capture import joined
 from .kronecker import WeightSharing, averages, factor_sums, gradient
 from .passes import LayerSums
+from .refreshes import scaled
 from .second_moment import AtRefresh, SecondMoment, reset
 from .types import Basis, Factored, Factors, Layer, Moment, Number, OneHot, State, Terms
 
@@ -99,12 +100,9 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor | None]:
     if n * s >= d or n * s == 0:
         return x, None
     X = x.movedim(1, 0).flatten(1, 2)
-    finite = torch.isfinite(X)
-    X = torch.where(finite, X, 0)
-    largest = X.abs().amax((1, 2), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1)
-    Q, R = torch.linalg.qr((X / largest).mT)
-    coordinates = torch.where(finite.all(-1, keepdim=True), R.mT * largest, torch.nan)
+    unit, largest = scaled(X)
+    Q, R = torch.linalg.qr(unit.mT)
+    coordinates = torch.where(torch.isfinite(X).all(-1, keepdim=True), R.mT * largest, torch.nan)
     return coordinates.reshape(b, n, s, -1).movedim(0, 1), Q
 
 
