@@ -50,18 +50,19 @@ def outside_squares(terms: Terms, basis: Basis) -> Tensor:
     Of samples at several positions; `single_sums` is for one.
     """
     match terms:
-        case (Factored() as term,):
-            return _of_samples(term.g, term.inputs, basis)
+        case (Factored(g=g) as term,):
+            a = term.inputs
+            g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
+            return assembled(sample_squares(g, a, g_O, a_I, basis), (g_O.shape[-1], a_I.shape[-2]))
         case (OneHot() as table,):
             return outside_of_table(table, basis)
         case (Dense(G=G),):
-            return _of_gradients(G, basis)
+            left: Outside = (None, None, None)
+            for part in split(G, _most(2 * G.shape[1:].numel(), G)):
+                H, *squares = gradient_squares(part, basis)
+                left = added(left, squares)
+            return assembled(left, (H.shape[2], H.shape[3]))
     raise AssertionError(f"no complement for {[type(term).__name__ for term in terms]}")
-
-
-def _of_samples(g: Tensor, a: Tensor, basis: Basis) -> Tensor:
-    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
-    return assembled(sample_squares(g, a, g_O, a_I, basis), (g_O.shape[-1], a_I.shape[-2]))
 
 
 def sample_squares(g: Tensor, a: Tensor, g_O: Tensor, a_I: Tensor, basis: Basis) -> Outside:
@@ -99,14 +100,6 @@ def outside_of_table(table: OneHot, basis: Basis, other: Factored | None = None)
         values = values + 2 * look_up(Factored(a_p, other.g), once.ids) * h_p
     on_i = add_rows(once.ids, values.sum(-1, keepdim=True), table.size)[:, :, 0] / c
     return assembled((on_i, None, None), (table.size, basis.Q_A.shape[-1]))
-
-
-def _of_gradients(G: Tensor, basis: Basis) -> Tensor:
-    outside_of: Outside = (None, None, None)
-    for part in split(G, _most(2 * G.shape[1:].numel(), G)):
-        H, *squares = gradient_squares(part, basis)
-        outside_of = added(outside_of, squares)
-    return assembled(outside_of, (H.shape[2], H.shape[3]))
 
 
 def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
