@@ -316,8 +316,13 @@ def form(g: Tensor, a: Tensor, rooms: Rooms | None = None) -> Tensor:
 
 def add_up(g: Tensor, a: Tensor) -> Tensor:
     """The sum over examples and positions of `g a^T`, `[b o i k]`."""
-    g, a = (t.transpose(0, 1).flatten(1, 2) for t in (g, a))
+    g, a = as_samples(g), as_samples(a)
     return outer(g, a.flatten(2)).unflatten(2, a.shape[2:])
+
+
+def as_samples(x: Tensor) -> Tensor:
+    """`[n b s ...]` to `[b samples ...]`: positions of all examples, one after another."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def gradient(terms: Terms) -> Tensor:

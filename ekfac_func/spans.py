@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .basis import Choice, Choices, Compact, Thin
 from .capture import joined
-from .kronecker import WeightSharing, averages, factor_sums, gradient
+from .kronecker import WeightSharing, as_samples, averages, factor_sums, gradient
 from .passes import LayerSums
 from .refreshes import scaled
 from .second_moment import AtRefresh, SecondMoment, reset
@@ -99,7 +99,7 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor | None]:
     n, b, s, d = x.shape
     if n * s >= d or n * s == 0:
         return x, None
-    X = x.movedim(1, 0).flatten(1, 2)
+    X = as_samples(x)
     unit, largest = scaled(X)
     Q, R = torch.linalg.qr(unit.mT)
     coordinates = torch.where(torch.isfinite(X).all(-1, keepdim=True), R.mT * largest, torch.nan)

@@ -23,6 +23,7 @@ from .blocking import MAX_BYTES, NOMINAL_N, fitting, split
 from .kronecker import (
     add_rows,
     add_up,
+    as_samples,
     coalesce,
     common_first,
     look_up,
@@ -259,21 +260,16 @@ def _rescaled_samples(g: Tensor, a: Tensor, scale: Tensor, inside: Tensor, basis
     on_i, on_o = scale[None, :, None, :, -1, 0], scale[None, :, None, -1, :, 0]
     if not outside(basis.Q_A):
         x = turn_inputs(a_I * on_o[..., None], basis.Q_A.mT)[..., 0]
-        left = [_samples(g_p), basis.Q_B.mT]
-        right = [_samples(x), turn_inputs(inside, basis.Q_A.mT)[..., 0]]
+        left = [as_samples(g_p), basis.Q_B.mT]
+        right = [as_samples(x), turn_inputs(inside, basis.Q_A.mT)[..., 0]]
         return outer(torch.cat(left, 1), torch.cat(right, 1))[..., None]
     h = turn_inputs((g_O * on_i)[..., None], basis.Q_B.mT)[..., 0]
     columns = turn_outputs(inside, basis.Q_B.mT)[..., 0]  # of Q_A, `[b o I]`
     if outside(basis.Q_B):
         h = h + scale[None, :, None, -1:, -1, 0] * g_p
-        columns = columns + outer(_samples(g_p), _samples(a_I[..., 0] * on_o))
-    left, right = [_samples(h), columns.mT], [_samples(a_p[..., 0]), basis.Q_A.mT]
+        columns = columns + outer(as_samples(g_p), as_samples(a_I[..., 0] * on_o))
+    left, right = [as_samples(h), columns.mT], [as_samples(a_p[..., 0]), basis.Q_A.mT]
     return outer(torch.cat(left, 1), torch.cat(right, 1))[..., None]
-
-
-def _samples(x: Tensor) -> Tensor:
-    """`[n b s d]` to `[b samples d]`."""
-    return x.movedim(1, 0).flatten(1, 2)
 
 
 def squared_rotations(old: Basis, new: Basis) -> Basis:
