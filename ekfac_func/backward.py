@@ -200,6 +200,10 @@ def looped(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, exam
     def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
         return probed(_taps(outputs.__setitem__, start), _marked([start], fixed), free, example)
 
+    def at_zeros(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Run]:
+        return probed(_adds(probes), _marked(probes, fixed), free, example)
+
+    of_f: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
     leaves = pytree.tree_leaves((free, examples))
     before = None if randomness == "different" else draws(leaves)
     parts = []
@@ -209,7 +213,10 @@ def looped(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, exam
         # a copy, for discovery may not have seen whether the loss changes it in place
         example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)
         outputs = arrivals.probes()
-        dense, run = _freed(functools.partial(of_one, outputs), free, example, lambda inputs: None)
+        if transformed():  # by the caller, as by `vmap` over dampings
+            (outputs, dense), run = of_f(outputs, free, example)
+        else:
+            dense, run = _freed(functools.partial(of_one, outputs), free, example, lambda inputs: None)
         parts.append((outputs, dense, run))
     if before is not None and randomness == "error" and before.followed(leaves):
         raise RuntimeError(
@@ -235,20 +242,13 @@ def batched(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, bat
         _, run = _freed(of_taps, free, batch, arrivals.start)
         return dense, run
 
-    def of_outputs(free: Params) -> tuple[Tensor, tuple[list[Tensor], Run]]:
-        def at_zeros(probes: list[Tensor], batch: Batch) -> tuple[Tensor, Run]:
-            losses, run = probed(_adds(probes), _marked(probes, fixed), free, batch, n)
-            return losses.sum(), run
+    def of_probes(probes: list[Tensor], free: Params) -> tuple[Tensor, Run]:
+        return probed(_adds(probes), _marked(probes, fixed), free, batch, n)
 
-        of_f: Callable[..., Any] = torch.func.grad(at_zeros, has_aux=True)
-        outputs, run = of_f(arrivals.probes(), batch)
-        return run.losses, (outputs, run)
-
-    if len(free) > 0:  # in one forward pass, for a second one would draw other random numbers
-        pulled: Any = torch.func.vjp(of_outputs, free, has_aux=True)
-        losses, pull, (outputs, run) = pulled
-        (dense,) = torch.func.vmap(pull)(torch.eye(n, dtype=losses.dtype, device=losses.device))
-    else:
-        outputs, run = of_outputs(free)[1]
+    pulled: Any = torch.func.vjp(of_probes, arrivals.probes(), free, has_aux=True)
+    losses, pull, run = pulled
+    outputs = pull(torch.ones_like(losses))[0]
+    if len(free) > 0:  # of the same forward pass, for a second one would draw other random numbers
+        dense = torch.func.vmap(lambda row: pull(row)[1])(torch.eye(n, dtype=losses.dtype, device=losses.device))
     arrivals.deliver(run.inputs, outputs)
     return dense, run

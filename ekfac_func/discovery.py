@@ -10,7 +10,7 @@ import contextlib
 import enum
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import TransformType
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
@@ -156,7 +162,7 @@ def _discover(
         loss = functools.partial(loss_fn, *args, **kwargs)
         with undrawn(() if of is None else pytree.tree_leaves(of)):  # the next run takes the same path
             one = pytree.tree_unflatten(*example)
-            found = _run(loss, param_specs, one, rules, has_aux, n, skip, picking, of, plain)
+            found = _run(loss, param_specs, one, rules, has_aux, n, skip, picking, of, plain, values is not None)
         if values is None and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
             found.cuts = min(found.functions)
         return found
@@ -284,6 +290,7 @@ def _run(
     picking: Collection[int],
     values: tuple[Params, Any] | None,
     plain: bool,
+    eager: bool,
 ) -> Observed:
     """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
 
@@ -291,8 +298,9 @@ def _run(
     picking: lookups that are along the examples.
     values: parameters and a batch, for a loss that looks at values, of which it gets n examples.
     plain: by autograd, not by `torch.func`.
+    eager: the loss is not for a graph, which cannot hold what a mask picks, though it closes over the mask.
     """
-    watch = _Watch(rules, n, skip, Picked(picking), without_values=values is None)
+    watch = _Watch(rules, n, skip, Picked(picking), without_values=values is None, by_masks=eager and n is None)
 
     def make_examples() -> Any:
         if values is None:
@@ -429,9 +437,16 @@ class _Watch:
     """What a loss does with its parameters in one run, call by call."""
 
     def __init__(
-        self, rules: Rules, n: int | None, skip: Mapping[int, str], picked: Picked, without_values: bool
+        self,
+        rules: Rules,
+        n: int | None,
+        skip: Mapping[int, str],
+        picked: Picked,
+        without_values: bool,
+        by_masks: bool,
     ) -> None:
         self.rules, self.n, self.skip, self.without_values = rules, n, skip, without_values
+        self.by_masks = by_masks
         self.found = Observed()
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
@@ -494,7 +509,7 @@ class _Watch:
             self.copies.ends(func)
             return output
         if func in views.VIEWS:
-            output = func(*args, **kwargs)
+            output = func(*(at_constant_masks(func, args) if self.by_masks else args), **kwargs)
             if func in views.MAY_COPY and args:
                 self.found.shared.append(share(output, args[0]))
             if not self.follow(func, args, output):
@@ -616,6 +631,21 @@ CHECKS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch._is_all_true, Tensor._is_all_true), _true),
 }
 """Functions that look at values to check them, as they are on tensors without values."""
+
+
+def at_constant_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """`x[mask]` of a mask that the loss closes over by its ids, for tensors without values take no mask."""
+    if func is not Tensor.__getitem__:
+        return args
+    index: list[Any] = []
+    for entry in expansions.entries_of(args[1]):
+        constant = isinstance(entry, Tensor) and entry.dtype is torch.bool and entry.dim() > 0
+        if constant and not isinstance(innermost(entry), FakeTensor):
+            with unset_fake_temporarily():
+                index += entry.nonzero(as_tuple=True)
+        else:
+            index.append(entry)
+    return args[0], tuple(index)
 
 
 def without_gradient(tree: Any, *held: Tensor | None) -> Any:

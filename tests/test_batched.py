@@ -211,6 +211,19 @@ def test_chunks_of_a_coupled_batch_are_refused() -> None:
         ekfac(lambda p, x: x, damping=1.0, batched=True, chunk_size=2)
 
 
+def test_bags_of_maxima_over_an_ensemble() -> None:
+    """Of which torch has no second derivative, and none is asked for."""
+    ids, w = torch.randint(0, 3, (N, 2)), torch.randn(2, 3, 4)
+
+    def norms(w: Tensor) -> Tensor:
+        def loss_fn(params: Params, ids: Tensor) -> Tensor:
+            return F.embedding_bag(ids, params["w"], mode="max").sin().sum(1)
+
+        return per_example_gradients(loss_fn, {"w": w}, ids, batched=True).norms()
+
+    close(torch.vmap(norms)(w), torch.stack([norms(of_one) for of_one in w]))
+
+
 def test_parameters_with_and_without_a_rule_see_the_same_dropout() -> None:
     def loss_fn(params: Params, x: Tensor) -> Tensor:
         return (F.dropout(F.linear(x, params["w"], params["b"]), 0.5) * params["scale"]).sum(1)

@@ -599,6 +599,40 @@ def test_forward_mode_of_norms(norm: str, derivative: Any) -> None:
         close(found.dense(name), expected)
 
 
+MASK = torch.ones(4, 4, dtype=torch.bool).tril(-1)
+ROW = MASK[2]
+
+
+def _at_a_mask(params: Params, x: Tensor) -> Tensor:
+    """As the products of pairs are read."""
+    z = F.linear(x, params["w"])
+    return F.linear((z.mT @ z)[MASK].sin(), params["v"]).sum() + z[:, ROW].cos().sum()
+
+
+def _of_a_parameter_at_a_mask(params: Params, x: Tensor) -> Tensor:
+    return (F.linear(x, params["w"]).sum() * params["w"][MASK]).sin().sum() + params["v"].cos().sum()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "ruled"),
+    [(_at_a_mask, {"w", "v"}), (_of_a_parameter_at_a_mask, set())],
+    ids=["activations", "a weight"],
+)
+def test_a_mask_that_the_loss_closes_over_is_no_reason_for_a_loop(loss_fn: Any, ruled: set[str]) -> None:
+    calls = itertools.count()
+
+    def counted(params: Params, x: Tensor) -> Tensor:
+        next(calls)
+        return loss_fn(params, x)
+
+    params, batch = {"w": torch.randn(4, 4), "v": torch.randn(2, 6)}, torch.randn(N, 3, 4)
+    found = per_example_gradients(counted, params, batch)
+    assert next(calls) == 2  # discovery, and one of all examples
+    assert {name for name, layer in found.captured.layers.items() if layer.rule} == ruled
+    for name, expected in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), expected)
+
+
 @pytest.mark.parametrize("name", ["filled", "messages"])
 def test_a_tensor_that_the_loss_fills_is_no_reason_for_a_loop(name: str) -> None:
     case, calls = make(name), itertools.count()

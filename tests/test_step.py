@@ -26,7 +26,7 @@ from ekfac_func import (
 )
 from ekfac_func.types import Params
 
-from .cases import Case, N, classifier, every_batched_case, every_case, make
+from .cases import LOOPED, Case, N, classifier, every_batched_case, every_case, make
 from .oracles import close, close_trees, loop, same_bits
 
 ESTIMATORS = pytest.mark.parametrize(
@@ -278,6 +278,22 @@ def test_the_three_vmaps(name: str) -> None:
     natural, _, _ = torch.vmap(lambda p, s: step.precondition(p, batch, s))(stack(*ensemble), stack(*states))
     for k in range(2):
         close_trees(at(natural, k), step.precondition(ensemble[k], batch, states[k])[0], 1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in LOOPED if "custom" not in name))  # which no `vmap` takes
+def test_a_loop_over_the_examples_within_a_vmap_of_the_callers_own(name: str) -> None:
+    """Over what the loss does not depend on."""
+    case = make(name)
+    batch = case.batch(N)
+    state = ekfac(case.loss_fn, damping=1.0).init(case.params, batch)
+
+    def damped(damping: Tensor) -> Params:
+        return ekfac(case.loss_fn, damping=damping).precondition(case.params, batch, state)[0]
+
+    dampings = torch.tensor([1e-1, 1e-2])
+    natural = torch.vmap(damped)(dampings)
+    for k, damping in enumerate(dampings):
+        close_trees(at(natural, k), damped(damping), 1e-8)
 
 
 class NoHostRead(TorchDispatchMode):
