@@ -414,8 +414,12 @@ _conv.register_fake(_plain_conv)
 
 @_conv.register_vmap
 def _(info: Any, in_dims: Any, x: Tensor, weight: Tensor, *geometry: Any) -> tuple[Tensor, int]:
-    if in_dims[1] is not None:
-        return torch.func.vmap(lambda x, w: _plain_conv(x, w, *geometry), in_dims[:2])(x, weight), 0
+    if in_dims[1] is not None:  # of an ensemble: a group for each
+        x, weight = examples_first(info.batch_size, (x, weight), in_dims[:2])
+        stride, padding, dilation, groups, transposed = geometry
+        geometry = stride, padding, dilation, groups * len(weight), transposed
+        y = _plain_conv(x.movedim(0, 1).flatten(1, 2), weight.flatten(0, 1), *geometry)
+        return y.unflatten(1, (len(weight), -1)), 1
     x = x.movedim(in_dims[0], 0)
     y = _plain_conv(x.flatten(0, 1), weight, *geometry)
     return y.unflatten(0, x.shape[:2]), 0

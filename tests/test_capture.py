@@ -96,6 +96,19 @@ def test_a_changed_path_is_seen_although_the_shapes_are_not_new() -> None:
         close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
 
 
+def test_an_output_that_is_left_out_from_now_on() -> None:
+    used = [True]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y, z = F.linear(x, params["w"]), F.linear(x, params["v"])
+        return y.cos().sum() + z.sin().sum() if used[0] else y.cos().sum()
+
+    params, batch = {"w": torch.randn(3, 4), "v": torch.randn(2, 4)}, torch.randn(N, 4)
+    for used[0] in (True, False):
+        found = per_example_gradients(loss_fn, params, batch)
+        close_trees({name: found.dense(name) for name in params}, loop(loss_fn, params, batch)[1])
+
+
 def test_a_changed_number_of_layers_is_seen() -> None:
     depth = [1]
 
@@ -745,6 +758,28 @@ APART: dict[str, tuple[Any, tuple[int, ...], Callable[[Params, Tensor], Tensor]]
         lambda p, x: F.layer_norm(x, (3, 2, 2), p["w"], p["b"][IDS]) * x,
     ),
     "select_scatter": (SQUARE, (4, 3), lambda p, x: torch.select_scatter(y := F.linear(x, p["w"]), 2 * y[0], 0, -2)),
+    "times a number": (VECTOR, (4, 3), lambda p, x: torch.addmm(p["b"], x, p["w"], alpha=2.0)),
+    "times a number in a stack": (
+        {"w": (2, 3, 3)},
+        (2, 4, 3),
+        lambda p, x: torch.baddbmm(torch.ones(2, 4, 3), x, p["w"], alpha=2.0),
+    ),
+    "some of the heads": ({"w": (3, 4, 2)}, (4, 3), lambda p, x: torch.einsum("sd,dhk->shk", x, p["w"][:, 1:3])),
+    "a mixture of picked ones": (
+        {"w": (3, 3, 2)},
+        (4, 3),
+        lambda p, x: torch.einsum("se,eoi->soi", x, p["w"][IDS[:2].repeat_interleave(2)[:3]]),
+    ),
+    "a table of a stack": ({"w": (2, 3, 3)}, (4, 3), lambda p, x: F.embedding(IDS, p["w"][1]) * x[:3]),
+    "a kernel in part": ({"w": (4, 3, 2)}, (3, 5), lambda p, x: F.conv1d(x[None], p["w"][1:3])),
+    "a diagonal": (SQUARE, (4, 3), lambda p, x: torch.einsum("ii,si->si", p["w"], x)),
+    "summed beforehand": ({"w": (3, 3, 2)}, (4, 3), lambda p, x: torch.einsum("oik,si->so", p["w"], x)),
+    "one column for all": ({"w": (3, 1)}, (4, 3), lambda p, x: torch.einsum("oi,si->so", p["w"], x)),
+    "one matrix for a stack": ({"w": (1, 3, 3)}, (2, 4, 3), lambda p, x: x @ p["w"]),
+    "columns in turn": ({"w": (3, 6)}, (4, 3), lambda p, x: F.linear(x, p["w"][:, ::2])),
+    "a bias of positions and outputs": ({"w": (3, 3), "b": (4, 3)}, (4, 3), lambda p, x: F.linear(x, p["w"], p["b"])),
+    "a constant along positions": (SQUARE, (4, 3), lambda p, x: F.linear(x, p["w"], torch.arange(4.0)[:, None])),
+    "a bias of one entry": ({"w": (3, 3), "b": (1,)}, (4, 3), lambda p, x: F.linear(x, p["w"], p["b"])),
 }
 
 
@@ -1372,6 +1407,23 @@ def _returned_and_kept(params: Params, x: Tensor) -> Tensor:
     return before.cos()
 
 
+def _returned_to_another_place(params: Params, x: Tensor) -> Tensor:
+    h, at, other = F.linear(x[0], params["w"]).clone(), x[1].argmax(), x[1].argmin()
+    entry = h[at]
+    entry += 1.0
+    h[other] = entry
+    return h.square().sum()
+
+
+def _returned_to_another_tensor(params: Params, x: Tensor) -> Tensor:
+    h, at = F.linear(x[0], params["w"]).clone(), x[1].argmax()
+    other = 2 * h
+    entry = h[at]
+    entry += 1.0
+    other[at] = entry
+    return h.square().sum() + other.sin().sum()
+
+
 def _viewed_and_gone(params: Params, x: Tensor) -> Tensor:
     h = F.linear(x, params["w"])
     some, other = h[torch.tensor(1)][1:], torch.zeros(2)
@@ -1455,6 +1507,7 @@ def _strided_before(params: Params, x: Tensor) -> Tensor:
 
 VIEWED = [_scaled_view, _copied_into_a_view, _changed_entries, _changed_afterwards, _strided_view, _strided_before]
 VIEWED += [_returned_late, _returned_and_kept, _made_turned, _reshaped, _two_dots, _viewed_and_gone, _part_returned]
+VIEWED += [_returned_to_another_place, _returned_to_another_tensor]
 VIEWED += [_read_before_it_returned, _unfolded, _label_in_a_transform, _written_through_data, _by_keywords]
 
 

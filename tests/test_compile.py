@@ -474,6 +474,21 @@ def test_the_three_vmaps(name: str, backend: str) -> None:
     close_trees(compiled(over_ensemble, backend)(params, states), over_ensemble(params, states), 1e-8)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_ensemble_that_convolves_a_constant(groups: int) -> None:
+    """Then an example has nothing of its own in the call, and a member its kernel alone."""
+    image = torch.randn(1, 4, 6)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        y = F.conv1d(image, params["w"], groups=groups) + F.conv_transpose1d(image, params["w"], groups=groups).mean()
+        return (y * x).square().sum()
+
+    batch = torch.randn(N, 4, 4)
+    dense = torch.vmap(lambda p: found_gradients(loss_fn, p, batch)[1])
+    params = {"w": torch.randn(3, 4, 4 // groups, 3)}
+    close_trees(compiled(dense, "eager")(params), dense(params))
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_every_kind_of_loss_inside_a_compiled_step(backend: str) -> None:
     case = make("keywords")

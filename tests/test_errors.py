@@ -111,6 +111,11 @@ def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, messa
         ({"basis_every": True}, ValueError, "basis_every=True.*whole"),
         ({"batched": "yes"}, TypeError, "batched='yes' is a str: give True or False"),
         ({"batched": True, "randomness": "same"}, ValueError, "randomness='same' with batched=True.*leave it out"),
+        (
+            {"batched": True, "fisher": gradient(lambda p, x: x.sum())},
+            ValueError,
+            "gradient Fisher with batched=True.*use",
+        ),
         ({"second_moment": "kfac"}, TypeError, "second_moment='kfac'.*intra_batch"),
         ({"second_moment": averaged_intra_batch}, TypeError, "second_moment.*averaged_intra_batch"),
         ({"at_refresh": "keep"}, TypeError, "at_refresh='keep'.*transport"),

@@ -223,6 +223,26 @@ def test_several_outputs_and_distributions() -> None:
     moments(data_loss(model), params, given, sampled(two, likelihood, 2))
 
 
+class Smoothed(Categorical):
+    """Half of it uniform."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        uniform = self.logits.shape[-1]
+        return (super().log_prob(value).exp() / 2 + 1 / (2 * uniform)).log()
+
+
+def test_exact_of_a_distribution_of_ones_own() -> None:
+    """Whose probabilities are not those of the logits."""
+    model, params, batch = mlp(4)
+    given = batch(4)
+
+    def likelihood(z: Tensor) -> Distribution:
+        return Smoothed(logits=z)
+
+    whole = of_labels(model, params, given, likelihood, list(torch.arange(3)))
+    check(whole, data_loss(model), params, given, exact(model, likelihood))
+
+
 @pytest.mark.parametrize("pick", [lambda a, k: a[int(k)], lambda a, k: a[torch.arange(4) == k][0]])
 def test_exact_of_a_model_that_branches_on_values(pick: Any) -> None:
     """Its rows cannot be told from shapes; the same model without a branch has them from shapes."""

@@ -1467,3 +1467,19 @@ def test_a_damping_that_rounds_to_zero_is_refused() -> None:
     step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-46)
     with pytest.raises(ValueError, match=r"damping=1e-46 is zero in the dtype of the moments"):
         step.precondition(params, batch, step.init(params, batch))
+
+
+def test_parameters_that_require_gradients() -> None:
+    """What is made of them does not, and so keeps no graph from step to step."""
+    params = {"w": torch.randn(3, 4, requires_grad=True)}
+    direction, batch = {"w": torch.ones(3, 4)}, torch.randn(N, 4)
+    average = exponential_average(0.9)
+    quadratic = fisher_quadratic(lambda p, x: F.linear(x, p["w"]).cos().sum(), params, batch, direction, 0.1)
+    made = (
+        quadratic,
+        average.update(params, average.init(params)),
+        weight_decay(0.1).update(direction, (), params, report(direction)),
+    )
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(made))
+    with pytest.raises(ValueError, match=r"state has no 'v', params has"):
+        average.update({**params, "v": torch.ones(2)}, average.init(params))

@@ -823,6 +823,19 @@ def test_compact_is_the_full_basis_that_it_stands_for(name: str, estimator: Seco
         state = new
 
 
+def test_compact_of_a_stack() -> None:
+    """As many reflections as matrices."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return torch.bmm(x[:, None], params["w"]).sin().sum()
+
+    params, batch = {"w": torch.randn(2, 9, 8)}, torch.randn(3, 2, 9)
+    small, full = (ekfac(loss_fn, damping=0.1, bases={"w": choice}) for choice in (compact(3), FULL))
+    natural, state, _ = small.precondition(params, batch, small.init(params, batch))
+    assert all(isinstance(Q, Reflections) for Q in state.bases["w"])
+    close_trees(natural, full.precondition(params, batch, full.init(params, batch))[0])
+
+
 def test_compact_transports_an_averaged_moment_and_compiles() -> None:
     case = make("mlp")
     batch = case.batch(2)
