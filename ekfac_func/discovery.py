@@ -167,7 +167,16 @@ def _discover(
             found.cuts = min(found.functions)
         return found
 
-    return (_of_batched if batched else _of_examples)(param_specs, run, values)
+    try:
+        return (_of_batched if batched else _of_examples)(param_specs, run, values)
+    except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
+        if batched and values is None:
+            raise ValueError(
+                "loss_fn calls torch.autograd.grad, as torch.func.vjp, jacrev and hessian do, which a compiled step "
+                "with batched=True cannot differentiate: use torch.func.grad or jacfwd in it, or call the step in "
+                "eager mode"
+            ) from None
+        return _unread(param_specs, "torch.autograd.grad", Way.BATCHED if batched else Way.EACH)
 
 
 def _of_examples(
@@ -178,8 +187,6 @@ def _of_examples(
         found = run(None)
     except DATA_DEPENDENT:  # the loss looks at values: nothing is known of it before it runs
         return _unread(param_specs, "a branch on the values of tensors", Way.LOOPED)
-    except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
-        return _unread(param_specs, "torch.autograd.grad", Way.EACH)
     except _ChangesData:
         return _unread(param_specs, "a module that is moved or cast", Way.LOOPED)
     except _WithoutContext:
@@ -212,10 +219,6 @@ def _of_batched(
                 "loss_fn with batched=True looks at values, which a compiled step does not have: compute with tensors, "
                 "as by torch.where or a product with a mask, or call the step in eager mode"
             ) from error
-    except _SecondOrder:
-        raise ValueError(
-            "loss_fn calls torch.autograd.grad, which batched=True cannot differentiate: use torch.func.grad in it"
-        ) from None
     except _ChangesData as error:
         raise ValueError(
             "loss_fn moves or casts a module, which torch.func does not let it: do it before, or leave batched out "
@@ -316,6 +319,7 @@ def _run(
             checks = unchecked() if values is None else contextlib.nullcontext()
             with traced(), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
                 loss = loss_fn(marked, given)
+            watch.picked.over = True
         except Exception as error:
             _raise_if_known(error)
             error.add_note(_called_on(given, n))

@@ -224,7 +224,8 @@ def arrange(
             bias_shape = () if bias is None else param_specs[bias].shape
             layers.append(_layer(name, param.shape, bias, bias_shape, tapped[name], table, funcs))
         elif name not in owned.values():
-            hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else "no call"]
+            unseen = "a use that no call shows" if name in found.reached else "no call"
+            hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else unseen]
             layers.append(dense_layer(name, param.shape, " + ".join(hidden)))
     calls = [
         Tapped(

@@ -45,6 +45,7 @@ class Picked(TorchDispatchMode):
         self.call: int | None = None  # of a layer, under way
         self.storages: dict[int, torch.UntypedStorage] = {}  # of such rows; held, so that no address is used again
         self.sized: dict[int, torch.UntypedStorage] = {}  # of as many entries as values say
+        self.over = False  # the loss: what is left is its derivative
 
     def given(self, batch: Any) -> None:
         """The tensors of the batch."""
@@ -75,6 +76,8 @@ class Picked(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
+        if self.over:
+            return made
         if torch.Tag.data_dependent_output in func.tags:
             self.truths += isinstance(made, bool)
             self.numbers |= not isinstance(made, bool) and self.function is not F.one_hot  # which checks its labels

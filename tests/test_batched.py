@@ -1,5 +1,6 @@
 """A loss of the whole batch: the same as of its examples where they are independent, an explicit choice where not."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -438,6 +439,38 @@ def every_example(loss_fn: LossFn, params: Params, batch: Any) -> dict[str, Tens
     losses = loss_fn(leaves, batch)
     rows = [torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True) for loss in losses]
     return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+
+def _centred(params: Params, z: Tensor) -> Tensor:
+    h = F.linear(z, params["w"])
+    return (h - h.mean(0)).tanh()
+
+
+def _slope(params: Params, x: Tensor) -> Tensor:
+    z = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(_centred(params, z).sum(), z, create_graph=True)
+    return slope.square().sum(1)
+
+
+def _pulled(params: Params, x: Tensor) -> Tensor:
+    y, pull = torch.func.vjp(functools.partial(_centred, params), x)
+    return pull(torch.ones_like(y))[0].square().sum(1)
+
+
+def _curved(params: Params, x: Tensor) -> Tensor:
+    of_x = torch.func.hessian(lambda z: _centred(params, z).square().sum())
+    return of_x(x).square().sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("loss_fn", [_slope, _pulled, _curved])
+def test_derivatives_with_respect_to_inputs(loss_fn: LossFn) -> None:
+    params, x = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, x, batched=True)
+    close_trees({"w": found.dense("w")}, every_example(loss_fn, params, x))
+    with pytest.raises(
+        Exception, match=r"torch.autograd.grad, as torch.func.vjp.*jacfwd in it, or call the step in eag"
+    ):
+        torch.compile(mean_of, fullgraph=True, backend="eager")(loss_fn, params, x)
 
 
 def _sorted(params: Params, batch: Any) -> Tensor:

@@ -59,10 +59,12 @@ def test_how_the_moment_is_summed() -> None:
 
 
 def test_a_parameter_without_a_use_says_so() -> None:
-    rows = describe(
-        lambda p, x: F.linear(x, p["w"]).sum(), {"w": torch.randn(3, 4), "v": torch.ones(2)}, torch.ones(2, 4)
-    )
-    assert rows[1].hidden_by == "no call"
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"]).sum() + torch.vmap(F.linear, (None, 0))(x, params["stack"]).cos().sum()
+
+    params = {"w": torch.randn(3, 4), "v": torch.ones(2), "stack": torch.randn(2, 3, 4)}
+    rows = describe(loss_fn, params, torch.ones(2, 4))
+    assert [row.hidden_by for row in rows] == [None, "no call", "a use that no call shows"]
 
 
 @every_case
