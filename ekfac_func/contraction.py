@@ -29,19 +29,18 @@ from .kronecker import (
 )
 from .memory import Rooms, scratch, writable
 from .modes import one_by_one, squared, transformed
-from .orders import FORMED, Contraction, Order, as_operator, contraction, convolves, early
+from .orders import FORMED, Contraction, Order, contraction, convolves, early
 from .patches import Patches, patches_of
 from .products import matmul
 from .subspace import (
-    Outside,
+    NOTHING,
     added,
-    assembled,
     gradient_squares,
     incomplete,
     outside_of_table,
-    outside_squares,
     sample_squares,
     single_sums,
+    with_outside,
 )
 from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, outside
 
@@ -81,16 +80,12 @@ def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) ->
         case (Factored() as term,) if how.order is Order.KERNEL:
             return _kernel_sums(term, basis)[1]
         case (Factored() as term,) if how.order is Order.PAIRS:
-            return _with_outside(_pair_squares(term, basis, how), terms, basis)
+            return _pair_squares(term, basis, how)
         case (Factored() as term,):
             return _formed_square(term, basis, how)
         case (Dense(G=G),):
-            return _with_outside(_dense_squares(G, basis, how), terms, basis)
+            return _dense_squares(G, basis, how)
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
-
-
-def _with_outside(square: Tensor, terms: Terms, basis: Basis) -> Tensor:
-    return square + outside_squares(terms, basis) if incomplete(basis) else square
 
 
 def _single_square(term: Factored, basis: Basis) -> Tensor:
@@ -111,7 +106,9 @@ def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
     h = _in_columns(g, basis.Q_B) if of_B else project_outputs(g, basis)
     x = _in_columns(a[..., 0], basis.Q_A)[..., None] if of_A else project_inputs(a, basis)
     projected, square = kernels.projected_sums(h, x)
-    return projected, _with_outside(square, (term,), basis)
+    return projected, with_outside(
+        square, sample_squares(g, term.inputs, h, x, basis) if incomplete(basis) else NOTHING
+    )
 
 
 def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
@@ -144,7 +141,10 @@ def gradient_sums(terms: Terms, basis: Basis, how: Contraction | None = None) ->
 
 def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     ids, h = _once(table, basis)
-    return add_rows(ids, h, table.size), _with_outside(add_rows(ids, h.square(), table.size), (table,), basis)
+    square = add_rows(ids, h.square(), table.size)
+    if incomplete(basis):
+        square = square + outside_of_table(table, basis)
+    return add_rows(ids, h, table.size), square
 
 
 def _tied_sums(factored: Factored, table: OneHot, basis: Basis, how: Contraction) -> tuple[Tensor, Tensor]:
@@ -173,19 +173,24 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     one, other = torch.triu_indices(s, s, device=g.device)
     twice = torch.where(one == other, 1, 2).to(g)[:, None]
     square = None
+    left = NOTHING
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
-        h, x = project_outputs(common_first(of_g), basis), project_inputs(common_first(of_a), basis)
+        reflected_g, reflected_a = common_first(of_g), common_first(of_a)
+        h, x = project_outputs(reflected_g, basis), project_inputs(reflected_a, basis)
+        if incomplete(basis):
+            left = added(left, sample_squares(reflected_g, reflected_a, h, x, basis))
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
         of_block = add_up(pairs_h, pairs_x)
         square = of_block if square is None else square + of_block
     assert square is not None
-    return square.clamp(min=0)  # where positions cancel it is a rounding of their size, of either sign
+    square = square.clamp(min=0)  # where positions cancel it is a rounding of their size, of either sign
+    return with_outside(square, left)
 
 
 def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
     """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
-    if as_operator(term, basis):
-        return Sums(*_opaque_sums(*_arguments(term, basis, how), True))
+    if how.operator:
+        return Sums(*_sums_operator(*_arguments(term, basis, how), True))
     parts = _split_basis(term, basis, how)
     formed, square = _formed_squares(term, parts, how, total=True)
     assert formed is not None
@@ -194,18 +199,23 @@ def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
 
 
 def _formed_square(term: Factored, basis: Basis, how: Contraction) -> Tensor:
-    if as_operator(term, basis):
-        return _opaque_sums(*_arguments(term, basis, how), False)[0]
+    if how.operator:
+        return _sums_operator(*_arguments(term, basis, how), False)[0]
     return _formed_squares(term, _split_basis(term, basis, how), how)[1]
 
 
 def _arguments(term: Factored, basis: Basis, how: Contraction) -> tuple[Any, ...]:
-    assert isinstance(term.a, Patches)
-    return (term.g, *term.a.parts(), *basis, how.order.name, how.block, how.part)
+    parts = term.a.parts() if isinstance(term.a, Patches) else (term.a, [], [], [], None, False)
+    return (term.g, *parts, *basis, how.order.name, how.block, how.part)
 
 
-@torch.library.custom_op("ekfac_func::patch_sums", mutates_args=())
-def _opaque_sums(
+def _inputs(x: Tensor, *geometry: Any) -> Tensor | Patches:
+    """As `_arguments` has them: of no kernel they are what they are."""
+    return patches_of(x, *geometry) if geometry[0] else x
+
+
+@torch.library.custom_op("ekfac_func::formed_sums", mutates_args=())
+def _sums_operator(
     g: Tensor,
     x: Tensor,
     kernel: list[int],
@@ -221,7 +231,7 @@ def _opaque_sums(
     total: bool,
 ) -> list[Tensor]:
     """The three of `_formed_sums` where total, else the square alone; the products of an order depend on no cost."""
-    term, basis = Factored(patches_of(x, kernel, stride, dilation, last, apart), g), Basis(Q_A, Q_B)
+    term, basis = Factored(_inputs(x, kernel, stride, dilation, last, apart), g), Basis(Q_A, Q_B)
     how = contraction((term,), basis, Order[order])._replace(block=block, part=part)
     if not total:
         return [_formed_square(term, basis, how).contiguous()]
@@ -230,16 +240,16 @@ def _opaque_sums(
     return [G, projected.clone() if projected.data_ptr() == G.data_ptr() else projected, square]
 
 
-@_opaque_sums.register_fake
+@_sums_operator.register_fake
 def _(g: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     *geometry, Q_A, Q_B, _, _, _, total = rest
-    _, b, _, i, k = patches_of(x, *geometry).shape
+    _, b, _, i, k = _inputs(x, *geometry).shape
     columns = (d if Q.shape[-1] == 1 else Q.shape[1:-2].numel() * Q.shape[-1] for d, Q in ((g.shape[3], Q_B), (i, Q_A)))
     square = g.new_empty(b, *columns, k)
     return [g.new_empty(b, g.shape[3], i, k), torch.empty_like(square), square] if total else [square]
 
 
-_opaque_sums.register_vmap(one_by_one(_opaque_sums))
+_sums_operator.register_vmap(one_by_one(_sums_operator))
 
 
 def _formed_squares(
@@ -260,7 +270,7 @@ def _formed_squares(
     by_itself = not convolved and entries * g.element_size() > CACHE_BYTES  # the sum: G is not read again for it
     formed, square = None, None
     of_gradients, of_inputs = Rooms(), Rooms()
-    left: Outside = (None, None, None)
+    left = NOTHING
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
         h = project_outputs(of_g, first)
         if convolved:
@@ -288,7 +298,7 @@ def _formed_squares(
             square = _add(square, G, squared=True)
         del h, gradients, G
     assert square is not None
-    return formed, square + assembled(left, (square.shape[1], square.shape[2])) if of_samples or of_G else square
+    return formed, with_outside(square, left)
 
 
 class SplitBasis(NamedTuple):
@@ -354,9 +364,15 @@ def _turned_back(total: Tensor, term: Factored, first: Basis, reordered: bool = 
 
 
 def _dense_squares(G: Tensor, basis: Basis, how: Contraction) -> Tensor:
-    """The sum of the squares of G in the basis, some examples at a time."""
+    """The sum of the squares of G in the basis and outside of it, some examples at a time."""
     square = None
+    left = NOTHING
     for block in split(G, how.block):
-        square = _add(square, into_basis(block, basis), squared=True)
+        if incomplete(basis):
+            inside, *of_block = gradient_squares(block, basis)
+            left = added(left, of_block)
+        else:
+            inside = into_basis(block, basis)
+        square = _add(square, inside, squared=True)
     assert square is not None
-    return square
+    return with_outside(square, left)

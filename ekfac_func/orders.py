@@ -105,6 +105,7 @@ class Contraction(NamedTuple):
     steps: tuple[Step, ...]
     block: int | None = None  # examples that are taken at a time, as memory asks for; None is all
     part: int | None = None  # of a block, of which G[n] is formed at a time, as the cache does
+    operator: bool = False  # whether a graph has it as one operator, which runs as in eager mode
 
     @property
     def operations(self) -> int:
@@ -262,26 +263,32 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
             return Contraction(only, () if traced else _products(only, sizes, cost))
     order, steps = _cheapest(tuple(possible), constants(sizes), cost)
     b, s, i, k, o = sizes[:5]
-    eager = not torch.compiler.is_compiling() or (order in FORMED and as_operator(term, basis))
-    few, size = _limit(max_bytes, cost.cache, eager), sizes.itemsize
+    size = sizes.itemsize
+    of_G = size * b * o * i * k
+    operator = order in FORMED and as_operator(term, basis, of_G * NOMINAL_N > max_bytes)
+    eager = operator or not torch.compiler.is_compiling()
+    few = _limit(max_bytes, cost.cache, eager)
     if order is Order.PAIRS:
         return Contraction(order, steps, fitting(size * b * s * (s + 1) // 2 * (o + i * k), few))
-    of_G = size * b * o * i * k
     if not (eager or sizes.unwritten):  # blocks are filled up with zeros, on which a projection would waste its work
         return Contraction(order, steps, None, fitting(of_G, few))
     if not eager or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
         of_inputs = 0
         if isinstance(term.a, Patches):
             of_inputs = math.prod((term.a.x if eager and convolves(term, basis, order) else term.a).shape[1:])
-        return Contraction(order, steps, fitting(of_G + size * of_inputs, few))
+        return Contraction(order, steps, fitting(of_G + size * of_inputs, few), None, operator)
     of_one = size * b * s * (i * k * (1 + sizes.unwritten) + o)
     enough = max(BLOCK_BYTES, of_one * -(-ROWS // s))
-    return Contraction(order, steps, fitting(of_one, min(max_bytes, enough)), fitting(of_G, few))
+    return Contraction(order, steps, fitting(of_one, min(max_bytes, enough)), fitting(of_G, few), operator)
 
 
-def as_operator(term: Factored, basis: Basis) -> bool:
-    """Whether a graph has the sums over patches as one operator, which runs as in eager mode."""
-    return isinstance(term.a, Patches) and all(isinstance(Q, Tensor) for Q in basis) and opaque(term.g, term.a.x)
+def as_operator(term: Factored, basis: Basis, in_blocks: bool) -> bool:
+    """Whether a graph has the sums as one operator, which runs as in eager mode: over patches, and in blocks.
+
+    A graph's blocks are those of a nominal batch: of fewer examples most of what they hold is zeros.
+    """
+    x = term.a.x if isinstance(term.a, Patches) else term.a if in_blocks else None
+    return x is not None and all(isinstance(Q, Tensor) for Q in basis) and opaque(term.g, x)
 
 
 def convolves(term: Factored, basis: Basis, order: Order) -> bool:

@@ -35,35 +35,15 @@ from .kronecker import (
 )
 from .modes import squared
 from .products import outer
-from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, outside
+from .types import Basis, Factored, Number, OneHot, Side, Sums, Terms, outside
 
 Outside = Sequence[Tensor | None]  # squares outside on i `[b O k]`, on o `[b I k]`, on both `[b k]`; None: complete
+NOTHING: Outside = (None, None, None)
 
 
 def incomplete(basis: Basis) -> bool:
     """Whether a side has a complement."""
     return any(outside(Q) for Q in basis)
-
-
-def outside_squares(terms: Terms, basis: Basis) -> Tensor:
-    """Sums over the examples of the squares outside of a basis, `[b O I k]`: zero where both coordinates are inside.
-
-    Of samples at several positions; `single_sums` is for one.
-    """
-    match terms:
-        case (Factored(g=g) as term,):
-            a = term.inputs
-            g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
-            return assembled(sample_squares(g, a, g_O, a_I, basis), (g_O.shape[-1], a_I.shape[-2]))
-        case (OneHot() as table,):
-            return outside_of_table(table, basis)
-        case (Dense(G=G),):
-            left: Outside = (None, None, None)
-            for part in split(G, _most(2 * G.shape[1:].numel(), G)):
-                H, *squares = gradient_squares(part, basis)
-                left = added(left, squares)
-            return assembled(left, (H.shape[2], H.shape[3]))
-    raise AssertionError(f"no complement for {[type(term).__name__ for term in terms]}")
 
 
 def sample_squares(g: Tensor, a: Tensor, g_O: Tensor, a_I: Tensor, basis: Basis) -> Outside:
@@ -130,6 +110,13 @@ def mean_outside(mean: Sums, basis: Basis) -> Sums:
 def added(total: Outside, part: Outside) -> Outside:
     """Sums of squares of more examples."""
     return [x if y is None else y if x is None else x + y for x, y in zip(total, part, strict=True)]
+
+
+def with_outside(square: Tensor, left: Outside) -> Tensor:
+    """The sum of squares inside of a basis, `[b O I k]`, and what was left outside of it."""
+    return (
+        square if all(part is None for part in left) else square + assembled(left, (square.shape[1], square.shape[2]))
+    )
 
 
 def assembled(squares: Outside, sizes: tuple[int, int]) -> Tensor:

@@ -453,7 +453,8 @@ def _slope(params: Params, x: Tensor) -> Tensor:
 
 
 def _pulled(params: Params, x: Tensor) -> Tensor:
-    y, pull = torch.func.vjp(functools.partial(_centred, params), x)
+    pulled: Any = torch.func.vjp(functools.partial(_centred, params), x)
+    y, pull = pulled
     return pull(torch.ones_like(y))[0].square().sum(1)
 
 

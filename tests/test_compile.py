@@ -40,8 +40,9 @@ from ekfac_func import (
     transport,
 )
 from ekfac_func.capture import capture
+from ekfac_func.contraction import _arguments
 from ekfac_func.discovery import Options
-from ekfac_func.orders import FORMED
+from ekfac_func.orders import FORMED, Contraction
 from ekfac_func.patches import Patches
 from ekfac_func.types import LossFn, Params
 
@@ -347,9 +348,14 @@ def test_number_of_graphs_of_the_workloads(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("operators", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_number_of_graphs_with_blocks_of_examples(backend: str) -> None:
-    """Seven batch sizes, each in four blocks: of a linear layer over positions, for convolutions are an operator."""
+def test_number_of_graphs_with_blocks_of_examples(
+    backend: str, operators: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven batch sizes, each in four blocks, as an operator and as on a GPU."""
+    if not operators:
+        monkeypatch.setattr("ekfac_func.orders.opaque", lambda *tensors: False)
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(2), nn.Linear(16, 5), nn.Flatten(), nn.Linear(15, 3))
     case = classifier(net, 2, 4, 4)
     few = Contractions(256 * 5 * 17 * 8 // 4, {"2.weight": Order.FORM_FIRST})
@@ -363,11 +369,28 @@ def test_number_of_graphs_with_blocks_of_examples(backend: str) -> None:
     assert graphs() <= 5
 
 
+def test_blocks_of_examples_hold_no_more_than_the_batch() -> None:
+    """Where blocks of a nominal batch, filled up with zeros, would be most of the work."""
+    params, batch = {"w": torch.randn(5, 4)}, torch.randn(3, 6, 4)
+    how = Contractions(max_bytes=1, orders={"*": Order.PROJECT_BOTH})
+    step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=0.1, contractions=how)
+    state = step.init(params, batch)
+    made: list[Any] = []
+
+    def keep(graph: Any, examples: Any) -> Any:
+        made.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    fast = torch.compile(step.precondition, fullgraph=True, backend=keep)
+    close_trees(fast(params, batch, state)[0], step.precondition(params, batch, state)[0], 1e-8)
+    assert made.count(torch.ops.ekfac_func.formed_sums.default) == 1
+
+
 FAKE = ("test_schema", "test_faketensor")
 
 
 @pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["rules", "sua"])
-@pytest.mark.parametrize("name", ["conv groups", "conv depthwise", "conv stride", "conv3d"])
+@pytest.mark.parametrize("name", ["conv groups", "conv depthwise", "conv stride", "conv3d", "positions"])
 def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> None:
     """Shapes and strides of what they return, for every order and several bases."""
     case = make(name)
@@ -376,14 +399,15 @@ def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> Non
     for bases in ({}, {"*": Blocks(2, 2)}, {"*": rank(2)}, {"*": DIAGONAL}):
         state = ekfac(case.loss_fn, damping=1.0, rules=rules, bases=bases).init(case.params, batch)
         for weight, (term, *_) in terms.items():
-            if not (isinstance(term, Factored) and isinstance(term.a, Patches)):
+            if not isinstance(term, Factored):
                 continue
             basis = state.bases[weight]
-            if term.x is None:
+            parts = _arguments(term, basis, Contraction(Order.FORM_FIRST, ()))[1:-5]
+            if isinstance(term.a, Patches) and term.x is None:
                 torch.library.opcheck(torch.ops.ekfac_func.patch_gram, term.a.parts(), test_utils=FAKE)
             for order, total in itertools.product(FORMED, (False, True)):
-                given = (term.g, *term.a.parts(), *basis, order.name, 2, 1, total)
-                torch.library.opcheck(torch.ops.ekfac_func.patch_sums, given, test_utils=FAKE)
+                given = (term.g, *parts, *basis, order.name, 2, 1, total)
+                torch.library.opcheck(torch.ops.ekfac_func.formed_sums, given, test_utils=FAKE)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from benchmarks.measure import peak_allocated
 from ekfac_func import (
     DIAGONAL,
     EKFAC,
@@ -46,10 +47,12 @@ from ekfac_func import (
     thin,
     transport,
 )
+from ekfac_func.contraction import exact_squares
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import positions, written
+from ekfac_func.orders import Order, contraction
 from ekfac_func.subspace import rescale, rescales_samples
-from ekfac_func.types import Basis, Layer, Params, Reflections, outside
+from ekfac_func.types import Basis, Dense, Factored, Layer, Params, Reflections, outside
 
 from .cases import Case, N, make
 from .oracles import blocks as dense_blocks
@@ -243,6 +246,25 @@ def test_rank_of_a_table_that_a_convolution_uses() -> None:
         step = ekfac(loss_fn, damping=1e-1, bases={"*": rank(4)}, factor_decay=factor_decay, second_moment=kfac)
         naturals.append(step.precondition(params, ids, step.init(params, ids))[0])
     close_trees(naturals[0], naturals[1], 1e-8)
+
+
+@pytest.mark.parametrize("term", ["gradients", "pairs"])
+def test_rank_keeps_to_the_memory_that_it_may_take(term: str) -> None:
+    """Inside of the basis and outside, of an example at a time."""
+    n, d = 64, 64
+    Q = F.pad(torch.linalg.qr(torch.randn(1, d, d)).Q[..., :20], (0, 1))
+    basis = Basis(Q, Q)
+    terms: dict[str, Any] = {
+        "gradients": (Dense(torch.randn(n, 1, d, d, 1)),),
+        "pairs": (Factored(torch.randn(n, 1, 16, d, 1), torch.randn(n, 1, 16, d)),),
+    }
+    order = Order.PAIRS if term == "pairs" else None
+    found: list[Tensor] = []
+    for max_bytes in (2**26, 1):
+        how = contraction(terms[term], basis, order, max_bytes)
+        peak = peak_allocated(lambda: found.append(exact_squares(terms[term], basis, how)))  # noqa: B023
+    assert peak < 0.6  # MiB, where all examples take 2 and 9
+    close(found[0], found[1])
 
 
 def test_rank_does_not_depend_on_the_defaults_of_torch() -> None:

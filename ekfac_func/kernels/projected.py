@@ -145,8 +145,9 @@ def launch(h: Tensor, x: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     tiles = -(-o // tile.o) * -(-(i * k) // tile.i)
     n_of_part = examples_of_part(n, s, tiles * b, _programs(h.device))
     parts = -(-n // n_of_part)
-    total, square = (torch.empty(parts, b, o, i, k, dtype=torch.float32, device=h.device) for _ in range(2))
-    if total.numel():
+    made = torch.empty if s else torch.zeros
+    total, square = (made(parts, b, o, i, k, dtype=torch.float32, device=h.device) for _ in range(2))
+    if s and total.numel():
         rows_h, rows_x = (_in_rows(t, exact) for t in (h, x.flatten(3)))
         with torch.cuda.device_of(h):
             _kernel[(tiles, b, parts)](
