@@ -37,7 +37,7 @@ class Arrivals:
         self.uses: dict[str, list[int]] = {}
         for k, planned in enumerate(found.calls):
             self.uses.setdefault(planned.weight, []).append(k)
-        dense = self.layers.keys() - self.uses.keys()
+        dense = [name for name, layer in self.layers.items() if layer.rule is None]
         sizes = {name: math.prod(self.layers[name].sizes) for name in dense}
         self.bytes_each = sum(size * statistics_dtype(params[name]).itemsize for name, size in sizes.items())
 
@@ -196,3 +196,14 @@ def _of_factored(terms: Sequence[Factored]) -> Factored:
         every = [torch.ones_like(t.g[..., 0], dtype=torch.bool) if t.counted is None else t.counted for t in terms]
         counted = torch.cat(every, 2)
     return Factored(a, g, x, counted)
+
+
+def uncounted(layer: Layer, n: int, like: Tensor) -> Terms:
+    """The terms of a layer that no call uses: of each example a position that is not counted."""
+    b, o, i, k = layer.sizes
+    zero = like.new_zeros((), dtype=statistics_dtype(like))
+    if layer.table:
+        ids, counted = (torch.zeros(n, 1, dtype=dtype, device=like.device) for dtype in (torch.int64, torch.bool))
+        return (OneHot(ids, o, zero.new_zeros(n, 1, i), counted),)
+    counted = torch.zeros(n, b, 1, dtype=torch.bool, device=like.device)
+    return (Factored(zero.new_zeros(n, b, 1, i, k), zero.new_zeros(n, b, 1, o), None, counted),)

@@ -185,7 +185,7 @@ def each(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, exampl
     """`vmap(grad)` as it is."""
 
     def at_zeros(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Run]:
-        return probed(_adds(probes), fixed, free, example)
+        return probed(_adds(probes), _marked(probes, fixed), free, example)
 
     of_one: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
     own = _for_each((arrivals.probes(), free), arrivals.n)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
-from .arrivals import Arrivals, output_shape
+from .arrivals import Arrivals, output_shape, uncounted
 from .backward import Copied, Probe, Probed, Run, StalePlan, batched, each, looped, summed
 from .batching import (
     COPIED,
@@ -35,7 +35,7 @@ from .batching import (
 )
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
-from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, plan, without_gradient
+from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, as_known, plan, without_gradient
 from .draws import Draws, draws, host_draws, undrawn
 from .graphs import IN_GRAPHS
 from .layout import spec
@@ -103,15 +103,24 @@ def joined(parts: Sequence[Terms]) -> Terms:
 
 
 def fold(
-    loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options, begin: Begin, add: Add
+    loss_fn: LossFn | LossAuxFn,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    options: Options,
+    begin: Begin,
+    add: Add,
+    known: tuple[Layer, ...] = (),
 ) -> Folded:
     """Losses of a batch, and what is read of its gradient terms: of some examples after others, layer by layer.
 
     In eager mode a layer is read within the backward pass, which then frees what the layer was made of.
+
+    known: as which layers parameters are read that the loss does not use this time; in eager mode.
     """
     params = separate(params)
 
     def tapped(found: Plan) -> tuple[Folded, list[Any]]:
+        found = found if torch.compiler.is_compiling() else as_known(found, known)
         return _tapped(found, loss_fn, params, batch, options, begin, add)
 
     if torch.compiler.is_compiling():
@@ -441,7 +450,8 @@ def _tapped(
 ) -> tuple[Folded, list[Any]]:
     layers = {layer.weight: layer for layer in found.layers}
     tapped = {call.weight for call in found.calls}
-    owned = tapped | {layers[weight].bias for weight in tapped}
+    uncalled = {layer.weight for layer in found.layers if layer.rule is not None} - tapped
+    owned = {name for weight in tapped | uncalled for name in (weight, layers[weight].bias)}
     fixed = {name: p for name, p in params.items() if name in owned}
     free = {name: p for name, p in params.items() if name not in owned}
     device = pytree.tree_leaves(batch)[0].device
@@ -470,10 +480,12 @@ def _tapped(
         arrivals = Arrivals(found, params, calls, take, n)
         dense, run = way(probed, arrivals, fixed, free, examples, options.randomness)
         arrivals.finish()
-        for name in layers:
-            if name not in tapped:
+        for name, layer in layers.items():
+            if name in uncalled:
+                take(layer, uncounted(layer, n, params[name]), arrivals.bytes_each)
+            elif name not in tapped:
                 G = dense[name].to(statistics_dtype(params[name]))
-                take(layers[name], (Dense(G.reshape(n, *layers[name].sizes)),), arrivals.bytes_each)
+                take(layer, (Dense(G.reshape(n, *layer.sizes)),), arrivals.bytes_each)
         parts.append((run.losses, run.aux))
         bytes_each = arrivals.bytes_each
     losses, aux = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)

@@ -102,6 +102,12 @@ def check_batch(batch: Batch) -> int:
     return n
 
 
+def check_kind_of_state(state: object) -> None:
+    """state: a State."""
+    if not isinstance(state, State):
+        raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
+
+
 def check_state(
     state: State,
     shapes: Mapping[str, tuple[int, ...]],
@@ -110,8 +116,6 @@ def check_state(
     layers: Mapping[str, Layer],
 ) -> None:
     """state: made by `init` for these params, loss_fn, rules and bases; shapes: of what they need."""
-    if not isinstance(state, State):
-        raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
     for name, shape in shapes.items():
         if name not in state.second_moments:
             raise ValueError(f"state has no layer {name!r}, params has: make it with init(params, batch)")
@@ -120,7 +124,7 @@ def check_state(
             raise ValueError(
                 f"state has a second moment of shape {tuple(value.shape)} for the layer {name!r}, params, rules and "
                 f"bases need {shape} (blocks, outputs, inputs with the bias, offsets): make it with "
-                "init(params, batch), and let the loss use each layer in every call or in none"
+                "init(params, batch), and in a compiled step let the loss use each layer in every call or in none"
             )
         if value.dtype != statistics_dtype(params[name]):
             raise TypeError(

@@ -35,6 +35,7 @@ from .copies import Copies
 from .draws import undrawn
 from .graphs import IN_GRAPHS
 from .layout import (
+    NO_CALL,
     Flat,
     Observed,
     Spec,
@@ -126,6 +127,19 @@ def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Opt
     if isinstance(loss_fn, functools.partial):
         return _discover(param_specs, example, how, values, loss_fn.func, *loss_fn.args, **loss_fn.keywords)
     return _discover(param_specs, example, how, values, loss_fn)
+
+
+def as_known(found: Plan, known: tuple[Layer, ...]) -> Plan:
+    """A plan whose layers are as calls have shown them before, where this time none uses them."""
+    uncalled = {layer.weight for layer in found.layers if layer.hidden_by == NO_CALL}
+    shown = {
+        layer.weight: layer._replace(hidden_by=NO_CALL)
+        for layer in known
+        if layer.rule is not None and {layer.weight, layer.bias} - {None} <= uncalled
+    }
+    biases = {layer.bias for layer in shown.values()}
+    layers = (shown.get(layer.weight, layer) for layer in found.layers if layer.weight not in biases)
+    return found._replace(layers=tuple(layers))
 
 
 class _SecondOrder(Exception):

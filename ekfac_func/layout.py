@@ -194,6 +194,9 @@ def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
     return of_bias == of_weight
 
 
+NO_CALL = "no call"
+
+
 def arrange(
     param_specs: Mapping[str, Spec], found: Observed, places: Sequence[tuple[Along, ...] | None]
 ) -> tuple[tuple[Layer, ...], tuple[Tapped, ...]]:
@@ -224,7 +227,7 @@ def arrange(
             bias_shape = () if bias is None else param_specs[bias].shape
             layers.append(_layer(name, param.shape, bias, bias_shape, tapped[name], table, funcs))
         elif name not in owned.values():
-            unseen = "a use that no call shows" if name in found.reached else "no call"
+            unseen = "a use that no call shows" if name in found.reached else NO_CALL
             hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else unseen]
             layers.append(dense_layer(name, param.shape, " + ".join(hidden)))
     calls = [

@@ -37,6 +37,7 @@ from .checks import (
     check_dampings,
     check_decay,
     check_exponent,
+    check_kind_of_state,
     check_loss_fn,
     check_moment,
     check_params,
@@ -61,6 +62,7 @@ from .kronecker import (
     pack,
     unpack_all,
 )
+from .layout import NO_CALL
 from .memory import empty, writable
 from .modes import depth, no_autocast, transformed, where
 from .orders import DEFAULT_CONTRACTIONS, Contractions, budget, check_contractions, contraction_of
@@ -251,6 +253,8 @@ def ekfac(
 
     def turn_of(layers: Mapping[str, Layer], params: Mapping[str, Tensor], state: State) -> _Turn:
         chosen = choose(list(layers.values()), choices)
+        if not torch.compiler.is_compiling():
+            state = _met(state, layers, chosen, params, averaged)
         check_state(
             state,
             {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
@@ -261,16 +265,20 @@ def ekfac(
         refreshing = due(layers, refresh, state.step, basis_every)
         # in one condition, for each is a guard of Dynamo, which may cost a graph
         every = len(refreshing) == len(layers) or state.step % moment_every == 0
-        estimators = {name: second_moment if every or name in refreshing else _unchanged for name in layers}
-        return _Turn(layers, chosen, refreshing, estimators)
+        idle = [name for name, layer in layers.items() if layer.rule is not None and layer.hidden_by == NO_CALL]
+        idle = [name for name in idle if not isinstance(chosen[name], Thin)]  # of which nothing is carried on
+        refreshing = [name for name in refreshing if name not in idle]
+        updating = [name for name in layers if name not in idle and (every or name in refreshing)]
+        estimators = {name: second_moment if name in updating else _unchanged for name in layers}
+        return _Turn(layers, chosen, refreshing, estimators, state)
 
     def sums_in(basis: Basis, turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
         how = contraction_of(layer.weight, terms, basis, contractions, bytes_each)
         return turn.estimators[layer.weight].sums(terms, basis, how)
 
-    def observe(turn: _Turn, state: State, n: int, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
+    def observe(turn: _Turn, n: int, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
         """Sums in a basis that stays; for one that is to change the factors, and the terms if there is room."""
-        name, basis = layer.weight, state.bases[layer.weight]
+        name, basis = layer.weight, turn.state.bases[layer.weight]
         if isinstance(turn.chosen[name], Thin):
             return LayerSums(terms=(terms,))
         if name in turn.refreshing:
@@ -310,6 +318,7 @@ def ekfac(
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
         check_params(params)
         count = check_batch(batch)
+        check_kind_of_state(state)
         in_transform = not torch.compiler.is_compiling() and depth() > 0
         if in_transform:  # which may be forward mode
             params, batch, state = _constant((dict(params), batch, state))
@@ -322,11 +331,14 @@ def ekfac(
 
         def first(layers: dict[str, Layer]) -> Reading:
             turns.append(turn_of(layers, params, state))
-            return functools.partial(observe, turns[-1], state, n)
+            return functools.partial(observe, turns[-1], n)
 
-        add = functools.partial(add_layer_sums, state)
-        folded = _blaming(fisher, fold, curvature_loss, params, examples, of_curvature, first, add)
+        def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
+            return add_layer_sums(turns[-1].state, layer, some, others)
+
+        folded = _blaming(fisher, fold, curvature_loss, params, examples, of_curvature, first, add, state.layers)
         layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
+        state = turn.state
         with no_autocast(leaf.device):
             started, spans, totals = into_spans(turn.chosen, state, layers, seen, weight_sharing)
             refreshed = _Refreshed(started)
@@ -345,7 +357,8 @@ def ekfac(
 
         if again and before is not None:
             before.repeat()
-            kept = fold(curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any).kept
+            reading, known = (lambda layers: missing), state.layers
+            kept = fold(curvature_loss, params, examples, of_curvature, reading, add_if_any, known).kept
             seen |= {name: LayerSums(kept.pop(name)) for name in again}
         data = None
         if fisher.loss is not None:
@@ -443,6 +456,7 @@ class _Turn(NamedTuple):
     chosen: dict[str, Choice]
     refreshing: list[str]
     estimators: dict[str, SecondMoment]
+    state: State  # before the step, of these layers
 
 
 class _Refreshed(NamedTuple):
@@ -489,6 +503,32 @@ def initial_state(
         factors[layer.weight] = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
         second_moments[layer.weight] = Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
     return State(0, factors, bases, second_moments, layers)
+
+
+def _met(
+    state: State,
+    layers: Mapping[str, Layer],
+    chosen: Mapping[str, Choice],
+    params: Mapping[str, Tensor],
+    averaged: bool,
+) -> State:
+    """The state, in which layers that no call had used start anew when one does: nothing is known of them."""
+    without = {layer.weight for layer in state.layers if layer.rule is None and layer.hidden_by == NO_CALL}
+    met = tuple(layer for layer in layers.values() if layer.rule is not None and layer.weight in without)
+    if not met:
+        return state
+    start, biases = initial_state(met, chosen, params, averaged), {layer.bias for layer in met} & without
+
+    def renewed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        return {**{name: of_layer for name, of_layer in old.items() if name not in biases}, **new}
+
+    return State(
+        state.step,
+        renewed(state.factors, start.factors),
+        renewed(state.bases, start.bases),
+        renewed(state.second_moments, start.second_moments),
+        tuple(layers.values()),
+    )
 
 
 def _refresh(

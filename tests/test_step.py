@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from ekfac_func import (
     intra_batch,
     kfac,
     per_example_gradients,
+    rank,
     running_average,
+    thin,
 )
 from ekfac_func.types import Params
 
@@ -278,6 +281,62 @@ def test_the_three_vmaps(name: str) -> None:
     natural, _, _ = torch.vmap(lambda p, s: step.precondition(p, batch, s))(stack(*ensemble), stack(*states))
     for k in range(2):
         close_trees(at(natural, k), step.precondition(ensemble[k], batch, states[k])[0], 1e-7)
+
+
+HEADS: dict[str, tuple[dict[str, tuple[int, ...]], Callable[[Params, Tensor, str], Tensor]]] = {
+    "linear": ({"w": (3, 4), "b": (3,)}, lambda p, h, head: F.linear(h, p[f"{head}w"], p[f"{head}b"])),
+    "table": ({"w": (6, 4)}, lambda p, h, head: F.embedding((h > 0).long().cumsum(0), p[f"{head}w"])),
+    "norm": ({"w": (4,), "b": (4,)}, lambda p, h, head: F.layer_norm(h, (4,), p[f"{head}w"], p[f"{head}b"])),
+    "conv": ({"w": (2, 1, 2), "b": (2,)}, lambda p, h, head: F.conv1d(h[None], p[f"{head}w"], p[f"{head}b"])),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_layer_that_some_batches_use(kind: str) -> None:
+    """As a head of each task, or layers that are dropped: from the first batch that uses it on it is a layer."""
+    shapes, head = HEADS[kind]
+    task = ["one"]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["body"])
+        return head(params, h, task[0]).sin().sum() + h.cos().sum()
+
+    params = {"body": torch.randn(4, 5)}
+    params |= {f"{of}{name}": torch.randn(*shape) for of in ("one", "two") for name, shape in shapes.items()}
+    settings: Any = {"damping": 1e-2, "basis_every": 1}
+    step = ekfac(loss_fn, **settings)
+    batch = torch.randn(N, 5)
+    state = step.init(params, batch)
+    for task[0] in ("one", "two", "two", "one"):
+        used = {name: p for name, p in params.items() if name.startswith(("body", task[0]))}
+        alone = ekfac(loss_fn, **settings)
+        expected = alone.precondition(used, batch, alone.init(used, batch))[0]
+        natural, state, info = step.precondition(params, batch, state)
+        close_trees({name: natural[name] for name in used}, expected, 1e-8)
+        assert not any(natural[name].any() for name in params.keys() - used.keys())
+        assert not info.skipped
+    assert len(state.layers) == 3
+    assert all(layer.rule for layer in state.layers)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"bases": {"*": thin}}, {"bases": {"*": rank(1)}}], ids=str)
+@ESTIMATORS
+def test_options_where_some_batches_use_a_layer(estimator: SecondMoment, options: Any) -> None:
+    if "bases" in options and options["bases"]["*"] is thin and estimator not in (intra_batch, kfac):
+        pytest.skip("thin takes no average")
+    task = [0]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["body"])
+        return F.linear(h, params["w"], params["b"]).sin().sum() if task[0] else h.cos().sum()
+
+    params, batch = {"body": torch.randn(4, 5), "w": torch.randn(3, 4), "b": torch.randn(3)}, torch.randn(N, 5)
+    step = ekfac(loss_fn, damping=1e-2, second_moment=estimator, **options)
+    state = step.init(params, batch)
+    for task[0] in (0, 1, 0, 1):
+        natural, state, info = step.precondition(params, batch, state)
+        assert not info.skipped
+        assert bool(natural["w"].any()) == bool(task[0])
 
 
 @pytest.mark.parametrize("name", sorted(name for name in LOOPED if "custom" not in name))  # which no `vmap` takes
