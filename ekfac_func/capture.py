@@ -145,7 +145,7 @@ def fold(
     found = plan(loss_fn, params, batch, options)
     without_values = any(isinstance(leaf, FakeTensor) for leaf in leaves)
     try:
-        folded, seen, found = _retried(found, options, before, tapped)
+        folded, seen, found = _retried(found, before, tapped)
     except DATA_DEPENDENT as error:
         if without_values:
             raise
@@ -192,11 +192,11 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
-            folded = _retried(found, options, draws([]), lambda found: tapped(found, like, examples))[0]
+            folded = _retried(found, draws([]), lambda found: tapped(found, like, examples))[0]
     except RuntimeError:  # values are looked at, which torch says in several ways
         leaves = pytree.tree_leaves((owned, batch))
         with undrawn(leaves):
-            folded = _retried(found, options, draws(leaves), lambda found: tapped(found, owned, batch))[0]
+            folded = _retried(found, draws(leaves), lambda found: tapped(found, owned, batch))[0]
     return _captured(folded)
 
 
@@ -215,7 +215,7 @@ UNMAPPED = (
 
 
 def _retried(
-    found: Plan, options: Options, before: Draws, tapped: Callable[[Plan], tuple[Folded, list[Any]]]
+    found: Plan, before: Draws, tapped: Callable[[Plan], tuple[Folded, list[Any]]]
 ) -> tuple[Folded, list[Any], Plan]:
     """A tapped run, in another way where `vmap` cannot run a function of the loss; and how it was run."""
     try:
@@ -226,16 +226,12 @@ def _retried(
         of_vmap = str(error).lower().startswith("vmap")
         if of_vmap and found.way is Way.SUMMED:
             found = found._replace(way=Way.EACH, open=False)
-        elif (
-            isinstance(error, Copied)
-            or any(said in str(error) for said in UNMAPPED)
-            or (of_vmap and options.randomness != "error")
-        ):
+        elif of_vmap or isinstance(error, Copied) or any(said in str(error) for said in UNMAPPED):
             found = found._replace(way=Way.LOOPED, open=False, fills=False, draws=False)
         else:
             raise
     before.repeat()
-    return _retried(found, options, before, tapped)
+    return _retried(found, before, tapped)
 
 
 def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int, bool]]) -> Iterator[Any]:

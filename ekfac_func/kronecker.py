@@ -181,13 +181,12 @@ def symmetric(x: Tensor) -> Tensor:
     d = x.shape[-1]
     if d < STRIPS_FROM or x.device.type != "cpu":
         return outer(x, x)
-    cuts = [d * k // STRIPS for k in range(STRIPS + 1)]
-    strips = [outer(x[..., start:end], x[..., start:]) for start, end in itertools.pairwise(cuts)]
-    rows = []
-    for k, (start, end) in enumerate(itertools.pairwise(cuts)):
-        mirrored = [strip[..., start - at : end - at].mT for strip, at in zip(strips[:k], cuts, strict=False)]
-        rows.append(torch.cat([*mirrored, strips[k]], -1))
-    return torch.cat(rows, -2)
+    C = x.new_empty(*x.shape[:-2], d, d)
+    for start, end in itertools.pairwise(d * k // STRIPS for k in range(STRIPS + 1)):
+        strip = outer(x[..., start:end], x[..., start:])
+        C[..., start:end, start:] = strip
+        C[..., end:, start:end] = strip[..., end - start :].mT
+    return C
 
 
 def _blocks(x: Tensor, Q: Side, axis: int) -> Tensor:

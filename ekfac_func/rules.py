@@ -74,10 +74,7 @@ def addmm(*operands: Tensor, beta: float = 1, alpha: float = 1, **named: Any) ->
     bias, calls = tensors[0], matmul(*tensors[1:])
     if alpha != 1:
         return []
-    return [
-        call._replace(bias=bias) if call.letters == "io" and beta == 1 and bias.shape == call.weight.shape[1:] else call
-        for call in calls
-    ]
+    return [call._replace(bias=bias) if call.letters == "io" and beta == 1 else call for call in calls]
 
 
 def _by_name(named: Mapping[str, Any]) -> list[Any]:

@@ -85,6 +85,6 @@ def metrics(
 
 def _effective_rank(m2: Tensor, counts: Tensor) -> Tensor:
     sum = (m2 * counts[..., None]).sum()
-    shares = m2 / torch.where(sum > 0, sum, 1)
+    shares = m2 / sum
     entropy = -(torch.special.xlogy(shares, shares) * counts[..., None]).sum()
     return torch.where(sum > 0, entropy.exp(), 0.0)
