@@ -106,9 +106,8 @@ def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
     h = _in_columns(g, basis.Q_B) if of_B else project_outputs(g, basis)
     x = _in_columns(a[..., 0], basis.Q_A)[..., None] if of_A else project_inputs(a, basis)
     projected, square = kernels.projected_sums(h, x)
-    return projected, with_outside(
-        square, sample_squares(g, term.inputs, h, x, basis) if incomplete(basis) else NOTHING
-    )
+    left = sample_squares(g, term.inputs, h, x, basis) if incomplete(basis) else NOTHING
+    return projected, with_outside(square, left)
 
 
 def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
 def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
     """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
     if how.operator:
-        return Sums(*_sums_operator(*_arguments(term, basis, how), True))
+        return Sums(*_sums_operator(*sums_arguments(term, basis, how), True))
     parts = _split_basis(term, basis, how)
     formed, square = _formed_squares(term, parts, how, total=True)
     assert formed is not None
@@ -200,18 +199,19 @@ def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
 
 def _formed_square(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     if how.operator:
-        return _sums_operator(*_arguments(term, basis, how), False)[0]
+        return _sums_operator(*sums_arguments(term, basis, how), False)[0]
     return _formed_squares(term, _split_basis(term, basis, how), how)[1]
 
 
-def _arguments(term: Factored, basis: Basis, how: Contraction) -> tuple[Any, ...]:
+def sums_arguments(term: Factored, basis: Basis, how: Contraction) -> tuple[Any, ...]:
+    """What the operator takes but for its last argument; inputs that are no patches have an empty kernel."""
     parts = term.a.parts() if isinstance(term.a, Patches) else (term.a, [], [], [], None, False)
     return (term.g, *parts, *basis, how.order.name, how.block, how.part)
 
 
-def _inputs(x: Tensor, *geometry: Any) -> Tensor | Patches:
-    """As `_arguments` has them: of no kernel they are what they are."""
-    return patches_of(x, *geometry) if geometry[0] else x
+def _inputs(x: Tensor, kernel: list[int], *geometry: Any) -> Tensor | Patches:
+    """The inputs that `sums_arguments` took apart."""
+    return patches_of(x, kernel, *geometry) if kernel else x
 
 
 @torch.library.custom_op("ekfac_func::formed_sums", mutates_args=())

@@ -114,9 +114,9 @@ def added(total: Outside, part: Outside) -> Outside:
 
 def with_outside(square: Tensor, left: Outside) -> Tensor:
     """The sum of squares inside of a basis, `[b O I k]`, and what was left outside of it."""
-    return (
-        square if all(part is None for part in left) else square + assembled(left, (square.shape[1], square.shape[2]))
-    )
+    if all(part is None for part in left):
+        return square
+    return square + assembled(left, (square.shape[1], square.shape[2]))
 
 
 def assembled(squares: Outside, sizes: tuple[int, int]) -> Tensor:

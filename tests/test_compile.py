@@ -40,7 +40,7 @@ from ekfac_func import (
     transport,
 )
 from ekfac_func.capture import capture
-from ekfac_func.contraction import _arguments
+from ekfac_func.contraction import sums_arguments
 from ekfac_func.discovery import Options
 from ekfac_func.orders import FORMED, Contraction
 from ekfac_func.patches import Patches
@@ -402,12 +402,11 @@ def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> Non
             if not isinstance(term, Factored):
                 continue
             basis = state.bases[weight]
-            parts = _arguments(term, basis, Contraction(Order.FORM_FIRST, ()))[1:-5]
             if isinstance(term.a, Patches) and term.x is None:
                 torch.library.opcheck(torch.ops.ekfac_func.patch_gram, term.a.parts(), test_utils=FAKE)
             for order, total in itertools.product(FORMED, (False, True)):
-                given = (term.g, *parts, *basis, order.name, 2, 1, total)
-                torch.library.opcheck(torch.ops.ekfac_func.formed_sums, given, test_utils=FAKE)
+                given = sums_arguments(term, basis, Contraction(order, (), block=2, part=1))
+                torch.library.opcheck(torch.ops.ekfac_func.formed_sums, (*given, total), test_utils=FAKE)
 
 
 @pytest.mark.parametrize(
