@@ -154,16 +154,22 @@ CALLS: dict[Any, list[Callable[[Any, Tensor], Any]]] = {  # of x, [2 4 6 5]
 
 
 @pytest.mark.parametrize(
-    ("function", "at"), [(function, at) for function, calls in CALLS.items() for at in range(len(calls))]
+    ("function", "at"),
+    [
+        pytest.param(function, at, id=f"{function.__name__} {at}")
+        for function, calls in CALLS.items()
+        for at in range(len(calls))
+    ],
 )
 def test_functions_are_those_of_torch(function: Any, at: int) -> None:
     call = CALLS[function][at]
     x = torch.randn(3, 2, 4, 6, 5, requires_grad=True)
     expected = torch.stack([call(function, one) for one in x])
-    for table in (EXACT, MAPPED, OPEN, OPEN_LAYERS, EAGER_LAYERS, IN_GRAPHS):
-        if function not in table:
-            continue
-        found = torch.vmap(functools.partial(call, table[function]))(x)
+    tables: list[Any] = [EXACT, MAPPED, OPEN, OPEN_LAYERS, EAGER_LAYERS, IN_GRAPHS]
+    standing_in = [table[function] for table in tables if function in table]
+    assert standing_in
+    for ours in standing_in:
+        found = torch.vmap(functools.partial(call, ours))(x)
         assert found.dtype == expected.dtype
         close(found.double(), expected.double())
         if expected.requires_grad:
