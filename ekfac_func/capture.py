@@ -247,7 +247,7 @@ def _deciding(seen: Sequence[Any]) -> list[Any]:
     return [entry for entry in seen if len(entry) > 2]
 
 
-OF_IMAGES = (torch.channels_last, torch.channels_last_3d)  # which `vmap` gives no example of: no value depends on it
+CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)  # `vmap` lays no example so; no value depends on it
 WAYS = {"SUMMED": summed, "EACH": each, "LOOPED": looped, "BATCHED": batched}  # by name, for Dynamo hashes no enum
 
 
@@ -316,7 +316,7 @@ class _Tapping:
             self.seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), self.by_id)))
             self.copies.begins(func, args)
         refuse(func, args, kwargs, self.params, self.options.batched)
-        if self.mapping and kwargs.get("memory_format") in OF_IMAGES:
+        if self.mapping and kwargs.get("memory_format") in CHANNELS_LAST:
             kwargs = {**kwargs, "memory_format": torch.contiguous_format}
         if func == REQUIRES_GRAD and name_of(args[0], self.known) is not None:  # one of a tapped call is a constant
             return True

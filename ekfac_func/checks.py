@@ -74,7 +74,7 @@ def check_batch(batch: Batch) -> int:
         if leaf.is_meta:
             raise ValueError(
                 f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is on the meta device and has no values: "
-                "give examples, to init, which reads their shapes alone, zeros on the device of params"
+                "give examples; for init, which reads their shapes alone, zeros on the device of params will do"
             )
         if not torch.compiler.is_compiling() and _overrides(type(leaf)):
             raise TypeError(

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     name: str
     bias: str | None
     rule: str | None  # the torch functions that a rule read; None where gradients are taken as they are
-    hidden_by: str | None  # then the torch functions that kept it from a rule
+    hidden_by: str | None  # then what kept it from a rule: torch functions, or that no call shows its use
     b: int
     s: int
     i: int

@@ -251,6 +251,7 @@ def _of_batched(
         n = batch_size(values[1])  # it may not take every number of examples
         with contextlib.suppress(RuntimeError):  # nor tensors without values, or within `torch.func`
             return _of_batches(param_specs, run, n, 2 * n)
+    # here it looks at values, or takes no tensors without them
     n = batch_size(values[1])
     return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
 
@@ -489,8 +490,8 @@ class _Watch:
         """The output of a call of a torch function."""
         return self.made.call(self.noted, func, args, kwargs) if self.n is None else self.noted(func, args, kwargs)
 
-    def begins(self, func: Any, args: Any, kwargs: Any, inner: bool) -> None:
-        """A call begins: what it says of the loss by itself. inner: within a transform of the loss's own."""
+    def before_call(self, func: Any, args: Any, kwargs: Any, inner: bool) -> None:
+        """What a call says of the loss before it runs. inner: within a transform of the loss's own."""
         refuse(func, args, kwargs, self.params, self.n is not None)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
@@ -517,7 +518,7 @@ class _Watch:
         if func in LOOKUPS and not batched and F.embedding in self.rules:
             func, args, kwargs = of_table(func, args, kwargs, self.params.values())
         inner = depth() != self.level
-        self.begins(func, args, kwargs, inner)
+        self.before_call(func, args, kwargs, inner)
         output = expansions.expanded(func, args, kwargs, self.handle, batched)
         if output is not NotImplemented:
             if func in expansions.FOR_VMAP:  # not all its calls are handed over

@@ -265,8 +265,8 @@ def ekfac(
         refreshing = due(layers, refresh, state.step, basis_every)
         # in one condition, for each is a guard of Dynamo, which may cost a graph
         every = len(refreshing) == len(layers) or state.step % moment_every == 0
-        idle = [name for name, layer in layers.items() if layer.rule is not None and layer.hidden_by == NO_CALL]
-        idle = [name for name in idle if not isinstance(chosen[name], Thin)]  # of which nothing is carried on
+        unused = (name for name, layer in layers.items() if layer.rule is not None and layer.hidden_by == NO_CALL)
+        idle = [name for name in unused if not isinstance(chosen[name], Thin)]  # of which nothing is carried on
         refreshing = [name for name in refreshing if name not in idle]
         updating = [name for name in layers if name not in idle and (every or name in refreshing)]
         estimators = {name: second_moment if name in updating else _unchanged for name in layers}
@@ -357,9 +357,10 @@ def ekfac(
 
         if again and before is not None:
             before.repeat()
-            reading, known = (lambda layers: missing), state.layers
-            kept = fold(curvature_loss, params, examples, of_curvature, reading, add_if_any, known).kept
-            seen |= {name: LayerSums(kept.pop(name)) for name in again}
+            second = fold(
+                curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any, state.layers
+            )
+            seen |= {name: LayerSums(second.kept.pop(name)) for name in again}
         data = None
         if fisher.loss is not None:
             data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)

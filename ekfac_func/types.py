@@ -78,7 +78,7 @@ class Layer(NamedTuple):
     bias_shape: tuple[int, ...]  # () where there is no bias
     table: bool = False  # o counts the rows of a lookup table: its factor is diagonal
     rule: str | None = None  # the torch functions that a rule read; None where the gradients are taken as they are
-    hidden_by: str | None = None  # the torch functions that kept the weight from a rule
+    hidden_by: str | None = None  # what kept it from a rule; "no call" beside a rule: this batch did not use it
 
 
 def shapes_of(layers: Iterable[Layer]) -> dict[str, tuple[int, ...]]:
