@@ -124,7 +124,7 @@ def check_state(
             raise ValueError(
                 f"state has a second moment of shape {tuple(value.shape)} for the layer {name!r}, params, rules and "
                 f"bases need {shape} (blocks, outputs, inputs with the bias, offsets): make it with "
-                "init(params, batch), and in a compiled step let the loss use each layer in every call or in none"
+                "init(params, batch)"
             )
         if value.dtype != statistics_dtype(params[name]):
             raise TypeError(

@@ -253,7 +253,9 @@ def ekfac(
 
     def turn_of(layers: Mapping[str, Layer], params: Mapping[str, Tensor], state: State) -> _Turn:
         chosen = choose(list(layers.values()), choices)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _refuse_changed_use(state, layers)
+        else:
             state = _met(state, layers, chosen, params, averaged)
         check_state(
             state,
@@ -504,6 +506,20 @@ def initial_state(
         factors[layer.weight] = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
         second_moments[layer.weight] = Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
     return State(0, factors, bases, second_moments, layers)
+
+
+def _refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:
+    """In a graph, where a layer without a call is read as a parameter without a rule: its moment would not stay."""
+    for old in state.layers:
+        new = layers.get(old.weight)
+        if new is None or (old.rule is None) == (new.rule is None):
+            continue
+        if (old if old.rule is None else new).hidden_by == NO_CALL:
+            raise ValueError(
+                f"loss_fn {'does not use' if new.rule is None else 'uses'} the layer {old.weight!r}, which it "
+                f"{'used' if new.rule is None else 'did not use'} when state was made: in a compiled step let it use "
+                "each layer in every call or in none, or call the step in eager mode"
+            )
 
 
 def _met(

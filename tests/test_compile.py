@@ -497,6 +497,26 @@ def test_the_three_vmaps(name: str, backend: str) -> None:
     close_trees(compiled(over_ensemble, backend)(params, states), over_ensemble(params, states), 1e-8)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_layer_that_some_batches_do_not_use_is_refused(biased: bool, first: bool) -> None:
+    """Without a bias too, where its statistics have the shapes of those of a parameter without a rule."""
+    used = [first]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["body"])
+        return h.cos().sum() + (F.linear(h, params["w"], params.get("b")).sin().sum() if used[0] else 0.0)
+
+    params, batch = {"body": torch.randn(4, 5), "w": torch.randn(3, 4)}, torch.randn(N, 5)
+    params |= {"b": torch.randn(3)} if biased else {}
+    step = ekfac(loss_fn, damping=0.1, second_moment=averaged_intra_batch(0.9))
+    fast = compiled(step.precondition, "eager")
+    _, state, _ = fast(params, batch, step.init(params, batch))
+    used[0] = not first
+    with pytest.raises(Exception, match=r"use[s]? the layer 'w', which it (used|did not use).*call the step in eager"):
+        fast(params, batch, state)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_an_ensemble_that_convolves_a_constant(groups: int) -> None:
     """Then an example has nothing of its own in the call, and a member its kernel alone."""
