@@ -414,7 +414,10 @@ def ekfac(
             name: natural_of(layer, slopes[name], updated[name], bases[name], dampings[name], spans[name])
             for name, layer in layers.items()
         }
-        new = State(state.step + 1, carried.factors, bases, updated, tuple(layers.values()))
+        known = tuple(layers.values())
+        if not torch.compiler.is_compiling():  # states do not say whether the last batch used a layer, and so stack
+            known = tuple(layer if layer.rule is None else layer._replace(hidden_by=None) for layer in known)
+        new = State(state.step + 1, carried.factors, bases, updated, known)
         new = out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         natural = unpack_all(layers.values(), natural_in, params)  # where the cast to half precision can overflow

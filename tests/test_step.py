@@ -316,7 +316,7 @@ def test_a_layer_that_some_batches_use(kind: str) -> None:
         assert not any(natural[name].any() for name in params.keys() - used.keys())
         assert not info.skipped
     assert len(state.layers) == 3
-    assert all(layer.rule for layer in state.layers)
+    assert all(layer.rule and layer.hidden_by is None for layer in state.layers)
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 2}, {"bases": {"*": thin}}, {"bases": {"*": rank(1)}}], ids=str)
