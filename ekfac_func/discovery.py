@@ -35,7 +35,6 @@ from .copies import Copies
 from .draws import undrawn
 from .graphs import IN_GRAPHS
 from .layout import (
-    NO_CALL,
     Flat,
     Observed,
     Spec,
@@ -56,7 +55,7 @@ from .picked import READS, Picked, has_tensors
 from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
 from .tap import LOOKUPS, Tap, assigned, beneath, called, of_table, readings, traced, unchecked, unfused, with_ids
-from .types import Batch, Layer, LossAuxFn, LossFn, Params, batch_size
+from .types import NO_CALL, Batch, Layer, LossAuxFn, LossFn, Params, batch_size
 from .views import View
 
 

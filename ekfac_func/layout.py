@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from . import views
 from .rules import Call
-from .types import Batch, Layer, constants
+from .types import NO_CALL, Batch, Layer, constants
 from .views import View
 
 
@@ -192,9 +192,6 @@ def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
     if all(start == 0 and length == size for start, length, size in of_bias + of_weight):
         return math.prod(bias.split) == windows[0].size * windows[1].size
     return of_bias == of_weight
-
-
-NO_CALL = "no call"
 
 
 def arrange(

@@ -62,7 +62,6 @@ from .kronecker import (
     pack,
     unpack_all,
 )
-from .layout import NO_CALL
 from .memory import empty, writable
 from .modes import depth, no_autocast, transformed, where
 from .orders import DEFAULT_CONTRACTIONS, Contractions, budget, check_contractions, contraction_of
@@ -79,6 +78,7 @@ from .subspace import (
     rescales_samples,
 )
 from .types import (
+    NO_CALL,
     Basis,
     Batch,
     Factors,

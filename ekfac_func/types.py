@@ -81,6 +81,10 @@ class Layer(NamedTuple):
     hidden_by: str | None = None  # what kept it from a rule; "no call" beside a rule: this batch did not use it
 
 
+NO_CALL = "no call"
+"""`Layer.hidden_by` of what a batch does not use; beside a rule, which batches before it have shown."""
+
+
 def shapes_of(layers: Iterable[Layer]) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter, by name."""
     found = {}

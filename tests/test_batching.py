@@ -79,6 +79,10 @@ CALLS: dict[Any, list[Callable[[Any, Tensor], Any]]] = {  # of x, [2 4 6 5]
         lambda f, x: f(x[0], torch.ones(3, 4, 2, 3).cumsum(1), padding="same"),
         lambda f, x: f(x, torch.ones(3, 4, 2, 3).cumsum(1), padding="valid"),
     ],
+    F.conv1d: [lambda f, x: f(x[0], torch.ones(3, 6, 2).cumsum(1), padding=1)],
+    F.conv3d: [lambda f, x: f(x[None], torch.ones(3, 2, 2, 3, 1).cumsum(0), stride=(1, 2, 1))],
+    F.conv_transpose1d: [lambda f, x: f(x[0], torch.ones(6, 3, 2).cumsum(0), output_padding=1, stride=2)],
+    F.conv_transpose3d: [lambda f, x: f(x[None], torch.ones(2, 3, 2, 2, 1).cumsum(1), dilation=2)],
     F.conv_transpose2d: [
         lambda f, x: f(x, torch.ones(4, 3, 3, 2).cumsum(0), None, (2, 3), (1, 0), (1, 2), 2, (1, 2)),
         lambda f, x: f(x[0], torch.ones(4, 3, 3, 2).cumsum(1), x[0, :3, 0, 0]),
@@ -142,6 +146,11 @@ CALLS: dict[Any, list[Callable[[Any, Tensor], Any]]] = {  # of x, [2 4 6 5]
         lambda f, x: f(x, 3, mode="bicubic", antialias=True),
         lambda f, x: f(x[0], 4, mode="linear"),
     ],
+    F.adaptive_avg_pool1d: [lambda f, x: f(x[0], 3)],
+    F.adaptive_max_pool1d: [lambda f, x: f(x[0, 0], 2)],
+    F.adaptive_avg_pool3d: [lambda f, x: f(x, (2, None, 3))],
+    F.adaptive_max_pool3d: [lambda f, x: f(x, 2)],
+    torch.as_strided: [lambda f, x: f(x, (3, 2), (5, 2))],
     F.adaptive_avg_pool2d: [
         lambda f, x: f(x, (2, None)),
         lambda f, x: f(x[0], 3),
