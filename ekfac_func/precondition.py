@@ -4,7 +4,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -253,7 +253,8 @@ def ekfac(
 
     def turn_of(layers: Mapping[str, Layer], params: Mapping[str, Tensor], state: State) -> _Turn:
         chosen = choose(list(layers.values()), choices)
-        if torch.compiler.is_compiling():
+        alike = torch.compiler.is_compiling() or ranks is not None  # graphs, and what processes add up
+        if alike:
             _refuse_changed_use(state, layers)
         else:
             state = _met(state, layers, chosen, params, averaged)
@@ -267,12 +268,17 @@ def ekfac(
         refreshing = due(layers, refresh, state.step, basis_every)
         # in one condition, for each is a guard of Dynamo, which may cost a graph
         every = len(refreshing) == len(layers) or state.step % moment_every == 0
-        unused = (name for name, layer in layers.items() if layer.rule is not None and layer.hidden_by == NO_CALL)
-        idle = [name for name in unused if not isinstance(chosen[name], Thin)]  # of which nothing is carried on
-        refreshing = [name for name in refreshing if name not in idle]
+        known, late, idle = tuple(layers.values()), _unused(()), _unused(())
+        if not alike:
+            late = _unused(state.layers)
+            refreshing = [name for name in layers if name in refreshing or name in late]
+            idle = {name for name in _unused(known) if not isinstance(chosen[name], Thin)}  # which carry nothing on
+            known = tuple(_marked(layer, layer.weight in idle & set(refreshing)) for layer in known)
+            refreshing = [name for name in refreshing if name not in idle]
         updating = [name for name in layers if name not in idle and (every or name in refreshing)]
         estimators = {name: second_moment if name in updating else _unchanged for name in layers}
-        return _Turn(layers, chosen, refreshing, estimators, state)
+        anew = [name for name in refreshing if isinstance(chosen[name], Thin) or name in late]
+        return _Turn(layers, chosen, refreshing, estimators, state, known, anew)
 
     def sums_in(basis: Basis, turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
         how = contraction_of(layer.weight, terms, basis, contractions, bytes_each)
@@ -338,7 +344,8 @@ def ekfac(
         def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
             return add_layer_sums(turns[-1].state, layer, some, others)
 
-        folded = _blaming(fisher, fold, curvature_loss, params, examples, of_curvature, first, add, state.layers)
+        known = state.layers if ranks is None else ()
+        folded = _blaming(fisher, fold, curvature_loss, params, examples, of_curvature, first, add, known)
         layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
         state = turn.state
         with no_autocast(leaf.device):
@@ -348,7 +355,7 @@ def ekfac(
                 of_share = {name: seen[name].factors or () for name in turn.refreshing}
                 factors = total_factors(of_share, ranks, count / n)
                 of_batch = {name: mean_factors(of_layer) for name, of_layer in factors.items()}
-                refreshed = _refresh(started, of_batch, factor_decay, second_moment, carry, refresh, turn.chosen, ranks)
+                refreshed = _refresh(started, of_batch, factor_decay, second_moment, carry, refresh, turn, ranks)
         carried = refreshed.state
 
         again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
@@ -359,9 +366,7 @@ def ekfac(
 
         if again and before is not None:
             before.repeat()
-            second = fold(
-                curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any, state.layers
-            )
+            second = fold(curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any, known)
             seen |= {name: LayerSums(second.kept.pop(name)) for name in again}
         data = None
         if fisher.loss is not None:
@@ -414,10 +419,7 @@ def ekfac(
             name: natural_of(layer, slopes[name], updated[name], bases[name], dampings[name], spans[name])
             for name, layer in layers.items()
         }
-        known = tuple(layers.values())
-        if not torch.compiler.is_compiling():  # states do not say whether the last batch used a layer, and so stack
-            known = tuple(layer if layer.rule is None else layer._replace(hidden_by=None) for layer in known)
-        new = State(state.step + 1, carried.factors, bases, updated, known)
+        new = State(state.step + 1, carried.factors, bases, updated, turn.known)
         new = out_of_spans(new, state, turn.chosen)
         found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         natural = unpack_all(layers.values(), natural_in, params)  # where the cast to half precision can overflow
@@ -463,6 +465,8 @@ class _Turn(NamedTuple):
     refreshing: list[str]
     estimators: dict[str, SecondMoment]
     state: State  # before the step, of these layers
+    known: tuple[Layer, ...]  # what the state after it says of them
+    anew: list[str]  # of those that are refreshed, which have no basis to go on from
 
 
 class _Refreshed(NamedTuple):
@@ -512,7 +516,7 @@ def initial_state(
 
 
 def _refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:
-    """In a graph, where a layer without a call is read as a parameter without a rule: its moment would not stay."""
+    """Where a layer without a call is read as a parameter without a rule, whose moment does not stay."""
     for old in state.layers:
         new = layers.get(old.weight)
         if new is None or (old.rule is None) == (new.rule is None):
@@ -520,9 +524,18 @@ def _refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:
         if (old if old.rule is None else new).hidden_by == NO_CALL:
             raise ValueError(
                 f"loss_fn {'does not use' if new.rule is None else 'uses'} the layer {old.weight!r}, which it "
-                f"{'used' if new.rule is None else 'did not use'} when state was made: in a compiled step let it use "
-                "each layer in every call or in none, or call the step in eager mode"
+                f"{'used' if new.rule is None else 'did not use'} when state was made: in a compiled step, and with "
+                "ranks, let it use each layer in every call or in none; one process takes it in eager mode"
             )
+
+
+def _unused(layers: Iterable[Layer]) -> set[str]:
+    """Layers that a batch does not use; in a state those whose last refresh fell on such a batch, and is to come."""
+    return {layer.weight for layer in layers if layer.rule is not None and layer.hidden_by == NO_CALL}
+
+
+def _marked(layer: Layer, unused: bool) -> Layer:
+    return layer if layer.rule is None else layer._replace(hidden_by=NO_CALL if unused else None)
 
 
 def _met(
@@ -534,20 +547,21 @@ def _met(
 ) -> State:
     """The state, in which layers that no call had used start anew when one does: nothing is known of them."""
     without = {layer.weight for layer in state.layers if layer.rule is None and layer.hidden_by == NO_CALL}
-    met = tuple(layer for layer in layers.values() if layer.rule is not None and layer.weight in without)
+    met = {name: layer for name, layer in layers.items() if layer.rule is not None and name in without}
     if not met:
         return state
-    start, biases = initial_state(met, chosen, params, averaged), {layer.bias for layer in met} & without
+    start, biases = initial_state(tuple(met.values()), chosen, params, averaged), {m.bias for m in met.values()}
 
     def renewed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        return {**{name: of_layer for name, of_layer in old.items() if name not in biases}, **new}
+        return {**{name: of_layer for name, of_layer in old.items() if name not in biases & without}, **new}
 
+    known = {layer.weight: layer for layer in state.layers if layer.weight not in biases & without}
     return State(
         state.step,
         renewed(state.factors, start.factors),
         renewed(state.bases, start.bases),
         renewed(state.second_moments, start.second_moments),
-        tuple(layers.values()),
+        tuple({**known, **{name: _marked(layer, True) for name, layer in met.items()}}.values()),
     )
 
 
@@ -558,7 +572,7 @@ def _refresh(
     estimator: SecondMoment,
     carry: AtRefresh,
     how: Refresh,
-    chosen: Mapping[str, Choice],
+    turn: _Turn,
     ranks: Ranks | None,
 ) -> _Refreshed:
     """With factors of this batch, their bases and the moments in them. Layers without factors stay as they are."""
@@ -567,13 +581,12 @@ def _refresh(
     samples: list[Tensor] = []
     for name, mean in means.items():
         check_samples(name, mean, state.bases[name])
-        if not averaged and isinstance(chosen[name], Rank | Compact):
+        if not averaged and isinstance(turn.chosen[name], Rank | Compact):
             samples += pytree.tree_leaves((mean.A, mean.B))
         else:
             factors[name] = average_factors(state.factors[name], mean, decay)
     used = {name: factors[name] if averaged else mean for name, mean in means.items()}
-    spans = [name for name in means if isinstance(chosen[name], Thin)]
-    new, kept = of_first(refresh_bases(used, state.bases, how, state.step == 0, spans), ranks)
+    new, kept = of_first(refresh_bases(used, state.bases, how, state.step == 0, turn.anew), ranks)
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)

@@ -513,7 +513,7 @@ def test_a_layer_that_some_batches_do_not_use_is_refused(biased: bool, first: bo
     fast = compiled(step.precondition, "eager")
     _, state, _ = fast(params, batch, step.init(params, batch))
     used[0] = not first
-    with pytest.raises(Exception, match=r"use[s]? the layer 'w', which it (used|did not use).*call the step in eager"):
+    with pytest.raises(Exception, match=r"use[s]? the layer 'w', which it (used|did not use).*takes it in eager"):
         fast(params, batch, state)
 
 

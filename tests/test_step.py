@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_func import (
     EKFAC,
+    Ranks,
     SecondMoment,
     State,
     averaged_intra_batch,
@@ -316,7 +318,45 @@ def test_a_layer_that_some_batches_use(kind: str) -> None:
         assert not any(natural[name].any() for name in params.keys() - used.keys())
         assert not info.skipped
     assert len(state.layers) == 3
-    assert all(layer.rule and layer.hidden_by is None for layer in state.layers)
+    assert all(layer.rule for layer in state.layers)
+
+
+def test_refreshes_that_fell_on_batches_without_a_layer() -> None:
+    """Are made up for by the next batch that uses it, as its first one is; they are no part of the state then."""
+    task = [0]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        h = F.linear(x, params["body"])
+        return F.linear(h, params[f"w{task[0]}"], params[f"b{task[0]}"]).sin().sum()
+
+    params = {"body": torch.randn(4, 5), "w0": torch.randn(3, 4), "b0": torch.randn(3)}
+    params |= {"w1": torch.randn(3, 4), "b1": torch.randn(3)}
+    batch = torch.randn(N, 5)
+    step = ekfac(loss_fn, damping=1e-2, second_moment=kfac, basis_every=2)
+    states = [step.init(params, batch)]
+    for t in range(5):
+        task[0] = t % 2
+        weight, alone = f"w{t % 2}", ekfac(loss_fn, damping=1e-2, second_moment=kfac)
+        used = {name: p for name, p in params.items() if name in ("body", weight, f"b{t % 2}")}
+        natural, state, _ = step.precondition(params, batch, states[-1])
+        close(natural[weight], alone.precondition(used, batch, alone.init(used, batch))[0][weight], 1e-8)
+        states.append(state)
+    pytree.tree_map(torch.add, replace(states[2], step=4), states[4])  # one tree, though of batches of both
+
+
+def test_processes_that_use_different_layers_are_refused() -> None:
+    """For what they add up is then not of the same layers."""
+    used = [True]
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["body"]).sin().sum() + (F.linear(x, params["w"]).sum() if used[0] else 0.0)
+
+    params, batch = {"body": torch.randn(4, 5), "w": torch.randn(3, 5)}, torch.randn(N, 5)
+    step = ekfac(loss_fn, damping=1e-2, ranks=Ranks(lambda t: t, True))
+    state = step.init(params, batch)
+    used[0] = False
+    with pytest.raises(ValueError, match=r"does not use the layer 'w', which it used.*with ranks, let it use each"):
+        step.precondition(params, batch, state)
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 2}, {"bases": {"*": thin}}, {"bases": {"*": rank(1)}}], ids=str)
