@@ -103,7 +103,7 @@ def check_batch(batch: Batch) -> int:
 
 
 def check_kind_of_state(state: object) -> None:
-    """state: a State."""
+    """state: what `check_state` looks at, whose layers are read before it."""
     if not isinstance(state, State):
         raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
 
@@ -154,7 +154,8 @@ def check_state(
             )
     for name in state.second_moments:
         if name not in shapes:
-            raise ValueError(f"state has a layer {name!r} that params has not: make it with init(params, batch)")
+            that = "is now the bias of another" if name in params else "params has not"
+            raise ValueError(f"state has a layer {name!r} that {that}: make it with init(params, batch)")
 
 
 def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:

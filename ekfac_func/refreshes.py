@@ -213,7 +213,7 @@ def refresh_bases(
     inner: list[tuple[str, int, Problem]] = []
     for name, of_layer in factors.items():
         for k, C in enumerate((of_layer.A, of_layer.B)):
-            problem = _problem(C, old[name][k], how, first)
+            problem = _problem(C, old[name][k], how, first or name in anew)
             if problem is not None:
                 (inner if problem.old is None or name in anew else whole).append((name, k, problem))
     solved: list[Tensor] = []

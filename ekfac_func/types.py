@@ -82,7 +82,10 @@ class Layer(NamedTuple):
 
 
 NO_CALL = "no call"
-"""`Layer.hidden_by` of what a batch does not use; beside a rule, which batches before it have shown."""
+"""`Layer.hidden_by` of what a batch does not use; beside a rule, which other batches have shown.
+
+In a state it stands beside a rule where the last refresh fell on such a batch, until the next one that uses the layer.
+"""
 
 
 def shapes_of(layers: Iterable[Layer]) -> dict[str, tuple[int, ...]]:

@@ -409,8 +409,13 @@ def test_a_state_of_something_else() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Linear(3, 3))
     more = classifier(net, 4)
     larger = ekfac(more.loss_fn, damping=1e-2).init(more.params, more.batch(N))
-    with pytest.raises(ValueError, match=r"state has a layer '3.weight' that params has not"):
+    with pytest.raises(ValueError, match=r"state has a layer '3.weight' that params has not: make it with init"):
         step.precondition(small.params, small.batch(N), larger)
+    biased, x = {"w": torch.randn(3, 4), "b": torch.randn(3)}, torch.randn(N, 4)
+    alone = ekfac(lambda p, x: (p["b"].cos() * x.sum()).sum(), damping=1.0).init(biased, x)
+    joined = ekfac(lambda p, x: F.linear(x, p["w"], p["b"]).cos().sum(), damping=1.0)
+    with pytest.raises(ValueError, match=r"state has a layer 'b' that is now the bias of another"):
+        joined.precondition(biased, x, alone)
     less = step.init(small.params, small.batch(N))
     with pytest.raises(ValueError, match=r"state has no layer '3.weight'"):
         ekfac(more.loss_fn, damping=1e-2).precondition(more.params, more.batch(N), less)
