@@ -181,15 +181,20 @@ def _detached(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
-def each(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, randomness: str) -> Part:
-    """`vmap(grad)` as it is."""
+def _of_one(probed: Probed, fixed: Params) -> Callable[..., Any]:
+    """By `torch.func`: `(probes, free, example) -> (gradients w.r.t. probes and free), run`."""
 
     def at_zeros(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Run]:
         return probed(_adds(probes), _marked(probes, fixed), free, example)
 
-    of_one: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
+    differentiated: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
+    return differentiated
+
+
+def each(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, randomness: str) -> Part:
+    """`vmap(grad)` as it is."""
     own = _for_each((arrivals.probes(), free), arrivals.n)
-    (outputs, dense), run = torch.func.vmap(of_one, randomness=randomness)(*own, examples)
+    (outputs, dense), run = torch.func.vmap(_of_one(probed, fixed), randomness=randomness)(*own, examples)
     arrivals.deliver(run.inputs, outputs)
     return dense, run
 
@@ -197,13 +202,9 @@ def each(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, exampl
 def looped(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, examples: Batch, randomness: str) -> Part:
     """One example after another, without `vmap`."""
 
-    def of_one(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
+    def of_taps(outputs: list[Tensor], start: Tensor, free: Params, example: Any) -> tuple[Tensor, Run]:
         return probed(_taps(outputs.__setitem__, start), _marked([start], fixed), free, example)
 
-    def at_zeros(probes: list[Tensor], free: Params, example: Any) -> tuple[Tensor, Run]:
-        return probed(_adds(probes), _marked(probes, fixed), free, example)
-
-    of_f: Callable[..., Any] = torch.func.grad(at_zeros, argnums=(0, 1), has_aux=True)
     leaves = pytree.tree_leaves((free, examples))
     before = None if randomness == "different" else draws(leaves)
     parts = []
@@ -214,9 +215,9 @@ def looped(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, exam
         example = pytree.tree_map(lambda leaf, k=k: leaf[k].clone(), examples)
         outputs = arrivals.probes()
         if transformed():  # by the caller, as by `vmap` over dampings
-            (outputs, dense), run = of_f(outputs, free, example)
+            (outputs, dense), run = _of_one(probed, fixed)(outputs, free, example)
         else:
-            dense, run = _freed(functools.partial(of_one, outputs), free, example, lambda inputs: None)
+            dense, run = _freed(functools.partial(of_taps, outputs), free, example, lambda inputs: None)
         parts.append((outputs, dense, run))
     if before is not None and randomness == "error" and before.followed(leaves):
         raise RuntimeError(

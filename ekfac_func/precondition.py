@@ -268,7 +268,9 @@ def ekfac(
         refreshing = due(layers, refresh, state.step, basis_every)
         # in one condition, for each is a guard of Dynamo, which may cost a graph
         every = len(refreshing) == len(layers) or state.step % moment_every == 0
-        known, late, idle = tuple(layers.values()), _unused(()), _unused(())
+        known = tuple(layers.values())
+        late: set[str] = set()
+        idle: set[str] = set()
         if not alike:
             late = _unused(state.layers)
             refreshing = [name for name in layers if name in refreshing or name in late]
