@@ -164,22 +164,8 @@ def _discover(
     **kwargs: Any,
 ) -> Plan:
     rules, has_aux, batched = how
-
-    def run(
-        n: int | None,
-        skip: Mapping[int, str] = {},
-        picking: Collection[int] = (),
-        of: tuple[Params, Batch] | None = None,
-        plain: bool = False,
-    ) -> Observed:
-        loss = functools.partial(loss_fn, *args, **kwargs)
-        with undrawn(() if of is None else pytree.tree_leaves(of)):  # the next run takes the same path
-            one = pytree.tree_unflatten(*example)
-            found = _run(loss, param_specs, one, rules, has_aux, n, skip, picking, of, plain, values is not None)
-        if values is None and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
-            found.cuts = min(found.functions)
-        return found
-
+    loss = functools.partial(loss_fn, *args, **kwargs)
+    run = functools.partial(_run, loss, param_specs, example, rules=rules, has_aux=has_aux, eager=values is not None)
     try:
         return (_of_batched if batched else _of_examples)(param_specs, run, values)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
@@ -252,7 +238,7 @@ def _of_batched(
             return _of_batches(param_specs, run, n, 2 * n)
     # here it looks at values, or takes no tensors without them
     n = batch_size(values[1])
-    return _of_batches(param_specs, functools.partial(run, of=values, plain=True), n, 2 * n)
+    return _of_batches(param_specs, functools.partial(run, values=values, plain=True), n, 2 * n)
 
 
 def _unread(param_specs: Mapping[str, Spec], why: str, way: Way) -> Plan:
@@ -299,34 +285,31 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 def _run(
     loss_fn: Callable[[Params, Any], Any],
     param_specs: Mapping[str, Spec],
-    example: Any,
+    example: Flat,
+    n: int | None,
+    skip: Mapping[int, str] = {},
+    picking: Collection[int] = (),
+    *,
     rules: Rules,
     has_aux: bool,
-    n: int | None,
-    skip: Mapping[int, str],
-    picking: Collection[int],
-    values: tuple[Params, Any] | None,
-    plain: bool,
     eager: bool,
+    values: tuple[Params, Batch] | None = None,
+    plain: bool = False,
 ) -> Observed:
     """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
 
+    n: how many examples a batched loss gets; None of a loss of one example.
     skip: calls not to treat as a layer's, and why.
     picking: lookups that are along the examples.
+    eager: the loss is not for a graph, which cannot hold what a mask picks, though it closes over the mask.
     values: parameters and a batch, for a loss that looks at values, of which it gets n examples.
     plain: by autograd, not by `torch.func`.
-    eager: the loss is not for a graph, which cannot hold what a mask picks, though it closes over the mask.
     """
     watch = _Watch(rules, n, skip, Picked(picking), without_values=values is None, by_masks=eager and n is None)
 
-    def make_examples() -> Any:
-        if values is None:
-            return filled(example, () if n is None else (n,))
-        return pytree.tree_map(lambda leaf: leaf.repeat(n // leaf.shape[0], *[1] * (leaf.dim() - 1)), values[1])
-
     def observed(params: Params, zero: Tensor) -> Tensor:
         marked = watch.begin(params, zero)
-        given = make_examples()  # here, or a change in place would be one of a captured tensor
+        given = _examples(example, n, values)  # made here, or a change in place would be one of a captured tensor
         watch.picked.given(pytree.tree_map(innermost, given))
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
@@ -348,17 +331,11 @@ def _run(
         return loss if n is None else loss.sum()
 
     without_values = FakeTensorMode(allow_non_fake_inputs=True) if values is None else contextlib.nullcontext()
-    with without_values, contextlib.nullcontext() if n is None else watch.picked:
+    # random numbers are drawn again, so that the next run takes the same path
+    drawn_again = undrawn(() if values is None else pytree.tree_leaves(values))
+    with drawn_again, without_values, contextlib.nullcontext() if n is None else watch.picked:
         params = filled(dict(param_specs)) if values is None else values[0]
-        with torch.autograd.set_detect_anomaly(False):  # which would look for NaN in tensors without values
-            if plain:
-                leaves = {name: p.requires_grad_(p.is_floating_point()) for name, p in params.items()}
-                zero = torch.zeros((), requires_grad=True)
-                with torch.enable_grad():
-                    loss = observed(leaves, zero)
-                torch.autograd.grad(loss, [p for p in (*leaves.values(), zero) if p.requires_grad], allow_unused=True)
-            else:
-                torch.func.grad(observed, argnums=(0, 1))(params, torch.zeros(()))
+        _differentiate(observed, params, plain)
     found = watch.found
     if not found.reached and not watch.reached_uses and values is None:
         raise ValueError(
@@ -369,7 +346,30 @@ def _run(
     found.uses = _differentiated(found.uses, watch.reached_uses)
     found.picked, found.asked, found.lookups = watch.picked.calls, watch.picked.asked, watch.picked.lookups
     found.filled, found.drawn = watch.made.filled, watch.made.drawn
+    if not eager and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
+        found.cuts = min(found.functions)
     return found
+
+
+def _examples(example: Flat, n: int | None, values: tuple[Params, Batch] | None) -> Any:
+    """What a run of the loss is given: one example or n of them, those of the batch repeated where values are known."""
+    if values is None:
+        return filled(pytree.tree_unflatten(*example), () if n is None else (n,))
+    assert n is not None
+    return pytree.tree_map(lambda leaf: leaf.repeat(n // leaf.shape[0], *[1] * (leaf.dim() - 1)), values[1])
+
+
+def _differentiate(loss: Callable[[Params, Tensor], Tensor], params: Params, plain: bool) -> None:
+    """Differentiate the loss, by autograd if plain, else by `torch.func`: `_Mark` notes what a gradient reaches."""
+    with torch.autograd.set_detect_anomaly(False):  # which would look for NaN in tensors without values
+        if not plain:
+            torch.func.grad(loss, argnums=(0, 1))(params, torch.zeros(()))
+            return
+        leaves = {name: p.requires_grad_(p.is_floating_point()) for name, p in params.items()}
+        zero = torch.zeros((), requires_grad=True)
+        with torch.enable_grad():
+            value = loss(leaves, zero)
+        torch.autograd.grad(value, [p for p in (*leaves.values(), zero) if p.requires_grad], allow_unused=True)
 
 
 def _raise_if_known(error: Exception) -> None:
