@@ -34,6 +34,7 @@ from .checks import check_count, check_loss, check_loss_fn, check_randomness
 from .copies import Copies
 from .draws import undrawn
 from .graphs import IN_GRAPHS
+from .indexing import entries_of, is_mask
 from .layout import (
     Flat,
     Observed,
@@ -656,9 +657,8 @@ def at_constant_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
     if func is not Tensor.__getitem__:
         return args
     index: list[Any] = []
-    for entry in expansions.entries_of(args[1]):
-        constant = isinstance(entry, Tensor) and entry.dtype is torch.bool and entry.dim() > 0
-        if constant and not isinstance(innermost(entry), FakeTensor):
+    for entry in entries_of(args[1]):
+        if is_mask(entry) and not isinstance(innermost(entry), FakeTensor):
             with unset_fake_temporarily():
                 index += entry.nonzero(as_tuple=True)
         else:

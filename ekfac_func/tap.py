@@ -15,7 +15,7 @@ from torch.backends import mha
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
 
-from .expansions import entries_of, is_list
+from .indexing import entries_of, is_list
 from .rules import Call, Rules
 from .views import Gathered
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .expansions import blocks_at, entries_of
+from .expansions import blocks_at
+from .indexing import entries_of
 from .types import constants
 
 
