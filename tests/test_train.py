@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ekfac_func import averaged_intra_batch
 from ekfac_func.__main__ import main
+from ekfac_func.optim import momentum
 from ekfac_func.train import checkpoint, data, models, report, run
 from ekfac_func.train.settings import SECOND_MOMENTS
 
@@ -283,8 +284,8 @@ def test_ekfac_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     def trainer() -> run.NaturalGradient:
         return run.NaturalGradient(
             task,
+            momentum(0.9),
             lr=0.1,
-            momentum_decay=0.9,
             damping=0.3,
             exponent=-1.0,
             basis_every=4,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from ..optim import momentum
 from . import checkpoint
 from .data import Data
 from .models import Task
@@ -47,13 +48,13 @@ def compare(
     trainers: dict[str, Callable[[], Trainer]] = {
         "EKFAC": lambda: NaturalGradient(
             task,
-            lr=s.lr,
-            momentum_decay=s.momentum,
+            momentum(s.momentum),
+            s.lr,
+            compiled=compiled,
             damping=s.damping,
             exponent=s.exponent,
             basis_every=s.basis_every,
             second_moment=SECOND_MOMENTS[second_moment](decay),
-            compiled=compiled,
         ),
         "SGD": lambda: TorchOptimizer(task, lambda p: torch.optim.SGD(p, lr=s.sgd_lr, momentum=s.sgd_momentum)),
         "AdamW": lambda: TorchOptimizer(task, lambda p: torch.optim.AdamW(p, lr=s.adamw_lr)),

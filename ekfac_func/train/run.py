@@ -12,9 +12,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from ..optim import apply_updates, chain, learning_rate, metrics, momentum
+from ..optim import Transform, apply_updates, chain, learning_rate, metrics
 from ..precondition import ekfac
-from ..second_moment import SecondMoment
 from ..types import Info, Params, State
 from .data import Data, Examples
 from .models import Task, loss_of
@@ -75,32 +74,18 @@ class Trainer(Protocol):
 
 
 class NaturalGradient:
-    """Heavy-ball momentum on the natural gradient of `ekfac`. The task's own network stays as it is."""
+    """Steps along the natural gradient of `ekfac`, accumulated by a velocity. The task's own network stays as it is.
 
-    def __init__(
-        self,
-        task: Task,
-        *,
-        lr: float,
-        momentum_decay: float,
-        damping: float,
-        exponent: float,
-        basis_every: int,
-        second_moment: SecondMoment,
-        compiled: bool = False,
-    ) -> None:
-        self._ekfac = ekfac(
-            loss_of(task),
-            damping=damping,
-            exponent=exponent,
-            basis_every=basis_every,
-            second_moment=second_moment,
-        )
+    velocity: such as `optim.momentum(0.9)`. options: of `ekfac`, `basis_every` among them.
+    """
+
+    def __init__(self, task: Task, velocity: Transform, lr: float, *, compiled: bool = False, **options: Any) -> None:
+        self._ekfac = ekfac(loss_of(task), **options)
         self._precondition = (
             torch.compile(self._ekfac.precondition, fullgraph=True) if compiled else self._ekfac.precondition
         )
-        self._optimizer = chain(momentum(momentum_decay), learning_rate(lr))
-        self._lr, self._basis_every = lr, basis_every
+        self._optimizer = chain(velocity, learning_rate(lr))
+        self._lr, self._basis_every = lr, options["basis_every"]
         self.params: Params = {name: p.detach() for name, p in task.net.named_parameters()}
         self._opt_state = self._optimizer.init(self.params)
         self._state: State | None = None
