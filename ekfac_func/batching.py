@@ -329,32 +329,33 @@ def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return F.one_hot(tensor, num_classes)
 
 
-EXACT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.batch_norm: batch_norm}
-"""Where torch's own derivative is wrong."""
+Functions = dict[Callable[..., Any], Callable[..., Any]]
+"""Torch functions, and what is called in place of each; `capture._replacing` says which table holds when."""
+
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-MAPPED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+
+EXACT: Functions = {F.batch_norm: batch_norm}
+"""Torch's own derivative is wrong, with `vmap` and without."""
+
+MAPPED: Functions = {
     DATA: Tensor.detach,
     F.embedding: embedding,
     F.one_hot: one_hot,
     **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), select_scatter),
     **dict.fromkeys((torch.index_select, Tensor.index_select), index_select),
-    torch.as_strided: as_strided,
-    Tensor.as_strided: as_strided,
+    **dict.fromkeys((torch.as_strided, Tensor.as_strided), as_strided),
 }
-"""Where torch's own is wrong under `vmap`."""
+"""Torch's own is wrong under `vmap`."""
+
 COPIED = frozenset({torch.as_strided, Tensor.as_strided})
-"""Those that copy what is a view without `vmap`."""
-OF_CHANNELS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.group_norm: group_norm,
-    F.instance_norm: instance_norm,
-}
-"""Norms of which torch's own rule asks how images lie in memory, which it cannot be told."""
-NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **OF_CHANNELS,
-    F.layer_norm: layer_norm,
-    F.batch_norm: batch_norm,
-}
-OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+"""Of `MAPPED`, those that give a copy where torch gives a view."""
+
+OF_CHANNELS: Functions = {F.group_norm: group_norm, F.instance_norm: instance_norm}
+"""Torch's own asks how images lie in memory, which `vmap` cannot tell it."""
+
+NORMS: Functions = {**OF_CHANNELS, F.layer_norm: layer_norm, F.batch_norm: batch_norm}
+
+OPEN: Functions = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     F.scaled_dot_product_attention: attention,
@@ -367,20 +368,20 @@ OPEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
         for function in (getattr(F, f"max_pool{nd}d"), getattr(torch, f"max_pool{nd}d"))
     },
 }
-"""Where torch's own rule fixes the batch size of a graph, or is slow."""
-OPEN_BATCHED: dict[Callable[..., Any], Callable[..., Tensor]] = {F.dropout: dropout}
-"""Where torch's own fixes the number of examples of a graph of a batched loss."""
-OPEN_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+"""Torch's own rule for `vmap` fixes the batch size of a graph, or is slow."""
+
+OPEN_LAYERS: Functions = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), conv_transpose),
     **NORMS,
 }
-"""The same, of calls that are tapped."""
-EAGER_LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.linear: linear,
-    **dict.fromkeys((torch.addmm, Tensor.addmm), addmm),
-}
-"""Of calls that are tapped, in eager mode and in at most one `vmap`."""
+"""The same, for calls that are tapped."""
+
+OPEN_BATCHED: Functions = {F.dropout: dropout}
+"""Torch's own fixes the number of examples in the graph of a batched loss."""
+
+EAGER_LAYERS: Functions = {F.linear: linear, **dict.fromkeys((torch.addmm, Tensor.addmm), addmm)}
+"""Faster than torch's own, for calls that are tapped, in eager mode and in at most one `vmap`."""
 
 
 def examples_first(n: int, tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[Tensor]:

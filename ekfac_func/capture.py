@@ -32,6 +32,7 @@ from .batching import (
     OPEN,
     OPEN_BATCHED,
     OPEN_LAYERS,
+    Functions,
 )
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
@@ -249,9 +250,6 @@ def _deciding(seen: Sequence[Any]) -> list[Any]:
 
 CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)  # `vmap` lays no example so; no value depends on it
 WAYS = {"SUMMED": summed, "EACH": each, "LOOPED": looped, "BATCHED": batched}  # by name, for Dynamo hashes no enum
-
-
-Functions = Mapping[Callable[..., Any], Callable[..., Any]]
 
 
 def _replacing(found: Plan, batched: bool) -> tuple[Functions, Functions, Functions]:

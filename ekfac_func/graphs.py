@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import examples_first, of_images, of_one_or_more
+from .batching import Functions, examples_first, of_images, of_one_or_more
 from .rules import each
 
 
@@ -188,7 +188,7 @@ def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-IN_GRAPHS: dict[Callable[..., Any], Callable[..., Any]] = {
+IN_GRAPHS: Functions = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _named(cat)),
     **dict.fromkeys((torch.gather, Tensor.gather), _named(gather)),
     **dict.fromkeys((torch.index_select, Tensor.index_select), _named(index_select)),
@@ -197,11 +197,10 @@ IN_GRAPHS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.kl_div: kl_div,
     F.binary_cross_entropy: binary_cross_entropy,
     F.interpolate: interpolate,
-    F.adaptive_avg_pool1d: adaptive_pool(F.adaptive_avg_pool1d, 1),
-    F.adaptive_avg_pool2d: adaptive_pool(F.adaptive_avg_pool2d, 2),
-    F.adaptive_avg_pool3d: adaptive_pool(F.adaptive_avg_pool3d, 3),
-    F.adaptive_max_pool1d: adaptive_pool(F.adaptive_max_pool1d, 1),
-    F.adaptive_max_pool2d: adaptive_pool(F.adaptive_max_pool2d, 2),
-    F.adaptive_max_pool3d: adaptive_pool(F.adaptive_max_pool3d, 3),
+    **{
+        function: adaptive_pool(function, nd)
+        for nd in (1, 2, 3)
+        for function in (getattr(F, f"adaptive_avg_pool{nd}d"), getattr(F, f"adaptive_max_pool{nd}d"))
+    },
 }
 """For a graph of a loss of one example."""
