@@ -1,4 +1,4 @@
-"""The states of random number generators, to which a pass over the same examples goes back."""
+"""The states of random number generators, restored before another pass over the same examples."""
 
 import contextlib
 import functools
@@ -14,13 +14,13 @@ _WITH_STATES = ("cuda", "mps", "xpu")
 
 
 class Draws(NamedTuple):
-    """The states of the random number generators before a pass, from which another one draws the same."""
+    """The states of the random number generators before a pass, so that another pass can draw the same numbers."""
 
     states: list[tuple[Callable[[Any], Any], Any]]  # how each is set, and what it was
-    recorded: bool = False  # into a CUDA graph, where the states of the devices cannot be had
+    recorded: bool = False  # a CUDA graph is being recorded, in which the states of devices cannot be read
 
     def repeat(self) -> None:
-        """Go back to them."""
+        """Restore these states."""
         if self.recorded:
             raise RuntimeError(
                 "a step that a CUDA graph records wanted a second pass with the same random numbers: call it once "
@@ -37,7 +37,7 @@ class Draws(NamedTuple):
 
 
 def host_draws() -> Draws:
-    """Of Python and numpy alone, of which one draw serves the whole batch."""
+    """The states of Python's and numpy's generators, whose draws are the same for all examples of a batch."""
     states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
     if numpy := sys.modules.get("numpy"):
         states.append((numpy.random.set_state, numpy.random.get_state()))
@@ -45,7 +45,7 @@ def host_draws() -> Draws:
 
 
 def draws(tensors: Iterable[Tensor]) -> Draws:
-    """Of the CPU and the accelerators that these tensors are on; of Python and numpy, by which a loss may branch."""
+    """The states of torch's generators, on the CPU and where these tensors are, and of Python's and numpy's."""
     states: list[tuple[Callable[[Any], Any], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         *host_draws().states,
@@ -61,7 +61,7 @@ def draws(tensors: Iterable[Tensor]) -> Draws:
 
 @contextlib.contextmanager
 def undrawn(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restores the random state on exit."""
+    """Restore the random states on exit."""
     before = draws(tensors)
     try:
         yield

@@ -18,7 +18,7 @@ HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux; a hint, not more
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """As `like.new_empty(shape)`; a large one in pages of 2 MiB, for the first touch of each page takes its time."""
+    """`like.new_empty(shape)`; a large one in pages of 2 MiB, for the first touch of each page takes time."""
     t = like.new_empty(shape)
     if HUGE_PAGES is not None and t.nbytes >= LARGE_BYTES and writable(t):
         start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -28,10 +28,10 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Likewise for what is soon freed, as a mapping of its own, which goes back to the system when it is.
+    """The same for what is freed soon: a memory mapping of its own, which goes back to the system when it is freed.
 
-    glibc would cut aligned memory out of a larger piece, keep it when it is freed and seldom find it again: the same
-    product in a loop would fill one piece after another.
+    glibc would cut aligned memory out of a larger piece, keep it after it is freed and seldom reuse it: the same
+    product in a loop would take one piece after another.
     """
     size = math.prod(shape) * like.itemsize
     if HUGE_PAGES is None or size < SCRATCH_BYTES or not writable(like):
@@ -43,20 +43,20 @@ def scratch(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def writable(*operands: Tensor) -> bool:
-    """Whether what is made of these can be written into memory of ours: on a CPU, without a derivative or transform."""
+    """Whether results of these may be written to memory of ours: on a CPU, with no derivative and no transform."""
     plain = not torch.compiler.is_compiling() and depth() == 0 and _get_current_dispatch_mode() is None
     on_cpu = all(type(t) is Tensor and t.device.type == "cpu" for t in operands)
     return plain and on_cpu and not differentiated(*operands)
 
 
 class Rooms:
-    """Memory for one result after another: each overwrites the last but one, which nobody reads any more."""
+    """Two pieces of memory that results take in turn: each overwrites the last but one, which is read no more."""
 
     def __init__(self) -> None:
         self.held: list[Tensor] = []
 
     def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """For a result of this shape."""
+        """Memory for the next result, of this shape."""
         entries = math.prod(shape)
         room = self.held.pop(0) if len(self.held) == 2 else None
         if room is None or room.numel() < entries or room.dtype != like.dtype:

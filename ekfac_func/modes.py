@@ -1,4 +1,4 @@
-"""What depends on whether a line runs in eager mode, under a transform or in a graph."""
+"""What depends on how a line runs: in eager mode, under a transform of `torch.func`, or in a graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,21 +24,21 @@ def depth() -> int:
 
 
 def differentiated(*tensors: Tensor) -> bool:
-    """Whether autograd records what is made of these."""
+    """Whether autograd records what is computed from these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def innermost(t: Tensor) -> Tensor:
-    """Without the wrappers of transforms: what has memory, and counts the changes in place."""
+    """A tensor without the wrappers of transforms: the one that has memory and a version."""
     while functorch.is_functorch_wrapped_tensor(t):
         t = functorch.get_unwrapped(t)
     return t
 
 
 def past_vmap(f: Callable[[Tensor], Tensor], x: Tensor, n: int = 1) -> Tensor:
-    """`f` of the examples that the one `vmap` under way maps over, along the first axis: past `torch.func`.
+    """`f(x)` for all examples at once, unseen by `torch.func`: what the one `vmap` under way maps over, examples first.
 
-    n: how many, for an x that is the same in all.
+    n: the number of examples, for an x that does not depend on them.
     """
     level = functorch.current_level()
     whole, axis = functorch._unwrap_batched(x, level)
@@ -48,13 +48,13 @@ def past_vmap(f: Callable[[Tensor], Tensor], x: Tensor, n: int = 1) -> Tensor:
 
 
 def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    """The memory of the tensors of a tree, by its address."""
+    """The storages of all tensors of a tree, by their addresses."""
     parts = [part for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) for part in _strided(t)]
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in parts}
 
 
 def _strided(t: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with memory of their own that a tensor is made of."""
+    """The strided tensors that a tensor is made of: itself, or the indices and values of a sparse one."""
     if t.layout is torch.strided:
         return (t,)
     if t.layout is torch.sparse_coo:
@@ -67,24 +67,24 @@ def _strided(t: Tensor) -> tuple[Tensor, ...]:
 
 
 def share(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are of the same memory."""
+    """Whether two tensors share memory."""
     first, second = innermost(one), innermost(other)
     strided = first.layout is second.layout is torch.strided
     return strided and first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 def opaque(*tensors: Tensor) -> bool:
-    """Whether block-by-block work goes into a graph as one opaque operator, which runs as in eager mode.
+    """Whether work in blocks goes into a graph as one opaque operator, which runs as in eager mode.
 
-    So it is on CPUs, where inductor would compile every block and write to memory what else stays in cache. It has no
-    derivative.
+    It does on CPUs: inductor would compile every block by itself and write to memory what could stay in cache. Such an
+    operator has no derivative, so nothing may be differentiated.
     """
     on_cpu = all(t.device.type == "cpu" for t in tensors)
     return torch.compiler.is_compiling() and on_cpu and not differentiated(*tensors)
 
 
 def one_by_one(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """A rule for `vmap` of an operator that is called for each entry of the axis."""
+    """A `vmap` rule for an operator: it is called once for each entry of the mapped axis."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         def at(k: int) -> Any:
@@ -97,17 +97,17 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 
 def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`torch.where` for a condition that is nearly always true: no pass over memory where reading it is free."""
+    """`torch.where` for a condition that nearly always holds: `new` itself where to read the condition is cheap."""
     if transformed() or good.device.type != "cpu" or _get_current_dispatch_mode() is not None:
         return torch.where(good, new, old)
     return new if bool(good if good.dim() == 0 else good.all()) else torch.where(good, new, old)
 
 
 def squared(own: Tensor) -> Tensor:
-    """The square of a tensor that nobody else reads: in place, but under `vmap`, which has no rule for that."""
+    """The square of a tensor that nobody else reads: in place in eager mode, for `vmap` has no rule for that."""
     return own.square() if transformed() else own.square_()
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Without autocast: statistics keep their own dtype where the caller has it on for the loss."""
+    """Autocast off: statistics keep their own dtype where the caller has it on for the loss."""
     return torch.autocast(device.type, enabled=False)

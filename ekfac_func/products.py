@@ -1,12 +1,12 @@
 """Large matrix products at the speed of the machine.
 
-In float32 on CPUs of other makers than Intel by oneDNN, that of PyTorch's convolutions and compiled linear layers:
-PyTorch's own go to MKL, which takes 512-bit instructions on Intel's alone and has half the speed elsewhere (measured
-on one of AMD's; on one of Intel's oneDNN was up to 2.5 times slower). In graphs and under dispatch modes it is the
-operator `torch.ops.ekfac_func.product`.
+In float32, on CPUs that are not Intel's, products are those of oneDNN, by which PyTorch convolves. PyTorch's own are
+MKL's, which uses 512-bit instructions on Intel's CPUs alone: on an AMD it had half the speed, on an Intel oneDNN was up
+to 2.5 times slower (measured). In graphs and under dispatch modes the product is the operator
+`torch.ops.ekfac_func.product`.
 
-On CUDA devices with rows filled up to 16 bytes: a side of 769, of 768 inputs and a bias, else goes to kernels for any
-alignment, at a third of the speed (measured on an H100).
+On CUDA devices rows are padded to a multiple of 16 bytes. Without it a side of 769, of 768 inputs and a bias, goes to
+kernels for any alignment, at a third of the speed (measured on an H100).
 """
 
 import math
@@ -90,7 +90,7 @@ def outer(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
 
 
 def _sums_in_turn(x: Tensor, y: Tensor) -> bool:
-    """Whether a CPU would add many rows up one after another, to fewer digits the more they are."""
+    """Whether a CPU would add up many rows one after another, which loses digits with their number."""
     if x.device.type != "cpu" or transformed():  # first, for Dynamo sorts no symbols
         return False
     few, many = sorted((x.shape[-1], y.shape[-1]))
@@ -109,7 +109,7 @@ def matmul(x: Tensor, y: Tensor, rooms: Rooms | None = None) -> Tensor:
 
 
 def aligned(x: Tensor, y: Tensor) -> Tensor:
-    """`x y`, with the axes that are the last in memory filled up with zeros to a multiple of `ALIGNED_BYTES`."""
+    """`x y`, the axis of each that is last in memory padded with zeros to a multiple of `ALIGNED_BYTES`."""
     unit = ALIGNED_BYTES // x.itemsize
     m, e = x.shape[-2], y.shape[-1]
     transposed_x, transposed_y = _is_transposed(x), _is_transposed(y)
@@ -126,7 +126,7 @@ def _is_transposed(x: Tensor) -> bool:
 
 
 def _filled(x: Tensor, rows: int, columns: int, transposed: bool) -> Tensor:
-    """With zeros, lying in memory as before."""
+    """Padded with zeros, with the same axis last in memory."""
     if not (rows or columns):
         return x
     if x.dim() == 3 and x.stride(0) == 0:  # one matrix for all
@@ -135,7 +135,7 @@ def _filled(x: Tensor, rows: int, columns: int, transposed: bool) -> Tensor:
 
 
 def _fits(x: Tensor, y: Tensor) -> bool:
-    """Whether oneDNN can multiply these, and is the faster one."""
+    """Whether oneDNN can multiply these, and is faster than PyTorch's own."""
     return FASTER and x.dtype == y.dtype == torch.float32 and x.device.type == "cpu" and _plain()
 
 

@@ -164,7 +164,7 @@ def conv(
 
 
 def _under_the_kernel(weight: Tensor) -> tuple[int, ...]:
-    """The axes along which a convolution mixes pixels."""
+    """The spatial axes along which a kernel mixes pixels: those where it is longer than 1."""
     return tuple(axis for axis in range(2 - weight.dim(), 0) if weight.shape[axis] > 1)
 
 
@@ -310,7 +310,7 @@ _LETTERS = string.ascii_letters
 def _product(
     x_letters: str, output: str, input: Tensor, weight: Tensor, w_letters: str, bias: Tensor | None = None
 ) -> Call | None:
-    """An einsum of an input and a weight, one letter an axis of each, read as a layer."""
+    """An einsum of an input and a weight, a letter for each axis, read as a layer; None if it is none."""
     if len(x_letters) != input.dim() or len(w_letters) != weight.dim():
         return None  # which torch refuses
     sizes: dict[str, int] = {}
@@ -343,7 +343,7 @@ def _product(
 
 
 def _grouped(t: Tensor, counts: Sequence[int]) -> Tensor:
-    """`[n ...]` with each run of axes as one, of size 1 where the run is empty."""
+    """`[n ...]` with each run of so many axes joined into one, of size 1 where the run is empty."""
     shape, at = [t.shape[0]], 1
     for count in counts:
         shape.append(math.prod(t.shape[at : at + count]))
@@ -358,9 +358,10 @@ def _scale(
     normalise: Callable[[Tensor], Tensor] | None = None,
     last: int | None = None,
 ) -> Call | None:
-    """A scale, and a shift, of each feature: of the last axes or of the channels, axis 1.
+    """The call of a norm: a scale, and a shift, for each feature.
 
-    normalise: what the scale multiplies, of an input of several examples; None of what is normalised already.
+    normalise: from an input of several examples to what the scale multiplies; None where the input is that already.
+    last: how many last axes are the features; None where they are the channels, axis 1.
     """
     if weight is None:
         return None
@@ -379,7 +380,7 @@ def _scale(
 
 
 def standardised(input: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """By the mean and variance of each channel, axis 1."""
+    """The input standardised by the mean and variance of each channel, axis 1."""
     of_channels = (-1, *(1,) * (input.dim() - 2))
     return (input - mean.reshape(of_channels)) * (variance + eps).rsqrt().reshape(of_channels)
 
@@ -412,7 +413,7 @@ def _patches(
 def margins(
     kernel: tuple[int, ...], padding: str | int | tuple[int, ...], dilation: int | tuple[int, ...]
 ) -> list[int]:
-    """Of `F.pad`: both sides of each spatial axis, the last one first."""
+    """The padding as `F.pad` takes it: both sides of each spatial axis, the last axis first."""
     if padding == "same":  # an odd reach pads the end once more
         reach = [d * (k - 1) for k, d in zip(kernel, each(dilation, kernel), strict=True)]
         sides = [(r // 2, r - r // 2) for r in reach]
@@ -422,7 +423,7 @@ def margins(
 
 
 def each(value: Any, kernel: tuple[int, ...]) -> list[int]:
-    """A setting of a convolution, one number a spatial axis."""
+    """A setting of a convolution as one number for each spatial axis."""
     values = [value] if isinstance(value, int) else list(value)
     return values * len(kernel) if len(values) == 1 else values
 
