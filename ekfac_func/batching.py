@@ -112,7 +112,7 @@ def _of_labels(
 
 
 def _under_autocast(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Cast as autocast does for torch's own function, by default to its lower precision."""
+    """Tensors cast as autocast casts them for torch's own function, by default to its lower precision."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -121,7 +121,7 @@ def _under_autocast(tensors: list[Tensor], dtype: torch.dtype | None = None) -> 
 
 
 def _given(kwargs: dict[str, Any]) -> set[str]:
-    """The names of arguments that are not their defaults, which torch functions hand over to a tap too."""
+    """The names of arguments that differ from their defaults: torch functions hand a tap the defaults as well."""
     defaults = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
     return {name for name, value in kwargs.items() if isinstance(value, Tensor) or value != defaults.get(name)}
 
@@ -150,7 +150,7 @@ def attention(
 
 
 def max_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Tensor]:
-    """A maximum over windows of the last nd axes, with all axes before them as one, which `vmap` does not reshape."""
+    """A maximum over windows of the last nd axes; all axes before them are joined, so that `vmap` need not reshape."""
 
     def pool(input: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = function(input.flatten(0, -nd - 1), *args, **kwargs)
@@ -200,7 +200,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 
 def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.embedding`, of which `vmap` forgets under a batched weight the range of ids and padding without gradient."""
+    """`F.embedding`; for a batched weight `vmap` forgets to check the ids, and that padding has no gradient."""
     low, high = _extremes(input)
     if low < 0 or high >= len(weight):
         raise IndexError(f"F.embedding has ids from {low} to {high} for a weight of shape {tuple(weight.shape)}")
@@ -211,7 +211,7 @@ def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *ar
 
 
 def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
-    """Of a copy, for a tensor that shares its memory with those of other examples shares its gradient too."""
+    """`as_strided` of a copy: a tensor that shares memory with those of other examples would share its gradient."""
     if storage_offset is not None and torch.compiler.is_dynamo_compiling():
         raise ValueError(
             f"as_strided with storage_offset={storage_offset} in a compiled step, where a tensor "
@@ -295,7 +295,7 @@ def instance_norm(
 def _norm(
     operator: Callable[..., Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None, pixels: int, *rest: Any
 ) -> Tensor:
-    """In the dtype that autocast has for it: on a CPU none."""
+    """A norm, scaled and shifted, in the dtype that autocast has for it; on a CPU autocast leaves norms alone."""
     (x,) = _under_autocast([input], torch.float32) if input.device.type != "cpu" else [input]
     return _affine(operator(x, *rest), weight, bias, pixels).to(x.dtype)
 
@@ -308,7 +308,7 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, pixels: int =
 
 
 def _extremes(ids: Tensor) -> tuple[int, int]:
-    """The least and the largest, where to look at them waits for no device; else zeros."""
+    """The least and the largest id, where reading them waits for no device; else zeros."""
     if torch.compiler.is_dynamo_compiling():
         return 0, 0
     own = innermost(ids)
@@ -385,7 +385,7 @@ EAGER_LAYERS: Functions = {F.linear: linear, **dict.fromkeys((torch.addmm, Tenso
 
 
 def examples_first(n: int, tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[Tensor]:
-    """What `vmap` maps along these axes, with the examples in front; those of all examples repeated."""
+    """Arguments of a `vmap` rule with the examples in front; what does not depend on the example is repeated."""
     return [
         t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=True)
     ]
@@ -442,7 +442,7 @@ def _(info: Any, in_dims: Any, x: Tensor, shape: list[int], eps: float) -> tuple
 
 
 def of_images(name: str, function: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
-    """An operator whose first axis is of several images: those of all examples are one after another."""
+    """An operator on images along the first axis; under `vmap` it is called once, on the images of all examples."""
 
     def of_all(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
         x = x.movedim(in_dims[0], 0)
@@ -455,7 +455,7 @@ def of_images(name: str, function: Callable[..., Tensor], schema: str) -> Callab
 
 
 def of_one_or_more(op: Callable[..., Tensor], x: Tensor, nd: int, *args: Any) -> Tensor:
-    """Of such an operator, of images of nd axes: x may be a single one."""
+    """Call such an operator on images of nd axes, or on a single one."""
     return op(x, *args) if x.dim() == nd + 2 else op(x[None], *args)[0]
 
 

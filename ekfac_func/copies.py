@@ -1,4 +1,4 @@
-"""Copies under `vmap` of what a loop over the examples has as views: neither they nor what they are of may change."""
+"""Copies that `vmap` makes where a loop over the examples has views: neither copy nor source may change in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Pair(NamedTuple):
     copy: Tensor
     base: Tensor
     versions: tuple[int, int]
-    index: Any  # by which the copy was read, if it was
+    index: Any  # the copy is `base[index]`, if it was made by one
     holders: int  # of the copy's memory when it was made
 
     def changed(self) -> bool:
@@ -32,7 +32,7 @@ def _holders(t: Tensor) -> int:
 
 
 class Copies:
-    """Those of one run of a loss."""
+    """The copies of one run of a loss."""
 
     def __init__(self) -> None:
         self.pairs: list[_Pair] = []
@@ -40,13 +40,16 @@ class Copies:
         self.returned: _Pair | None = None  # that is being written back
 
     def add(self, copy: Tensor, base: Tensor, index: Any = None) -> None:
-        """A copy was made of a tensor."""
+        """Note that copy was made of base."""
         own, of = innermost(copy), innermost(base)
         if not (own.is_inference() or of.is_inference()):  # which nobody changes
             self.pairs.append(_Pair(weakref.ref(copy), own, of, (own._version, of._version), index, _holders(own)))
 
     def begins(self, func: Any, args: Any) -> None:
-        """A call begins. `x[id] += v` reads a copy, changes it and writes it back at once, as a view would be."""
+        """Note that a call begins. A copy that is written back at once, as by `x[id] += v`, may change as a view would.
+
+        Python runs `x[id] += v` as three calls in a row: a copy is read, changed in place, and written back.
+        """
         last, self.last = self.last, None
         if args and isinstance(args[0], Tensor) and not innermost(args[0]).is_inference():
             self.last = weakref.ref(args[0]), innermost(args[0])._version
@@ -65,12 +68,12 @@ class Copies:
                 return
 
     def ends(self, func: Any) -> None:
-        """It has ended."""
+        """Note that it has ended."""
         if func is Tensor.__setitem__ and self.returned is not None:
             pair, self.returned = self.returned, None
             if not pair.gone():
                 self.pairs.append(pair._replace(versions=(pair.copy._version, pair.base._version)))
 
     def changed(self) -> bool:
-        """Whether a copy, or what one is of, is not what it was."""
+        """Whether a copy or its source was changed in place."""
         return any(pair.changed() for pair in self.pairs)

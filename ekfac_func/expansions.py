@@ -1,7 +1,7 @@
-"""Torch functions that hide layers from the rules, or have no `vmap` rule of use, written in calls that both know.
+"""Torch functions that hide layers from the rules, or that `vmap` cannot run well, written out in simpler calls.
 
-Each takes `call(function, *args)`, which hands a call back to the tap, and the arguments of the function it stands for.
-It returns NotImplemented for arguments that it does not cover: the function itself is then called.
+An expansion takes `call(function, *args)`, which hands a call back to the tap, and the arguments of the function that
+it stands for. It returns NotImplemented for arguments that it does not cover: then the function itself is called.
 """
 
 import math
@@ -87,7 +87,7 @@ def multi_head_attention(
 
 
 def _added_up(mask: Tensor | None, padding: Tensor | None, like: Tensor, heads: int, extra: int) -> Tensor | None:
-    """What two masks add to the scores `[m heads l t]`, of which the extra last keys are seen by all."""
+    """What two masks add to the scores `[m heads l t]`; every query may see the last keys, as many as extra."""
     mask, padding = _additive(mask, like), _additive(padding, like)
     if mask is not None and mask.dim() == 3:  # [(m heads) l t]
         mask = mask.unflatten(0, (-1, heads))
@@ -190,7 +190,7 @@ def grouped_mm(
 
 
 def requires_grad_(call: Callable[..., Any], input: Tensor, requires_grad: bool = True) -> Tensor:
-    """`torch.func` refuses it, and takes the same as an assignment: of a leaf, for all else has a gradient anyway.
+    """As an assignment, for `torch.func` refuses the method; of a leaf alone, for all else has a gradient anyway.
 
     In a graph, where nothing can ask for that gradient, it does nothing.
     """
@@ -322,7 +322,7 @@ def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | No
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A boolean mask, true where nothing may be seen, as what is added to the scores."""
+    """What is added to the scores for a mask; a boolean one is true where nothing may be seen."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.where(mask, -torch.inf, torch.zeros((), dtype=like.dtype, device=like.device))
@@ -342,7 +342,7 @@ _ALWAYS: dict[Any, Expansion] = {
 }
 """What hides layers from the rules or no transform takes, with `vmap` and without."""
 COPIES: dict[Any, Expansion] = {Tensor.__getitem__: getitem}
-"""Without `vmap` they are views: once there is a copy, a loss must change neither it nor what it is of in place."""
+"""Copies of what is a view without `vmap`: a loss may change neither the copy nor its source in place."""
 FOR_VMAP: dict[Any, Expansion] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.gaussian_nll_loss: gaussian_nll_loss,
@@ -356,7 +356,7 @@ FOR_VMAP: dict[Any, Expansion] = {
 
 
 def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any], Any], batched: bool) -> Any:
-    """What the expansion of a function gives, each of its calls handed to handle; NotImplemented if it has none.
+    """The output of a function by its expansion, whose calls are handed to handle; NotImplemented if it has none.
 
     batched: the loss runs without `vmap`.
     """

@@ -1,4 +1,4 @@
-"""Torch functions as a traced graph should take them under `vmap`: with the batch size left open.
+"""More torch functions for traced graphs: the batch size stays open.
 
 The rules of `torch.func.vmap` for these fix the batch size, and every size would cost a graph of its own.
 """
@@ -56,12 +56,12 @@ def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: 
 
 
 def _not_negative(index: Tensor, size: int) -> Tensor:
-    """An index by which a negative one is out of bounds too, as in these functions, and does not count from the end."""
+    """An index whose negative entries are out of bounds, as in these functions; plain indexing counts from the end."""
     return torch.where(index < 0, size, index)
 
 
 def _grid(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, ...]:
-    """The places of entries of which an index names those along one axis."""
+    """For `x[grid]`: the places of the entries that `gather(x, dim, index)` reads."""
     axes = range(index.dim())
     along = [
         torch.arange(size, device=index.device).reshape([-1 if axis == at else 1 for axis in axes])
@@ -179,7 +179,7 @@ def _(info: Any, in_dims: Any, *both: Tensor) -> tuple[Tensor, int]:
 
 
 def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same, which may be given `dim` as `axis`, as torch functions may."""
+    """The same function, which takes `axis` for `dim` as torch functions do."""
 
     @functools.wraps(function)
     def call(*args: Any, **named: Any) -> Tensor:

@@ -39,7 +39,7 @@ class Gathered(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """What a view shows of one axis of a parameter's split."""
+    """The part of one axis of a parameter's split that a view shows."""
 
     position: int | None  # of the view's axes, None where one index was taken
     start: int
@@ -57,7 +57,7 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def axes(view: View) -> tuple[Axis, ...] | None:
-    """What the view shows of each axis of its split; None for a stride or a repeat."""
+    """The part of each axis of its split that the view shows; None where it skips or repeats entries."""
     strides = contiguous(view.split)
     found: dict[int, int] = {}
     for position, (size, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
@@ -103,7 +103,7 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
 
 
 def follow(func: Callable[..., Any], args: Sequence[Any], view: View, made: Any) -> list[View | None]:
-    """What the tensors that a function of `VIEWS` made of a view, its first argument, show; None if that is unknown."""
+    """The views that a function of `VIEWS` made of a view, its first argument; None for one that is not known."""
     source = args[0]
     if func in GATHERS and not _basic(args[1]):
         first = (view.shape[0], view.strides[0]) == (view.split[0], contiguous(view.split)[0])
@@ -124,7 +124,7 @@ def _basic(index: Any) -> bool:
 
 
 def fix(index: Any) -> None:
-    """Have Dynamo guard the numbers of an index: the entries that they take are constants of a plan."""
+    """Have Dynamo guard the numbers in an index: which entries they pick is a constant of the plan."""
     for part in pytree.tree_leaves(index):
         ends = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
         constants([end for end in ends if isinstance(end, int)])
@@ -136,7 +136,7 @@ def is_ids(index: Any) -> bool:
 
 
 def ids_of(func: Callable[..., Any], args: Sequence[Any], gathered: Sequence[Gathered]) -> Tensor | None:
-    """The ids that chose the blocks of what a function of `VIEWS` makes."""
+    """The ids that picked the blocks of what a function of `VIEWS` makes; None where none did."""
     if func in GATHERS and is_ids(args[1]):
         return args[1] if args[0].dim() > 2 else None
     for one in gathered:
