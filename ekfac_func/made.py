@@ -1,7 +1,7 @@
-"""Which tensors of a loss depend on neither params nor the example, as `torch.zeros` makes them, until they are filled.
+"""Tensors that a loss makes, as by `torch.zeros`, which depend on neither params nor the example until it fills them.
 
-`vmap` lets no function write what differs between the examples into a tensor that is one for all of them: where a loss
-does, each example gets its own.
+`vmap` lets no function write what differs between the examples into a tensor that they share: where a loss does so,
+each example is given one of its own.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ DRAWN = frozenset(
     getattr(Tensor, name + "_")
     for name in ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
 )
-"""What fills a tensor with random numbers, of each example its own where it may differ."""
+"""Methods that fill a tensor with random numbers."""
 
 
 class Made:
-    """Follows the constants of a run within a transform, by their memory."""
+    """Follows, by their memory, the tensors of a run that are the same for all examples."""
 
     def __init__(self) -> None:
-        self.filled = False  # by what is not constant
-        self.drawn = False  # by random numbers
+        self.filled = False  # a constant, by what is not constant
+        self.drawn = False  # a constant, by random numbers
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
 
     def call(self, handle: Callable[[Any, Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """The output of a call."""
+        """The output of a call, which is noted."""
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         constants = [t for t in given if self._constant(t)]
         versions = [(t, t._version) for t in map(innermost, constants) if not t.is_inference()]
@@ -48,7 +48,7 @@ class Made:
         return output
 
     def _constant(self, t: Tensor) -> bool:
-        """Closed over, or made of constants."""
+        """Whether a tensor is closed over, or made of constants alone."""
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
         return not wrapped or not storages(innermost(t)).keys().isdisjoint(self.storages)
 
@@ -63,7 +63,7 @@ MAKES = (
 
 
 def own_of_each(of: Any) -> dict[Callable[..., Any], Callable[..., Tensor]]:
-    """For each of `MAKES` one that makes an example's own tensor, to write into: batched as the tensors of a tree."""
+    """For each of `MAKES` a function that makes each example its own tensor. of: tensors that `vmap` maps."""
     like = sum(leaf.new_zeros(()) for leaf in pytree.tree_leaves(of))
 
     def written(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

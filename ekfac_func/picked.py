@@ -1,4 +1,4 @@
-"""Which calls of a loss are on rows that values picked out of a batch: they belong to no example in turn."""
+"""Which layers of a batched loss are called on rows that values picked: which example a row is of is then unknown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .modes import innermost, storages
 
-# numbers for Python, and tensors of such numbers, by ways that are not dispatched
+# functions by which Python reads numbers, or makes tensors of numbers that it read, unseen by a dispatch mode
 READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
 OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 SPLITS = (torch.tensor_split, Tensor.tensor_split)
@@ -24,28 +24,28 @@ SIZES = (
 
 
 class Picked(TorchDispatchMode):
-    """Notes the calls of layers on rows that values may have picked, and on what is made of them, by their memory.
+    """Notes which layers are called on rows that values may have picked, or on what is computed from such rows.
 
-    A mask, `nonzero` and the like pick rows; ids and orders that come from the batch may, and so may a number that
-    Python reads. In doubt a layer is given up rather than a row taken for another example's. Truths that Python reads,
-    as of a branch, are let pass if every batch size reads as many.
+    Tensors are followed by their memory. A mask, `nonzero` and the like pick rows; ids and orders that come from the
+    batch may pick them, and so may a number that Python reads. In doubt a layer is given up: no row may be taken for
+    another example's. Truth values that Python reads, as for a branch, do no harm if each batch size reads as many.
 
-    picking: which of the lookups, in their order, are along the examples.
+    picking: which lookups by ids of the batch, counted in their order, are along the examples.
     """
 
     def __init__(self, picking: Collection[int] = ()) -> None:
         super().__init__()
         self.picking = picking
-        self.lookups: list[int] = []  # by ids that come from the batch: of how many entries each
+        self.lookups: list[int] = []  # by ids that come from the batch: along how many entries each is
         self.of_batch: dict[int, torch.UntypedStorage] = {}  # of what depends on its values; held like `storages`
-        self.calls: set[int] = set()  # on such rows
+        self.calls: set[int] = set()  # of layers, on rows that may have been picked
         self.asked: dict[int, int] = {}  # by call, how many truths were read before
         self.truths, self.numbers = 0, False  # read so far
         self.function: Any = None  # of torch, under way
         self.call: int | None = None  # of a layer, under way
         self.storages: dict[int, torch.UntypedStorage] = {}  # of such rows; held, so that no address is used again
-        self.sized: dict[int, torch.UntypedStorage] = {}  # of as many entries as values say
-        self.over = False  # the loss: what is left is its derivative
+        self.sized: dict[int, torch.UntypedStorage] = {}  # of tensors whose size depends on values
+        self.over = False  # the loss has run: what follows is its derivative
 
     def given(self, batch: Any) -> None:
         """The tensors of the batch."""
@@ -98,7 +98,7 @@ class Picked(TorchDispatchMode):
         return made
 
     def _looked_up(self, func: Any, args: Any, kwargs: Any) -> Iterator[int]:
-        """Along how many entries the call reads or writes by ids that come from the batch, or orders."""
+        """For each lookup by ids of the batch, and each sort, the number of entries that it is along."""
         if func.overloadpacket in INDEXED:
             ids = [(args[0].shape[axis], t) for axis, t in enumerate(args[1]) if t is not None]
         elif func.overloadpacket in BY_IDS and args[0].dim():

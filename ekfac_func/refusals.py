@@ -1,4 +1,4 @@
-"""What a loss may not do, refused with the name of what it did it to, and the remedy."""
+"""What a loss may not do: each is refused by an error that names the tensor and the remedy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _refuse_changed_table(func: Any, given: Mapping[str, Any], params: Mapping[s
 
 
 def _refuse_class_weights(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-    """The mean over one label divides by the weight that it was multiplied with."""
+    """Of one label the weighted mean divides by the weight that it has multiplied with."""
     weight, target = given.get("weight"), given["target"]
     mean = given.get("reduction", "mean") == "mean" and given.get("size_average") is given.get("reduce") is None
     if weight is not None and mean and target.numel() == 1 and not target.is_floating_point():
@@ -90,15 +90,15 @@ _REFUSALS: dict[Any, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any], Ma
 
 
 def _named(tensor: Any, params: Mapping[str, Tensor]) -> str:
-    """For a message, with a space before it; nothing of what is no parameter as it is."""
+    """The name of a parameter for a message, with a space before it; empty for any other tensor."""
     name = name_of(tensor, [(p, name) for name, p in params.items()])
     return "" if name is None else f" {name!r}"
 
 
 def unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError], n: int | None, level: int) -> Any:
-    """Call func; note what is to be raised for changing a tensor from outside the loss, and raise it for its `out`.
+    """Call func. Where it changes a tensor from outside of the loss, note the error for later; raise it for an `out=`.
 
-    A BatchNorm counts its batches so, before it is seen that it uses their statistics.
+    Later, for a BatchNorm counts its batches in place before it is seen to use their statistics, the clearer error.
     """
     for out in pytree.tree_leaves(kwargs.get("out")):
         # torch refuses a captured tensor that is changed in place, but not as an output
@@ -156,7 +156,7 @@ def refuse_changed(
 
 @contextlib.contextmanager
 def buffers_kept(n: int | None) -> Iterator[None]:
-    """Refuse a loss that leaves a tensor of its run in a buffer of a module, which has its own again."""
+    """Refuse a loss that puts a tensor of its run into a buffer of a module; the module gets its old buffer back."""
     before: dict[tuple[weakref.ref[nn.Module], str], tuple[Tensor | None, ...]] = {}  # of a new one nothing
     thread = threading.get_ident()
 
@@ -190,7 +190,7 @@ def buffers_kept(n: int | None) -> Iterator[None]:
 
 
 def _of_a_run(t: Tensor | None) -> bool:
-    """Whether a tensor has no values, or is one of a transform."""
+    """Whether a tensor belongs to a run: it has no values, or is wrapped by a transform."""
     return t is not None and (isinstance(t, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 

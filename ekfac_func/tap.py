@@ -1,4 +1,4 @@
-"""The mode that every run of a loss is under, and what is alike in all of them."""
+"""The function mode that every run of a loss is under, and what all runs share."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .views import Gathered
 class Tap(TorchFunctionMode):
     """Hands every call of a torch function to a handler, inside which the tap is off.
 
-    On CUDA devices nn.RNN asks for the addresses of its weights, to lay them out one after another. Those of fake and
-    of batched tensors are 0: alike, as of shared weights, which it leaves where they are.
+    On CUDA devices nn.RNN asks for the addresses of its weights, to lay them out one after another. Fake and batched
+    tensors have the address 0: all alike, as if the weights were shared, and shared weights it leaves where they are.
     """
 
     def __init__(self, handle: Callable[[Any, Any, Any], Any]) -> None:
@@ -39,7 +39,7 @@ class Tap(TorchFunctionMode):
 
 @contextlib.contextmanager
 def beneath(tap: Tap) -> Iterator[None]:
-    """A tap below the caller's function modes, so that it sees what these make of a call; in eager mode."""
+    """Enter a tap below the caller's function modes, so that it sees the calls that these make; in eager mode alone."""
     modes = []
     if not torch.compiler.is_dynamo_compiling():
         modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
@@ -61,7 +61,7 @@ LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select)
 
 
 def of_table(func: Any, args: Any, kwargs: Any, params: Iterable[Tensor]) -> tuple[Any, Any, Any]:
-    """A call of `LOOKUPS`: `w[ids]` and `index_select(w, 0, ids)` of a matrix among params as `F.embedding`."""
+    """`w[ids]` and `index_select(w, 0, ids)` of a matrix in params as calls of `F.embedding`; others as they are."""
     if not args or not any(args[0] is p for p in params) or args[0].dim() != 2:
         return func, args, kwargs
     ids: Any
@@ -99,13 +99,13 @@ def assigned(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
-    """Tell a model that it is traced, as `torch.compile` does: under `vmap` too it cannot branch on values."""
+    """Tell a model that it is traced, as `torch.compile` does, for under `vmap` it cannot branch on values either."""
     with assigned(torch.compiler, "_is_compiling_flag", True), _as_written():
         yield
 
 
 def _as_written() -> contextlib.AbstractContextManager[Any]:
-    """Where a function that is compiled by itself runs as it is written; within `torch.compile` Dynamo decides."""
+    """Have functions that are compiled by themselves run as they are written; within `torch.compile` Dynamo decides."""
     if torch.compiler.is_dynamo_compiling():
         return contextlib.nullcontext()
     try:
@@ -127,7 +127,7 @@ def unchecked() -> contextlib.AbstractContextManager[None]:
 
 
 def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-    """A call by the name that rules and repairs know: of operators, as in modules of `torch.export`, and of methods."""
+    """A call as one of a function that rules know: of operators, as `torch.export` has them, and of some methods."""
     if func is Tensor.unflatten:  # which Dynamo does not find in a dict, nor can trace under a function mode
         return torch.unflatten, args, kwargs
     if func in ALIASES:
@@ -136,7 +136,7 @@ def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
 
 
 def _reordered(name: str) -> Any:
-    """From a norm to that of `torch.nn.functional`: the arguments in another order, without the choice of cuDNN."""
+    """From a norm to the one of `torch.nn.functional`: arguments in another order, without the choice of cuDNN."""
     names = [argument.name for argument in getattr(_aten, name).default._schema.arguments]
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
@@ -189,7 +189,7 @@ def _to(input: Tensor, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any, Any]
 
 
 def _with_packets(table: dict[Any, Any]) -> dict[Any, Any]:
-    """The operators by themselves too, of which a call picks the overload."""
+    """The table with the packets of its operators as well: a call of a packet picks the overload."""
     return table | {op.overloadpacket: of_it for op, of_it in table.items() if isinstance(op, OpOverload)}
 
 
@@ -226,7 +226,7 @@ REORDERED = _with_packets(
 
 
 def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
-    """How the rule of a function reads a call of it."""
+    """The readings of a call by the rule of its function: none, one, or one for each operand that may be the weight."""
     found = rules[func](*args, **kwargs)
     if found is None:
         return []
@@ -234,7 +234,7 @@ def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
 
 
 def with_ids(call: Call, gathered: Sequence[Gathered], weight: str) -> Call:
-    """A call of a weight whose blocks ids chose, with those ids beside its input."""
+    """A call whose weight is made of blocks that ids picked, with those ids beside its input."""
     for one in gathered:
         if call.weight is one.made:
             return call._replace(input=(call.input, one.ids))
