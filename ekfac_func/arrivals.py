@@ -24,7 +24,7 @@ Take = Callable[[Layer, Terms, int], None]
 class Arrivals:
     """The tapped calls of some examples: a layer is read as soon as the output gradients of all its calls are there.
 
-    Then nothing that it was made of is held here.
+    From then on nothing is held here of its inputs and output gradients.
     """
 
     def __init__(self, found: Plan, params: Params, calls: list[Any], take: Take, n: int) -> None:
@@ -54,7 +54,7 @@ class Arrivals:
             self.bytes_each += size * (planned.windows[0].size if planned.by_ids else 1)  # written for every block
 
     def arrived(self, k: int, g: Tensor) -> None:
-        """The gradient w.r.t. the output of a call. Before the start it is of a pass for what has no rule."""
+        """Take the gradient w.r.t. the output of a call; one before the start is of a pass for what has no rule."""
         if not self.started:
             return
         planned = self.planned[k]
@@ -98,7 +98,7 @@ class Arrivals:
 
 
 def _check_term(term: Any, planned: Tapped) -> None:
-    """What a rule made of a call: a term on the axes that it named."""
+    """Refuse what a rule gave that is no term, or not on the axes that the rule named."""
     if isinstance(term, OneHot):
         return
     if not isinstance(term, Factored):
@@ -129,7 +129,7 @@ def _examples_first(t: Tensor, along: Along, n: int) -> Tensor:
 
 
 def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Params) -> Factored | OneHot:
-    """A call's term on the axes of the whole layer, in the dtype of its statistics, with the bias as the last input."""
+    """The term of a call on the axes of its whole layer, in the dtype of statistics, the bias as the last input."""
     dtype = statistics_dtype(params[layer.weight])
     b, o, i = planned.windows
     one = layer.bias is not None
@@ -155,7 +155,7 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
 
 
 def _of_blocks(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
-    """A call whose blocks ids chose among those of the layer: each a position of the one that it is."""
+    """The term of a call on blocks of a layer that ids picked: each is a position of the block that it is."""
     x, ids = inputs  # [n p]
     term = call.read(x, g)
     assert isinstance(term, Factored)
@@ -176,7 +176,7 @@ def _within(t: Tensor, window: Window, axis: int) -> Tensor:
 
 
 def _added(terms: Sequence[Factored | OneHot]) -> Terms:
-    """Several uses of one weight are more positions of it."""
+    """The terms of all uses of one weight, joined: each use brings more positions."""
     factored = [term for term in terms if isinstance(term, Factored)]
     tables = [term for term in terms if isinstance(term, OneHot)]
     if len(factored) > 1:
@@ -199,7 +199,7 @@ def _of_factored(terms: Sequence[Factored]) -> Factored:
 
 
 def uncounted(layer: Layer, n: int, like: Tensor) -> Terms:
-    """The terms of a layer that no call uses: of each example a position that is not counted."""
+    """The terms of a layer that no call uses: one position for each example, which is not counted."""
     b, o, i, k = layer.sizes
     zero = like.new_zeros((), dtype=statistics_dtype(like))
     if layer.table:

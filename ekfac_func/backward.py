@@ -17,7 +17,7 @@ from .types import Batch, Params
 
 
 class Run(NamedTuple):
-    """What a run of the loss under the tap gave, beside its gradient."""
+    """What a run of the loss under the tap gives beside gradients."""
 
     losses: Tensor
     aux: Any
@@ -28,18 +28,18 @@ Probe = Callable[[int, Tensor], Tensor]
 """(call, its output) -> the output, whose gradient is wanted"""
 
 Probed = Callable[..., tuple[Tensor, Run]]
-Part = tuple[Params, Run]  # gradients at copies, and the run
+Part = tuple[Params, Run]  # per-example gradients of the free parameters, [n ...], and the run
 
 
 def _for_each(tree: Any, n: int) -> Any:
-    """Every tensor once an example, `[n, ...]`, in the memory of one."""
+    """Every tensor of a tree repeated for each example, `[n ...]`, without a copy."""
     return pytree.tree_map(lambda t: t.expand(n, *t.shape), tree)
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, which hands on the gradient of its output as soon as it is known.
+    """The identity; its backward hands over the gradient of its output.
 
-    start: requires a gradient, so that the output does.
+    start: a tensor that requires a gradient, so that the output does too.
     """
 
     @staticmethod
@@ -58,13 +58,13 @@ class StalePlan(RuntimeError):
 
 
 class Copied(StalePlan):
-    """What is a view of a tensor was a copy of it, and one of the two was changed."""
+    """`vmap` made a copy where the loss has a view, and the copy or its source was changed in place."""
 
 
 class _Marks(torch.autograd.Function):
-    """The parameters of tapped calls, whose gradients come from these alone: none may arrive here.
+    """The identity on the parameters of tapped calls; raises if a gradient reaches one, past those calls.
 
-    start: is differentiated, so that a gradient that arrives is seen.
+    start: a tensor that is differentiated, so that backward runs at all.
     """
 
     generate_vmap_rule = True
@@ -88,7 +88,7 @@ class _Marks(torch.autograd.Function):
 
 
 def _marked(starts: list[Tensor], fixed: Params) -> Params:
-    """The parameters as the loss is given them; unmarked in a graph, whose path tracing has fixed."""
+    """The parameters of tapped calls for the loss; in a graph without `_Marks`, for there the path is fixed."""
     if torch.compiler.is_compiling() or not (starts and fixed):
         return fixed
     return dict(zip(fixed, _Marks.apply(starts[0], tuple(fixed), *fixed.values()), strict=True))
@@ -120,7 +120,7 @@ def _freed(
 
 
 def _taps(arrived: Callable[[int, Tensor], None], start: Tensor) -> Probe:
-    """Outputs whose gradients arrive one by one."""
+    """A probe for plain autograd: `arrived(call, gradient)` is called for each output in the backward pass."""
 
     def tap(k: int, output: Tensor) -> Tensor:
         tapped: Tensor = _Tap.apply(start, output, k, arrived)
@@ -130,13 +130,13 @@ def _taps(arrived: Callable[[int, Tensor], None], start: Tensor) -> Probe:
 
 
 def _batched_taps(arrived: Callable[[int, Tensor], None], start: Tensor, n: int) -> Probe:
-    """The same inside one `vmap`: of the batch that it maps over, for the way of `torch.func` takes far longer."""
+    """The same inside one `vmap`, on the whole batch that it maps over: through `torch.func` it takes far longer."""
     tap = _taps(arrived, start)
     return lambda k, output: past_vmap(functools.partial(tap, k), output, n)
 
 
 def _adds(probes: list[Tensor]) -> Probe:
-    """Zeros added to the outputs, w.r.t. which `torch.func` differentiates."""
+    """A probe for `torch.func`: adds zeros to the outputs, to differentiate with respect to."""
     return lambda k, output: output + probes[k]
 
 
@@ -169,7 +169,7 @@ def summed(probed: Probed, arrivals: Arrivals, fixed: Params, free: Params, exam
 
 
 def _of_each(losses: Tensor, free: Params, n: int) -> Params:
-    """The gradient of each loss `[n]`, in passes that keep the graph: one `vmap` over them is no plain autograd."""
+    """The gradients of the losses `[n]`, by a backward pass for each; a `vmap` over them would be no plain autograd."""
     wanted = list(free.values())
     if len(wanted) == 0 or not losses.requires_grad:
         return {name: p.new_zeros(n, *p.shape) for name, p in free.items()}

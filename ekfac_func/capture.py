@@ -55,7 +55,7 @@ class Captured(NamedTuple):
     layers: dict[str, Layer]  # by the name of the weight, in the order of params
     terms: dict[str, Terms]
     aux: Any  # what the loss returned beside, each tensor with an axis n in front unless batched; () if nothing
-    bytes_each: int  # bytes of an example of all layers' inputs and output gradients
+    bytes_each: int  # of the inputs and output gradients of all layers, for one example
 
 
 class Folded(NamedTuple):
@@ -69,13 +69,13 @@ class Folded(NamedTuple):
 
 
 Reading = Callable[[Layer, Terms, int], Any]
-"""(a layer, its terms of some examples, `bytes_each`) -> what is wanted of them"""
+"""(a layer, its terms of some examples, `bytes_each`) -> what is to be kept of them"""
 
 Begin = Callable[[dict[str, Layer]], Reading]
-"""layers -> how they are read, before anything is computed"""
+"""layers -> how to read them; called before anything is computed"""
 
 Add = Callable[[Layer, Any, Any], Any]
-"""(a layer, what was read of some examples, and of others) -> of both"""
+"""(a layer, what was read of some examples, what was read of others) -> what is kept of both"""
 
 
 def capture(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
@@ -112,11 +112,11 @@ def fold(
     add: Add,
     known: tuple[Layer, ...] = (),
 ) -> Folded:
-    """Losses of a batch, and what is read of its gradient terms: of some examples after others, layer by layer.
+    """Losses of a batch, and what is read of its gradient terms: layer by layer, some examples at a time.
 
-    In eager mode a layer is read within the backward pass, which then frees what the layer was made of.
+    In eager mode a layer is read within the backward pass, and its inputs and output gradients are then freed.
 
-    known: as which layers parameters are read that the loss does not use this time; in eager mode.
+    known: layers that parameters were in earlier batches, for those that this batch does not use; in eager mode alone.
     """
     params = separate(params)
 
@@ -212,13 +212,13 @@ UNMAPPED = (
     "from the 'SparseCPU' backend",
     "inside of vmap for memory_format",
 )
-"""What torch says of what `vmap` does not know: operators, an `autograd.Function`, writing into a tensor of all."""
+"""Parts of torch's errors for what `vmap` cannot run: an operator, an `autograd.Function`, a write in place."""
 
 
 def _retried(
     found: Plan, before: Draws, tapped: Callable[[Plan], tuple[Folded, list[Any]]]
 ) -> tuple[Folded, list[Any], Plan]:
-    """A tapped run, in another way where `vmap` cannot run a function of the loss; and how it was run."""
+    """A tapped run, tried in another way where `vmap` cannot run a function of the loss; and the plan that was run."""
     try:
         return *tapped(found), found
     except RuntimeError as error:
@@ -236,7 +236,7 @@ def _retried(
 
 
 def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int, bool]]) -> Iterator[Any]:
-    """Which parameters a call was given, and which of their entries: a plan is stale where that changes."""
+    """Which parameters, and which of their entries, a call is given: where that changes a plan is stale."""
     for leaf in pytree.tree_leaves(tree):
         of_param = by_id.get(id(leaf))
         if of_param is not None:  # the strides of a copy are those that `vmap` gives it
@@ -244,7 +244,7 @@ def _params_of(tree: Any, by_id: Mapping[int, tuple[str, int, bool]]) -> Iterato
 
 
 def _deciding(seen: Sequence[Any]) -> list[Any]:
-    """What a plan depends on: the calls that were given parameters, and how layers were read."""
+    """The part of what was seen that a plan depends on: calls with parameters, and how layers were read."""
     return [entry for entry in seen if len(entry) > 2]
 
 
@@ -272,7 +272,10 @@ def _replacing(found: Plan, batched: bool) -> tuple[Functions, Functions, Functi
 
 
 class _Tapping:
-    """One run of a loss under the tap, call by call."""
+    """One run of a loss under the tap, call by call.
+
+    It counts calls, and expands them, as `discovery._Watch` does: what one does the other has to do.
+    """
 
     def __init__(
         self,
@@ -412,7 +415,7 @@ class _Tapping:
 def _watched(
     found: Plan, loss_fn: LossFn | LossAuxFn, names: Collection[str], options: Options
 ) -> tuple[Probed, list[Any], list[list[Any]]]:
-    """The loss under the tap; the list in which a run leaves its calls; and that of the ways that the runs took."""
+    """The loss under the tap, the list in which a run leaves its calls, and the list of what each run has seen."""
     compiling, mapped = torch.compiler.is_compiling(), transformed()  # the parameters too may be of several
     instead, of_tapped, of_cast = _replacing(found, options.batched)
     fills = found.fills or (found.draws and options.randomness == "different")
@@ -488,7 +491,7 @@ def _tapped(
 
 
 def _draws_of_chunks(found: Plan, params: Params, batch: Batch, options: Options) -> Draws | None:
-    """The state of the generators to which every chunk goes back, if any: for one draw serves the whole batch."""
+    """The random states that every chunk starts from, where all examples are to see the same draws."""
     if options.randomness == "same":
         if torch.compiler.is_compiling():
             raise ValueError(

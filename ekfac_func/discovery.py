@@ -109,11 +109,11 @@ class Plan(NamedTuple):
     layers: tuple[Layer, ...]
     calls: tuple[Tapped, ...]  # in the order of the loss
     way: Way
-    open: bool = False  # no function of `OPEN` or `IN_GRAPHS` stands inside a transform of the user's own
-    fills: bool = False  # the loss writes into tensors that it made, of which each example then needs its own
-    draws: bool = False  # likewise random numbers, where these are to be different
-    shared: tuple[bool, ...] = ()  # whether each call of `views.MAY_COPY` is a view
-    cuts: str = ""  # what the loss calls that changes the graph of its derivative, if anything
+    open: bool = False  # no function of `OPEN` or `IN_GRAPHS` is called inside a transform of the loss's own
+    fills: bool = False  # the loss writes into tensors that it made: each example then needs its own
+    draws: bool = False  # it fills them with random numbers: so too, if these are to differ between the examples
+    shared: tuple[bool, ...] = ()  # of each call of `views.MAY_COPY`, whether it gives a view
+    cuts: str = ""  # the function, if any, by which the loss changes the graph of its derivative
 
 
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -130,7 +130,7 @@ def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Opt
 
 
 def as_known(found: Plan, known: tuple[Layer, ...]) -> Plan:
-    """A plan whose layers are as calls have shown them before, where this time none uses them."""
+    """The plan with layers as earlier calls have shown them, where no call of this batch uses them."""
     uncalled = {layer.weight for layer in found.layers if layer.hidden_by == NO_CALL}
     shown = {
         layer.weight: layer._replace(hidden_by=NO_CALL)
@@ -147,11 +147,11 @@ class _SecondOrder(Exception):
 
 
 class _WithoutContext(Exception):
-    """The loss calls an `autograd.Function` of which `torch.func` knows nothing, for its forward takes ctx."""
+    """The loss calls an `autograd.Function` whose forward takes ctx, which `torch.func` does not take."""
 
 
 class _ChangesData(Exception):
-    """The loss moves or casts a module, which changes `.data`: `torch.func` does not let it."""
+    """The loss moves or casts a module, which sets `.data`, as `torch.func` does not allow."""
 
 
 @torch.compiler.assume_constant_result
@@ -243,12 +243,12 @@ def _of_batched(
 
 
 def _unread(param_specs: Mapping[str, Spec], why: str, way: Way) -> Plan:
-    """All parameters as what no rule reads."""
+    """The plan that taps nothing: no parameter has a rule."""
     return Plan(tuple(dense_layer(name, param.shape, why) for name, param in param_specs.items()), (), way)
 
 
 def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], few: int, more: int) -> Plan:
-    """The plan of a batched loss, by runs on two batch sizes: the axes of the examples grow with their number."""
+    """The plan of a batched loss, by runs on two batch sizes: an axis of examples grows with their number."""
     one, two = run(few), run(more)
     if len(one.lookups) == len(two.lookups):
         picking = {k for k, (x, y) in enumerate(zip(one.lookups, two.lookups, strict=True)) if x != y}
@@ -275,10 +275,10 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
 
 REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn"))
 ASKS = frozenset({Tensor.register_hook, REQUIRES_GRAD, GRAD_FN})
-"""What a loss asks a tensor, or does to it, because it is differentiated."""
+"""Functions by which a loss asks whether a tensor is differentiated, or reads its gradient."""
 
 CUTS = frozenset({Tensor.detach_, torch.detach_, Tensor.register_hook})
-"""What changes the derivative of a tensor in place, beside `.data`; a compiled step cannot."""
+"""Functions that change the derivative of a tensor in place, as `.data` does; a compiled step has none of them."""
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
@@ -374,7 +374,7 @@ def _differentiate(loss: Callable[[Params, Tensor], Tensor], params: Params, pla
 
 
 def _raise_if_known(error: Exception) -> None:
-    """Raise in place of an error of torch's what it says of the loss."""
+    """Where an error of torch's says something known about the loss, raise that in its place."""
     # torch.cond and scan under `grad`, and torch.tensor([x[0], x[1]])
     higher_order = isinstance(error, KeyError) and any(isinstance(key, TransformType) for key in error.args)
     if higher_order or "its data is not allocated yet" in str(error):
@@ -393,7 +393,7 @@ def _raise_if_known(error: Exception) -> None:
 
 
 def _called_on(given: Any, n: int | None) -> str:
-    """What the loss was given, to note at an error."""
+    """The shapes that the loss was given, as a note to its error."""
     shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(given)]
     if n is None:
         return f"loss_fn was called on one example, whose tensors have the shapes {shapes}"
@@ -404,7 +404,7 @@ def _called_on(given: Any, n: int | None) -> str:
 
 
 def _refuse_compiled(found: Observed) -> None:
-    """What a graph would differentiate in another way than eager mode does."""
+    """Refuse, for a compiled step, what a graph would differentiate in another way than eager mode."""
     for name in sorted(found.asked_of - {""}):
         raise ValueError(
             f"loss_fn asks whether params[{name!r}] requires a gradient, to which a compiled step has another answer: "
@@ -442,18 +442,21 @@ def _custom_functions(loss: Tensor) -> set[str]:
 
 
 def _differentiated(uses: list[Use], reached: set[int]) -> list[Use]:
-    """Without calls that no gradient reaches, as under `torch.no_grad`: of a weight with others they are no samples."""
+    """Without the calls that no gradient reaches, as under `torch.no_grad`, of weights that have other calls."""
     weights = {uses[k].weight for k in reached}
     return [use for k, use in enumerate(uses) if k in reached or use.weight not in weights]
 
 
 def _unlogged() -> contextlib.AbstractContextManager[None]:
-    """Without the traceback that tensors without values log of an error that is raised as well."""
+    """Without the log of tensors without values: it repeats errors that are raised anyway."""
     return assigned(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True)
 
 
 class _Watch:
-    """What a loss does with its parameters in one run, call by call."""
+    """Watches one run of a loss: what it does with its parameters, call by call.
+
+    Its calls are counted, and expanded, as `capture._Tapping` does: what one does the other has to do.
+    """
 
     def __init__(
         self,
@@ -477,7 +480,7 @@ class _Watch:
         self.counted = 0  # calls of functions that have a rule
 
     def begin(self, params: Params, zero: Tensor) -> Params:
-        """The parameters that the loss is to be given, within the transform that differentiates it."""
+        """Parameters for the loss, marked to notice gradients; called within the transform that differentiates."""
         self.level = depth()
         self.params = {name: _Mark.apply(p, name, self.found.reached) for name, p in params.items()}
         self.zero = zero
@@ -491,7 +494,7 @@ class _Watch:
         return self.made.call(self.noted, func, args, kwargs) if self.n is None else self.noted(func, args, kwargs)
 
     def before_call(self, func: Any, args: Any, kwargs: Any, inner: bool) -> None:
-        """What a call says of the loss before it runs. inner: within a transform of the loss's own."""
+        """Note what a call says about the loss, before it runs. inner: it is within a transform of the loss's own."""
         refuse(func, args, kwargs, self.params, self.n is not None)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
@@ -512,7 +515,7 @@ class _Watch:
         self.found.nested |= (func in OPEN or func in IN_GRAPHS) and inner
 
     def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The same as `handle`, with what it says of parameters."""
+        """The output of a call, and note which parameters it uses, and how."""
         batched = self.n is not None
         # in a batch rows in another order would be taken for other examples'
         if func in LOOKUPS and not batched and F.embedding in self.rules:
@@ -554,7 +557,7 @@ class _Watch:
         return output
 
     def use(self, at: int, func: Any, args: Any, kwargs: Any) -> Any:
-        """The output of a call of a layer, which is noted; NotImplemented of any other."""
+        """The output of a call that a rule reads as a layer, which is noted; NotImplemented of any other."""
         for reading, call in enumerate(readings(self.rules, func, args, kwargs)):
             view = self.view_of(call.weight)
             laid = None if view is None else lay_out(call, view)
@@ -597,14 +600,14 @@ class _Watch:
         return unless_mutating(func, args, kwargs, self.mutations, self.n, self.level)
 
     def view_of(self, tensor: Any) -> View | None:
-        """Of which parameter a tensor is a view, if of one that is differentiated."""
+        """The view of a parameter that a tensor is; None if it is none, or a constant."""
         _, version, view = self.known.get(id(tensor), (None, 0, None))
         if view is None or tensor._version != version:
             return None
         return view if tensor.requires_grad and tensor.is_floating_point() else None  # not so of a whole number
 
     def follow(self, func: Any, args: Any, made: Any) -> bool:
-        """Know the views that were made of a view; False where that is none that can be followed."""
+        """Remember the views that a function made of a view; False where one of them cannot be followed."""
         view = self.view_of(args[0]) if args else None
         if view is None:
             return True
@@ -620,7 +623,7 @@ class _Watch:
         return None not in followed
 
     def note(self, func: Any, tree: Any, why: str = "") -> None:
-        """The parameters in a tree were given to a function that no rule reads."""
+        """Note that the parameters in a tree were given to a function that no rule reads."""
         for leaf in pytree.tree_leaves(tree):
             view = self.view_of(leaf) if isinstance(leaf, Tensor) else None
             if view is not None and not _reads_shape(func):
@@ -628,17 +631,17 @@ class _Watch:
 
 
 def _shown(tensor: Tensor, spec: str) -> str:
-    """In an error message that is made beforehand."""
+    """What a tensor looks like in a message of an error that is not raised."""
     return "..."
 
 
 def _true(tensor: Tensor) -> Tensor:
-    """What the loss asserts."""
+    """An assertion of the loss, which holds."""
     return torch.tensor(True)  # whose value is known on tensors without values too
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """`F.one_hot`, which within `torch.func.grad` reads its labels."""
+    """`F.one_hot` without a look at the labels, as torch's own takes within `torch.func.grad`."""
     if num_classes < 0:  # as many as the largest
         raise DataDependentOutputException(torch.ops.aten.one_hot.default)
     return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
@@ -649,11 +652,11 @@ CHECKS: dict[Any, Callable[..., Any]] = {
     Tensor.__format__: _shown,
     **dict.fromkeys((torch._is_all_true, Tensor._is_all_true), _true),
 }
-"""Functions that look at values to check them, as they are on tensors without values."""
+"""For functions that look at values to check them, what they are on tensors without values."""
 
 
 def at_constant_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
-    """`x[mask]` of a mask that the loss closes over by its ids, for tensors without values take no mask."""
+    """The arguments of `x[mask]`; a mask that the loss closes over is replaced by its ids, whose number is known."""
     if func is not Tensor.__getitem__:
         return args
     index: list[Any] = []
@@ -667,7 +670,7 @@ def at_constant_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
 
 
 def without_gradient(tree: Any, *held: Tensor | None) -> Any:
-    """The arguments of a call with these tensors as constants."""
+    """The arguments of a call, with the held tensors detached."""
     return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held if p is not None) else leaf, tree)
 
 
@@ -696,10 +699,10 @@ class _Mark(torch.autograd.Function):
 
 
 def _reads_shape(func: Any) -> bool:
-    """Whether a function asks a tensor for its shape and the like, and not for its values."""
+    """Whether a function reads the shape of a tensor or the like, and not its values."""
     return getattr(func, "__name__", "") == "__get__" or func in (Tensor.size, Tensor.dim, Tensor.detach, Tensor.numel)
 
 
 def _differentiates(level: int, outputs: Any, *_: Any, **__: Any) -> bool:
-    """Whether the outputs of a `torch.autograd.grad` are the loss's own, not of a transform within it."""
+    """Whether a `torch.autograd.grad` differentiates what the loss computes itself, not in a transform within it."""
     return any(torch._C._functorch.maybe_get_level(leaf) <= level for leaf in pytree.tree_leaves(outputs))
