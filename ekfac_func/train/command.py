@@ -72,12 +72,7 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
             f"argument --decay: {options.second_moment} averages nothing over steps: leave --decay out, or give "
             f"--second-moment {' or '.join(AVERAGES)}"
         )
-    try:
-        device = torch.empty(0, device=options.device).device
-    except (RuntimeError, AssertionError) as reason:  # torch built without CUDA asserts
-        error(f"argument --device: {options.device!r} cannot be used here ({str(reason).splitlines()[0]}): give cpu")
-    if device.type == "meta":
-        error("argument --device: 'meta' has no values: give cpu")
+    device = _device(options.device, error)
     make_directory(options.out, error)
     loaded = data.load(options.data, options.seed).to(device)
     examples = len(loaded.train[0])
@@ -92,7 +87,7 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     title = f"{options.model} on {options.data}, second moment {options.second_moment}"
     print(f"{title}, {examples} training and {len(loaded.test[0])} test images")
     print("  ".join(f"{name} {value:g}" for name, value in settings._asdict().items()), flush=True)
-    stem = f"{options.data}-{options.model}"
+    stem = options.out / f"{options.data}-{options.model}"
     about = {
         "second_moment": options.second_moment,  # first, for it has settings of its own
         **settings._asdict(),
@@ -101,24 +96,16 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
         "metrics_every": options.metrics_every,
     }
     files = compare.Files(
-        options.out / f"{stem}.checkpoint.pt",
-        options.out / f"{stem}-metrics.csv",
+        Path(f"{stem}.checkpoint.pt"),
+        Path(f"{stem}-metrics.csv"),
         about,
         options.metrics_every,
         options.checkpoint_every,
         options.restart,
     )
     try:
-        curves = compare.compare(
-            task,
-            loaded,
-            settings,
-            options.second_moment,
-            decay,
-            options.seed,
-            compiled,
-            files,
-        )
+        estimator = SECOND_MOMENTS[options.second_moment](decay)
+        curves = compare.compare(task, loaded, settings, estimator, options.seed, compiled, files)
     except checkpoint.Unusable as reason:
         error(f"argument --out: {reason}")
     except checkpoint.Interrupted as reason:
@@ -128,9 +115,20 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     for curve in curves:
         if curve.points[-1].step < settings.steps:
             print(f"{curve.name} stopped: its loss is not finite. Lower its learning rate or raise the damping.")
-    report.plot(curves, title, options.out / f"{stem}.png")
-    print(f"wrote {options.out / f'{stem}.png'}")
+    report.plot(curves, title, Path(f"{stem}.png"))
+    print(f"wrote {stem}.png")
     if options.metrics_every:
-        report.plot_metrics(files.metrics, title, options.out / f"{stem}-metrics.png")
-        print(f"wrote {files.metrics} and its plot {stem}-metrics.png")
+        report.plot_metrics(files.metrics, title, Path(f"{stem}-metrics.png"))
+        print(f"wrote {files.metrics} and its plot {stem.name}-metrics.png")
     files.checkpoint.unlink(missing_ok=True)  # killed while it draws, the command need not train again
+
+
+def _device(name: str, error: Callable[[str], NoReturn]) -> torch.device:
+    """The device of `--device`; `error` reports one that cannot be used."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as reason:  # torch built without CUDA asserts
+        error(f"argument --device: {name!r} cannot be used here ({str(reason).splitlines()[0]}): give cpu")
+    if device.type == "meta":
+        error("argument --device: 'meta' has no values: give cpu")
+    return device

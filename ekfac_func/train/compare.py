@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..optim import momentum
+from ..second_moment import SecondMoment
 from . import checkpoint
 from .data import Data
 from .models import Task
 from .run import Curve, NaturalGradient, Point, Progress, TorchOptimizer, Trainer, batches, record
-from .settings import SECOND_MOMENTS, Settings
+from .settings import Settings
 
 
 class Files(NamedTuple):
@@ -34,8 +35,7 @@ def compare(
     task: Task,
     data: Data,
     settings: Settings,
-    second_moment: str,
-    decay: float,
+    second_moment: SecondMoment,
     seed: int,
     compiled: bool,
     files: Files,
@@ -54,7 +54,7 @@ def compare(
             damping=s.damping,
             exponent=s.exponent,
             basis_every=s.basis_every,
-            second_moment=SECOND_MOMENTS[second_moment](decay),
+            second_moment=second_moment,
         ),
         "SGD": lambda: TorchOptimizer(task, lambda p: torch.optim.SGD(p, lr=s.sgd_lr, momentum=s.sgd_momentum)),
         "AdamW": lambda: TorchOptimizer(task, lambda p: torch.optim.AdamW(p, lr=s.adamw_lr)),
