@@ -102,19 +102,7 @@ def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     if list(settings.stages) != sorted(set(settings.stages)):
         error(f"argument --stages: {' '.join(map(str, settings.stages))} does not rise: give each number once, in turn")
     loaded = data.load(settings.data, settings.seed)
-    available = len(loaded.train[0])
-    if settings.examples > available:
-        error(f"argument --examples: {settings.examples} is more than the {available} training examples: give less")
-    if settings.batch_size * 2 > settings.examples:
-        error(
-            f"argument --batch-size: {settings.batch_size} leaves fewer than two batches of {settings.examples} "
-            "examples: give less"
-        )
-    if 1 in (settings.batch_size, settings.examples % settings.batch_size) and "split" in settings.estimators:
-        error(
-            f"argument --batch-size: in batches of {settings.batch_size} of {settings.examples} examples one is by "
-            "itself, which the estimator split cannot halve: give another size"
-        )
+    _check_sizes(settings, len(loaded.train[0]), error)
     if settings.load is not None and not settings.load.is_file():
         error(f"argument --load: {settings.load} is not a file: give one that torch.save wrote")
     make_directory(options.out, error)
@@ -136,3 +124,19 @@ def study(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
     ):
         print(f"wrote {path}")
     print(f"{seconds:.0f} s")
+
+
+def _check_sizes(settings: Settings, available: int, error: Callable[[str], NoReturn]) -> None:
+    """Report numbers of examples that the data or an estimator does not allow."""
+    if settings.examples > available:
+        error(f"argument --examples: {settings.examples} is more than the {available} training examples: give less")
+    if settings.batch_size * 2 > settings.examples:
+        error(
+            f"argument --batch-size: {settings.batch_size} leaves fewer than two batches of {settings.examples} "
+            "examples: give less"
+        )
+    if 1 in (settings.batch_size, settings.examples % settings.batch_size) and "split" in settings.estimators:
+        error(
+            f"argument --batch-size: in batches of {settings.batch_size} of {settings.examples} examples one is by "
+            "itself, which the estimator split cannot halve: give another size"
+        )
