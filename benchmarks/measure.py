@@ -21,7 +21,6 @@ from ekfac_func.types import Dense, Factored, OneHot, Term
 
 KINDS = {"T1": "statistics", "T2": "moment", "T3": "precondition", "T4": "steps", "step": "step"}
 
-
 Clock = Callable[[], float]
 
 
@@ -40,25 +39,19 @@ def timed(call: Call, clock: Clock = time.perf_counter) -> float:
 
 
 def interleaved(
-    call: Call,
-    baseline: Call,
-    seconds: float,
-    clock: Clock = time.perf_counter,
-    once: bool = True,
-    least: int = 3,
-    most: int = 50,
+    call: Call, baseline: Call, seconds: float, clock: Clock = time.perf_counter, once: bool = True
 ) -> Times:
-    """Both in turn, after a call each to warm up, until so many seconds are spent.
+    """Both in turn, after a call each to warm up, until so many seconds are spent: 3 times if short, 50 at most.
 
     once: a first call that took ten times as long is the only one; not where it also compiles.
     """
     timed(baseline, clock)
     first = timed(call, clock)
     times, base = ([first], [timed(baseline, clock)]) if once and first > 10 * seconds else ([], [])
-    while not times or sum(times) + sum(base) < seconds or (len(times) < least and max(times) < seconds):
+    while not times or sum(times) + sum(base) < seconds or (len(times) < 3 and max(times) < seconds):
         base.append(timed(baseline, clock))
         times.append(timed(call, clock))
-        if len(times) == most:
+        if len(times) == 50:
             break
     return Times(times, base, first)
 
