@@ -268,6 +268,26 @@ def one_step(cell: Cell) -> Expansion:
     return stepped
 
 
+def _one_way(
+    call: Callable[..., Any],
+    cell: Cell,
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Any,
+    has_biases: bool,
+    backwards: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer of a recurrent net in one direction: from inputs `[t m i]` to outputs `[t m h]`, and the last state."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if has_biases else (None, None)
+    w_hr = rest[-1] if len(rest) % 2 else None
+    inputs, outputs = call(F.linear, x, w_ih, b_ih), []
+    for i in inputs.flip(0) if backwards else inputs:
+        state = cell(call, i, call(F.linear, state[0], w_hh, b_hh), state, w_hr)
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if backwards else outputs), state
+
+
 def recurrent(cell: Cell) -> Expansion:
     """`torch.lstm`, `gru`, `rnn_tanh` and `rnn_relu` step by step: `vmap` has no rule for them."""
 
@@ -300,15 +320,9 @@ def recurrent(cell: Cell) -> Expansion:
                 x = F.dropout(x, dropout)
             sides = []
             for at in range(layer * directions, (layer + 1) * directions):
-                w_ih, w_hh, *rest = weights[at * each : (at + 1) * each]
-                b_ih, b_hh = rest[:2] if has_biases else (None, None)
-                w_hr = rest[-1] if len(rest) % 2 else None
-                inputs = call(F.linear, x, w_ih, b_ih)
-                backwards, state, outputs = at % directions == 1, tuple(h[at] for h in states), []
-                for i in inputs.flip(0) if backwards else inputs:
-                    state = cell(call, i, call(F.linear, state[0], w_hh, b_hh), state, w_hr)
-                    outputs.append(state[0])
-                sides.append(torch.stack(outputs[::-1] if backwards else outputs))
+                own, backwards = weights[at * each : (at + 1) * each], at % directions == 1
+                outputs, state = _one_way(call, cell, x, tuple(h[at] for h in states), own, has_biases, backwards)
+                sides.append(outputs)
                 last.append(state)
             x = torch.cat(sides, -1)
         return x.transpose(0, 1) if batch_first else x, *(torch.stack(h) for h in zip(*last, strict=True))
