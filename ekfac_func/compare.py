@@ -209,20 +209,7 @@ def compare(
     if not isinstance(step_sizes, Iterable):
         raise TypeError(f"step_sizes is a {type(step_sizes).__name__}: pass a list of numbers, or ()")
     step_sizes = [float(size) for size in step_sizes]
-    if not batches:
-        raise ValueError("batches is empty: pass the data as at least one batch")
-    if len(trajectory) != len(batches):
-        raise ValueError(f"params has {len(trajectory)} trees for {len(batches)} batches: give one, or one a batch")
-    for at in trajectory:
-        check_params(at)
-    counts = [check_batch(batch) for batch in batches]
-    split = [name for name, estimator in chosen.items() if estimator.basis is split_batch]
-    for t, n in enumerate(counts):
-        if n < 2 and split:
-            raise ValueError(
-                f"batches[{t}] has {n} example, which estimators[{split[0]!r}] cannot split: give at least 2 examples "
-                "a batch, or leave that estimator out"
-            )
+    counts = _checked_counts(trajectory, batches, chosen)
 
     recipes: dict[Any, dict[str, Estimator]] = {}
     for name, estimator in chosen.items():
@@ -285,6 +272,27 @@ def _checked(name: str, estimator: Estimator | SecondMoment) -> Estimator:
             "own_coordinates"
         )
     return estimator
+
+
+def _checked_counts(
+    trajectory: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], estimators: Mapping[str, Estimator]
+) -> list[int]:
+    """The examples in each batch. ValueError where parameters, batches and estimators do not go together."""
+    if not batches:
+        raise ValueError("batches is empty: pass the data as at least one batch")
+    if len(trajectory) != len(batches):
+        raise ValueError(f"params has {len(trajectory)} trees for {len(batches)} batches: give one, or one a batch")
+    for params in trajectory:
+        check_params(params)
+    counts = [check_batch(batch) for batch in batches]
+    split = [name for name, estimator in estimators.items() if estimator.basis is split_batch]
+    for t, n in enumerate(counts):
+        if n < 2 and split:
+            raise ValueError(
+                f"batches[{t}] has {n} example, which estimators[{split[0]!r}] cannot split: give at least 2 examples "
+                "a batch, or leave that estimator out"
+            )
+    return counts
 
 
 def _table(rules: Rules) -> Any:
@@ -390,7 +398,7 @@ class _Data:
 
 
 def _weighed(captures: list[Captured], examples: list[int]) -> list[Captured]:
-    """Pseudo-examples by their share of an example, where a batch has more of them for each than another."""
+    """Captures of pseudo-examples, scaled so that each example weighs the same, however many a batch has of it."""
     counts = [len(captured.losses) for captured in captures]
     mean = sum(examples) / sum(counts)
     weighed = []
@@ -490,7 +498,7 @@ def _advance(frame: _Frame | None, data: _Data, recipe: Estimator, members: Mapp
 def _all_data_in(
     bases: Mapping[str, Basis], data: _Data, table: Any
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor] | None]]:
-    """Of all the data in these bases, `exact` and `noise` of `_Frame`."""
+    """`exact` and `noise` of a `_Frame` with these bases, from all the data."""
     exact: dict[str, Tensor] = {}
     noise: dict[str, tuple[Tensor, Tensor] | None] = {}
     own = data.captures[empirical, table]
@@ -538,7 +546,7 @@ def _judge(
 
 
 def _sums_of(estimate: Tensor, exact: Tensor, truth: _Truth, natural: Tensor) -> dict[str, float]:
-    """What a layer adds to the sums that its figures, and those of the whole model, are ratios of."""
+    """The sums of one layer whose ratios are its figures; added up over the layers, those of the whole model."""
     m, e, v, target = (x.to(torch.float64) for x in (estimate, exact, natural, truth.natural))
     return {
         "error": (m - e).square().sum().item(),

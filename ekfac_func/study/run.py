@@ -24,7 +24,7 @@ TRAINING_BATCH = 64
 
 
 class Row(NamedTuple):
-    """A record and where it belongs: the part of the study, and the training steps before it."""
+    """A record and its place: the part of the study, and the training steps before it."""
 
     part: str  # "batches", "all data", "batch size" or "refresh"
     stage: int
