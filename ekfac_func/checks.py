@@ -61,31 +61,7 @@ def check_batch(batch: Batch) -> int:
     if not leaves:
         raise ValueError("batch has no tensors: pass the tree of one example, each tensor with a leading axis")
     for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
-                + ("pass dict(batch)" if isinstance(leaf, Mapping) else _remedy(leaf))
-            )
-        if leaf.is_nested:
-            raise TypeError(
-                f"batch{_where(batch, leaf)} is a nested tensor: pad it to one length, torch.nested.to_padded_tensor, "
-                "and give a mask"
-            )
-        if leaf.is_meta:
-            raise ValueError(
-                f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is on the meta device and has no values: "
-                "give examples; for init, which reads their shapes alone, zeros on the device of params will do"
-            )
-        if not torch.compiler.is_compiling() and _overrides(type(leaf)):
-            raise TypeError(
-                f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is a {type(leaf).__name__}, which overrides "
-                "what torch functions do with it, unseen by the rules: pass as_subclass(torch.Tensor) of it"
-            )
-        if leaf.dim() == 0:
-            raise ValueError(
-                f"batch{_where(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples, "
-                "give what is one for all as .expand(n)"
-            )
+        _check_leaf(batch, leaf)
     n = leaves[0].shape[0]
     for leaf in leaves:
         if leaf.shape[0] != n:
@@ -100,6 +76,35 @@ def check_batch(batch: Batch) -> int:
             "pass at least one example"
         )
     return n
+
+
+def _check_leaf(batch: Batch, leaf: Any) -> None:
+    """Refuse a leaf of a batch that is no plain tensor with values and a leading axis."""
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
+            + ("pass dict(batch)" if isinstance(leaf, Mapping) else _remedy(leaf))
+        )
+    if leaf.is_nested:
+        raise TypeError(
+            f"batch{_where(batch, leaf)} is a nested tensor: pad it to one length, torch.nested.to_padded_tensor, "
+            "and give a mask"
+        )
+    if leaf.is_meta:
+        raise ValueError(
+            f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is on the meta device and has no values: "
+            "give examples; for init, which reads their shapes alone, zeros on the device of params will do"
+        )
+    if not torch.compiler.is_compiling() and _overrides(type(leaf)):
+        raise TypeError(
+            f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is a {type(leaf).__name__}, which overrides "
+            "what torch functions do with it, unseen by the rules: pass as_subclass(torch.Tensor) of it"
+        )
+    if leaf.dim() == 0:
+        raise ValueError(
+            f"batch{_where(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples, "
+            "give what is one for all as .expand(n)"
+        )
 
 
 def check_kind_of_state(state: object) -> None:
