@@ -219,7 +219,14 @@ def gaussian_nll_loss(
     losses = (raised.log() + (input - target).square() / raised) / 2
     if full:
         losses = losses + math.log(2 * math.pi) / 2
-    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+    return reduced(losses, reduction)
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Losses as the argument `reduction` of torch's says: "none", "sum" or "mean"."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()
 
 
 Cell = Callable[..., tuple[Tensor, ...]]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batching import Functions, examples_first, of_images, of_one_or_more
+from .expansions import reduced
 from .rules import each
 
 
@@ -85,7 +86,7 @@ def kl_div(
     losses = target.exp() * (target - input) if log_target else torch.xlogy(target, target) - target * input
     if reduction == "batchmean":
         return losses.sum() / (input.shape[0] if input.dim() else 1)
-    return _reduced(losses, reduction)
+    return reduced(losses, reduction)
 
 
 def binary_cross_entropy(
@@ -100,13 +101,7 @@ def binary_cross_entropy(
     if size_average is not None or reduce is not None or target.shape != input.shape:
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
     losses = _binary_cross_entropy(input, target)
-    return _reduced(losses if weight is None else losses * weight, reduction)
-
-
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.mean()
+    return reduced(losses if weight is None else losses * weight, reduction)
 
 
 def interpolate(
