@@ -103,7 +103,7 @@ def describe(
 
 
 def _given(layer: Layer, terms: Terms, chosen: Choice, p: Tensor) -> tuple[Terms, Basis]:
-    """What the moment is summed of."""
+    """The terms that the moment is summed of, and the basis; of a thin layer both in the span of the samples."""
     if not isinstance(chosen, Thin):
         return terms, eigenbasis.empty(layer, chosen, p)
     terms, span = compress(terms)

@@ -146,6 +146,7 @@ def ids_of(func: Callable[..., Any], args: Sequence[Any], gathered: Sequence[Gat
 
 
 def _made(view: View, part: Tensor) -> View | None:
+    """The view that a part of another one is, in the same memory; None where that is not known."""
     made = view._replace(shape=tuple(part.shape), strides=part.stride(), offset=int(part.storage_offset()))
     shown, before = axes(made), axes(view)
     if shown is None or before is None:

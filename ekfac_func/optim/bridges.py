@@ -310,7 +310,7 @@ def _plain(batch: Batch) -> Batch:
 
 
 def _places(bound: nn.Module) -> dict[str, str]:
-    """Of every tensor of every module, once, the name that `named_parameters` or `named_buffers` gives it.
+    """For every place of a tensor in the modules, the one name that `named_parameters` or `named_buffers` gives it.
 
     `functional_call` by itself goes to a module in several places several times, and leaves what it was given there:
     https://github.com/pytorch/pytorch/issues/164759

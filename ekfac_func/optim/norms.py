@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Scope = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""What a rule looks at: a number of each tensor, `[]`, to the number that the rule uses for it."""
+"""(a number of each tensor, `[]`) -> the number that a rule uses for each: its own, or that of all tensors together."""
 
 
 def each(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
