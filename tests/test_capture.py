@@ -323,6 +323,12 @@ def test_norms_of_images_that_lie_with_channels_last(norm: Any) -> None:
         for name, G in expected.items():
             close(found.dense(name), G)
 
+    def scaled(scale: Tensor) -> Params:
+        return per_example_gradients(lambda p, x: scale * loss_fn(p, x), params, batch).mean()
+
+    for name, mean in torch.func.vmap(scaled)(torch.tensor([1.0, 2.0])).items():  # where norms ask how images lie
+        close(mean, torch.stack([expected[name].mean(0), 2 * expected[name].mean(0)]))
+
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_that_lays_images_with_channels_last(compiled: bool) -> None:
