@@ -1,4 +1,4 @@
-"""A certificate of a capture: its gradients beside those of each example alone, by plain differentiation."""
+"""A check of a capture: its gradients against those of each example alone, by plain autograd."""
 
 from collections.abc import Mapping
 

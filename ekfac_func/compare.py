@@ -296,11 +296,12 @@ def _checked_counts(
 
 
 def _table(rules: Rules) -> Any:
+    """Rules as the key of a dict."""
     return tuple(rules.items())
 
 
 def _recipe(e: Estimator) -> Any:
-    """Estimators that share it share their bases."""
+    """What decides the bases of an estimator: those with the same recipe share them."""
     return e.fisher, e.basis, e.basis_every, e.factor_decay, _table(e.rules)
 
 
@@ -427,6 +428,7 @@ def _factors(terms: Terms, basis: Basis, formed: bool = True) -> Means:
 
 
 def _scaled(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
+    """The natural gradient `[b o i k]` of a layer, from its gradient in the basis."""
     mean = Mean(projected, projected, None, 1)  # of a whole basis, for which the gradient itself is not read
     return rescaled(mean, moment, basis, projected.new_tensor(damping), -1.0, layer.sizes)
 
@@ -524,6 +526,7 @@ def _judge(
     step_sizes: Sequence[float],
     watch: Callable[[Seen], None] | None,
 ) -> Iterator[Record]:
+    """The records of an estimator after a step: of each layer, then of the whole model."""
     truths = data.truths[_table(recipe.rules)]
     parts: list[dict[str, float]] = []
     directions: Params = {}
@@ -576,6 +579,7 @@ def _record(
     decrease: float,
     step_size: float,
 ) -> Record:
+    """A record from the sums of one layer, or of all of them."""
     s = {key: sum(part[key] for part in parts) for key in parts[0]}
     distance = math.sqrt(s["off"] + s["error"])
     return Record(
@@ -622,6 +626,7 @@ def _best_step(data: _Data, direction: Params, step_sizes: Sequence[float]) -> t
 
 
 def _losses(loss_fn: LossFn, params: Params, batch: Batch, randomness: str, chunk_size: int | None) -> Tensor:
+    """The losses of a batch, `[n]`: by `vmap`, or by a loop where `vmap` cannot run the loss."""
     try:
         each = torch.func.vmap(loss_fn, (None, 0), randomness=randomness, chunk_size=chunk_size)
         return each(params, batch)
@@ -638,6 +643,7 @@ def _square(means: Sums) -> Tensor:
 
 
 def _ratio(x: float, y: float) -> float:
+    """`x / y`, with `0 / 0 = 0`."""
     return 0.0 if x == 0 else (x / y if y else math.inf)
 
 

@@ -675,7 +675,7 @@ def without_gradient(tree: Any, *held: Tensor | None) -> Any:
 
 
 def _has_twice(given: Any, inputs: Any, p: Tensor) -> bool:
-    """Whether a call takes its weight or bias in another role too."""
+    """Whether a call is given its weight or bias a second time, in another role."""
     return any(x is p for x in pytree.tree_leaves(inputs)) or sum(x is p for x in pytree.tree_leaves(given)) > 1
 
 

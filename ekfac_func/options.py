@@ -1,4 +1,4 @@
-"""What the commands share: numbers as options, the packages they need, the directory they write to."""
+"""What the commands share: types of their options, the check for optional packages, and the output directory."""
 
 import argparse
 import tempfile
@@ -75,11 +75,13 @@ def make_directory(path: Path, error: Callable[[str], NoReturn]) -> None:
 
 
 def _whole(text: str, least: int) -> int:
+    """The whole number that an option gives."""
     remedy = f"give a whole number, at least {least}"
     return int(_number(text, lambda x: least <= x < float("inf") and x == int(x), remedy))
 
 
 def _number(text: str, allowed: Callable[[float], bool], remedy: str) -> float:
+    """The number that an option gives; the error of one that is not allowed ends with the remedy."""
     try:
         number = float(text)
     except ValueError:
