@@ -5,18 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .patches import Patches
 
-NOMINAL_N = 256  # a plan that read a traced batch size would cost a graph for each
+NOMINAL_N = 256  # the batch size that a graph is planned for: a plan that read the traced one would fix it
 MAX_BYTES = 64 * 2**20  # of what is written of some examples at a time
 CACHE_BYTES = 2 * 2**20  # of it on a CPU, in eager mode: what is not written to memory and read again
 
 
-def nominal(t: Tensor | Patches) -> int:
-    """The examples that a plan is for: in a graph a nominal batch, in eager mode those of t."""
-    return NOMINAL_N if torch.compiler.is_compiling() else (t.x if isinstance(t, Patches) else t).shape[0]
+def nominal(n: int) -> int:
+    """The batch size that a plan is for: n in eager mode, `NOMINAL_N` in a graph."""
+    return NOMINAL_N if torch.compiler.is_compiling() else n
 
 
 def fitting(size: int, most: int) -> int:
@@ -32,7 +31,7 @@ def split(t: Any, most: int | None) -> Sequence[Any]:
     """
     if isinstance(t, Patches):
         return [replace(t, x=x) for x in split(t.x, most)]
-    count = 1 if most is None else max(1, -(-nominal(t) // most))
+    count = 1 if most is None else max(1, -(-nominal(t.shape[0]) // most))
     if count == 1 or not torch.compiler.is_compiling():
         return t.tensor_split(count)
     n = t.shape[0]

@@ -324,7 +324,7 @@ def _split_basis(term: Factored, basis: Basis, how: Contraction) -> SplitBasis:
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:
     """Whether to write patches the fast way, and the basis in its order: unless that has far more entries than they."""
-    many = 2 * nominal(a) * a.shape[2] >= a.shape[3]
+    many = 2 * nominal(a.shape[0]) * a.shape[2] >= a.shape[3]
     whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
     if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
         return basis, False
@@ -356,7 +356,7 @@ def _turned_back(total: Tensor, term: Factored, first: Basis, reordered: bool = 
     reordered: whether its inputs are in the order of `write_fast`.
     """
     turned = [Q.shape[-1] for Q in first if Q.shape[-1] > 1]
-    if any(outside(Q) for Q in first) or sum(turned) > nominal(term.g) * term.a.shape[2]:
+    if any(outside(Q) for Q in first) or sum(turned) > nominal(term.g.shape[0]) * term.a.shape[2]:
         return gradient((term,))
     b, _, i, k = term.a.shape[1:]
     total = out_of_basis(total, first, (b, term.g.shape[3], i, k))

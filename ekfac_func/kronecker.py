@@ -122,9 +122,9 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
         case Factored():
             a, g, x, counted = sharing(term)
             samples = a if x is None else x[..., None]
-            count = nominal(samples) * samples.shape[2] * samples.shape[4]
+            count = nominal(samples.shape[0]) * samples.shape[2] * samples.shape[4]
             left_A = not formed and left_as_samples(basis.Q_A, count, single, isinstance(samples, Patches))
-            left_B = not formed and left_as_samples(basis.Q_B, nominal(g) * g.shape[2], single)
+            left_B = not formed and left_as_samples(basis.Q_B, nominal(g.shape[0]) * g.shape[2], single)
             if isinstance(samples, Patches) and not left_A and basis.Q_A.dim() == 3:
                 A: Factor = patch_gram(samples)
             else:

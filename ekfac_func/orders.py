@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .blocking import MAX_BYTES, NOMINAL_N, fitting
+from .blocking import MAX_BYTES, NOMINAL_N, fitting, nominal
 from .checks import check_count
 from .kronecker import count
 from .modes import opaque
@@ -144,8 +144,7 @@ def contraction_of(
     bytes_each: bytes of an example of all layers' inputs and output gradients.
     """
     (order,) = _order(name, (chosen.orders,))
-    n = NOMINAL_N if torch.compiler.is_compiling() else count(terms)
-    most = budget(chosen, bytes_each * n)
+    most = budget(chosen, bytes_each * nominal(count(terms)))
     return contraction(terms, basis, order, most, chosen.costs, name)
 
 

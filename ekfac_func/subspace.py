@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocking import MAX_BYTES, NOMINAL_N, fitting, split
+from .blocking import MAX_BYTES, fitting, nominal, split
 from .kronecker import (
     add_rows,
     add_up,
@@ -208,7 +208,7 @@ def rescales_samples(terms: Terms, basis: Basis, n: int) -> bool:
     """Whether it is less work to rescale the samples that a gradient of n examples is the sum of."""
     match terms:
         case (Factored(a=a, g=g),) if a.shape[4] == 1 and incomplete(basis):
-            samples = g.shape[2] * (NOMINAL_N if torch.compiler.is_compiling() else n)
+            samples = g.shape[2] * nominal(n)
             i, o, r, q = a.shape[3], g.shape[3], basis.Q_A.shape[-1], basis.Q_B.shape[-1]
             c_i, c_o = map(outside, basis)
             of_gradient = 2 * o * i * ((q if c_i else 0) + (r if c_o else 0))
