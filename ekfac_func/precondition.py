@@ -29,7 +29,7 @@ from .basis import (
     real,
     warn_of_large,
 )
-from .capture import Reading, fold, joined, separate
+from .capture import Folded, Reading, fold, joined, separate
 from .certify import certify
 from .checks import (
     check_batch,
@@ -47,7 +47,7 @@ from .checks import (
 from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import checked_options, plan
 from .distributed import Ranks, check_ranks, of_first, total, total_factors
-from .draws import draws
+from .draws import Draws, draws
 from .fisher import Fisher, check_estimator, empirical
 from .kronecker import (
     WeightSharing,
@@ -332,115 +332,136 @@ def ekfac(
         in_transform = not torch.compiler.is_compiling() and depth() > 0
         if in_transform:  # which may be forward mode
             params, batch, state = _constant((dict(params), batch, state))
+        stepped = step(params, batch, state, count)
+        return _constant(stepped) if in_transform else stepped
+
+    def step(params: Mapping[str, Tensor], batch: Batch, state: State, count: int) -> tuple[Params, State, Info]:
+        """count: examples of the batch."""
         examples = fisher.examples(params, batch)
         leaf = pytree.tree_leaves(examples)[0]
+        n = leaf.shape[0]
         in_one = chunk_size is None or torch.compiler.is_compiling()
-        n, before = leaf.shape[0], None if in_one else draws([leaf, *params.values()])
+        before = None if in_one else draws([leaf, *params.values()])
+        known = state.layers if ranks is None else ()
+        read = functools.partial(fold, curvature_loss, params, examples, of_curvature, known=known)
 
-        turns: list[_Turn] = []
+        turn, folded = first_pass(read, params, state, n)
+        with no_autocast(leaf.device):
+            carried = in_new_bases(turn, folded.kept, count, n)
+        if before is not None:
+            second_pass(read, before, turn, carried.state.bases, folded.kept)
+        data = None
+        if fisher.loss is not None:
+            data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
+        with no_autocast(leaf.device):
+            return finish(params, turn, carried, means_of(turn, carried, folded, data, count, n, params))
 
-        def first(layers: dict[str, Layer]) -> Reading:
+    def first_pass(
+        read: Callable[..., Folded], params: Mapping[str, Tensor], state: State, n: int
+    ) -> tuple[_Turn, Folded]:
+        """What the step does to each layer, and what it reads of the layer's terms for that."""
+        turns: list[_Turn] = []  # of each attempt, the last one counts
+
+        def begin(layers: dict[str, Layer]) -> Reading:
             turns.append(turn_of(layers, params, state))
             return functools.partial(observe, turns[-1], n)
 
         def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
             return add_layer_sums(turns[-1].state, layer, some, others)
 
-        known = state.layers if ranks is None else ()
-        folded = _blaming(fisher, fold, curvature_loss, params, examples, of_curvature, first, add, known)
-        layers, seen, turn = folded.layers, folded.kept, turns[-1]  # that of the last attempt
-        state = turn.state
-        with no_autocast(leaf.device):
-            started, spans, totals = into_spans(turn.chosen, state, layers, seen, weight_sharing)
-            refreshed = _Refreshed(started)
-            if turn.refreshing:
-                of_share = {name: seen[name].factors or () for name in turn.refreshing}
-                factors = total_factors(of_share, ranks, count / n)
-                of_batch = {name: mean_factors(of_layer) for name, of_layer in factors.items()}
-                refreshed = _refresh(started, of_batch, factor_decay, second_moment, carry, refresh, turn, ranks)
-        carried = refreshed.state
+        folded = _blaming(fisher, read, begin, add)
+        return turns[-1], folded
 
-        again = [name for name in layers if seen[name].sums is None and not seen[name].terms]
+    def in_new_bases(turn: _Turn, seen: dict[str, LayerSums], count: int, n: int) -> _Carried:
+        """The state with the bases and moments of this step's refresh, if it is one."""
+        started, spans, totals = into_spans(turn.chosen, turn.state, turn.layers, seen, weight_sharing)
+        if not turn.refreshing:
+            return _Carried(started, spans, totals)
+        sums = total_factors({name: seen[name].factors or () for name in turn.refreshing}, ranks, count / n)
+        means = {name: mean_factors(of_layer) for name, of_layer in sums.items()}
+        new, kept, samples = _refresh(started, means, factor_decay, second_moment, carry, refresh, turn, ranks)
+        return _Carried(new, spans, totals, kept, samples)
+
+    def second_pass(
+        read: Callable[..., Folded],
+        before: Draws,
+        turn: _Turn,
+        bases: Mapping[str, Basis],
+        seen: dict[str, LayerSums],
+    ) -> None:
+        """Sum up the layers whose terms could not stay until their bases were there, with the same random numbers."""
+        again = [name for name in turn.layers if seen[name].sums is None and not seen[name].terms]
 
         def missing(layer: Layer, terms: Terms, bytes_each: int) -> Sums | None:
-            basis = carried.bases[layer.weight]
-            return sums_in(basis, turn, layer, terms, bytes_each) if layer.weight in again else None
+            return sums_in(bases[layer.weight], turn, layer, terms, bytes_each) if layer.weight in again else None
 
-        if again and before is not None:
+        if again:
             before.repeat()
-            second = fold(curvature_loss, params, examples, of_curvature, lambda layers: missing, add_if_any, known)
-            seen |= {name: LayerSums(second.kept.pop(name)) for name in again}
-        data = None
-        if fisher.loss is not None:
-            data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
+            kept = read(lambda layers: missing, add_if_any).kept
+            seen |= {name: LayerSums(kept.pop(name)) for name in again}
 
-        with no_autocast(leaf.device):
-            found, few = in_bases(carried.bases, turn, n, seen, folded.bytes_each)
-            of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
-            curvature = folded.losses.sum()
-            if ranks is None:
-                count = n
-            elif count != n:  # of processes that may have made more pseudo-examples of an example than others
-                share = count / n
-                found, curvature = pytree.tree_map_only(Tensor, lambda t: t * share, (found, curvature))
-            found, curvature, n, count, of_data = total((found, curvature, n, count, of_data), ranks)
-            means, slopes = {}, {}
-            for name in layers:
-                new = turn.estimators[name].sums in (exact_sums, gradient_sums)
-                means[name] = mean_sums(found.pop(name), count, own=new)
-                slope = totals[name] / n if name in totals else means[name].gradient
-                slopes[name] = Mean(slope, means[name].projected, few.get(name), n)
-            loss, aux = curvature / count, folded.aux
-            if data is not None:
-                loss, slopes = _of_data(data.layers, of_data, layers, carried.bases, spans, params)
-                aux = data.aux
-            seen_of_all = _BatchMeans(loss, curvature, n, means, slopes, aux)
-            stepped = finish(params, state, turn, refreshed, spans, seen_of_all)
-        return _constant(stepped) if in_transform else stepped
+    def means_of(
+        turn: _Turn,
+        carried: _Carried,
+        folded: Folded,
+        data: Folded | None,
+        count: int,
+        n: int,
+        params: Mapping[str, Tensor],
+    ) -> _BatchMeans:
+        """What the batch said, of all processes. count: of its examples; n: of what the curvature loss made of them."""
+        bases, spans, totals = carried.state.bases, carried.spans, carried.totals
+        sums, samples = in_bases(bases, turn, n, folded.kept, folded.bytes_each)
+        curvature = folded.losses.sum()
+        of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
+        if ranks is None:
+            count = n
+        elif count != n:  # of processes that may have made more pseudo-examples of an example than others
+            share = count / n
+            sums, curvature = pytree.tree_map_only(Tensor, lambda t: t * share, (sums, curvature))
+        sums, curvature, n_all, count_all, of_data = total((sums, curvature, n, count, of_data), ranks)
+        means, slopes = {}, {}
+        for name in turn.layers:
+            new = turn.estimators[name].sums in (exact_sums, gradient_sums)
+            means[name] = mean_sums(sums.pop(name), count_all, own=new)
+            slope = totals[name] / n_all if name in totals else means[name].gradient
+            slopes[name] = Mean(slope, means[name].projected, samples.get(name), n_all)
+        if data is None:
+            return _BatchMeans(curvature / count_all, curvature, n_all, means, slopes, folded.aux)
+        loss, slopes = _of_data(data.layers, of_data, turn.layers, bases, spans, params)
+        return _BatchMeans(loss, curvature, n_all, means, slopes, data.aux)
 
     def finish(
-        params: Mapping[str, Tensor],
-        state: State,
-        turn: _Turn,
-        refreshed: _Refreshed,
-        spans: Mapping[str, Span],
-        observed: _BatchMeans,
+        params: Mapping[str, Tensor], turn: _Turn, carried: _Carried, observed: _BatchMeans
     ) -> tuple[Params, State, Info]:
-        loss, curvature, n, means, slopes, aux = observed
-        carried, kept, samples = refreshed
-        layers, bases = turn.layers, carried.bases
-        updated = {}
-        for name in layers:
-            estimator, mean = turn.estimators[name], means[name]
-            if estimator.reads_mean and incomplete(bases[name]):
-                mean = mean_outside(mean, bases[name])
-            updated[name] = estimator.update(carried.second_moments[name], mean, n)
-            check_moment(name, estimator.name, updated[name], carried.second_moments[name])
-        dampings = _dampings(damping, updated, bases, layers)
+        """The new moments, the natural gradient, and the old state in place of the new one where it is not finite."""
+        layers, bases, slopes = turn.layers, carried.state.bases, observed.slopes
+        moments = _updated(turn, carried.state, observed)
+        dampings = _dampings(damping, moments, bases, layers)
         natural_in = {
-            name: natural_of(layer, slopes[name], updated[name], bases[name], dampings[name], spans[name])
+            name: natural_of(layer, slopes[name], moments[name], bases[name], dampings[name], carried.spans[name])
             for name, layer in layers.items()
         }
-        new = State(state.step + 1, carried.factors, bases, updated, turn.known)
-        new = out_of_spans(new, state, turn.chosen)
-        found = [updated[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
         natural = unpack_all(layers.values(), natural_in, params)  # where the cast to half precision can overflow
-        good = _all_finite([loss, curvature, *natural.values(), *found, *samples, *_learned(new, state)])
+        new = State(turn.state.step + 1, carried.state.factors, bases, moments, turn.known)
+        new = out_of_spans(new, turn.state, turn.chosen)
+        of_thin = [moments[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
+        unseen = [*of_thin, *carried.samples, *_learned(new, turn.state)]
+        good = _all_finite([observed.loss, observed.curvature, *natural.values(), *unseen])
         # without a moment in any layer, after a first step that was skipped, there is no natural gradient
-        good = good & torch.stack([updated[name].weight for name in layers]).any()
-        nothing = loss.new_zeros(())
+        good = good & torch.stack([moment.weight for moment in moments.values()]).any()
+        nothing = observed.loss.new_zeros(())
         natural = {name: where(good, p, nothing) for name, p in natural.items()}
-        mean_gradient = {name: slope.gradient for name, slope in slopes.items()}
         used = torch.stack([dampings[name] for name in layers])
         info = Info(
-            loss,
-            unpack_all(layers.values(), mean_gradient, params),
+            observed.loss,
+            unpack_all(layers.values(), {name: slope.gradient for name, slope in slopes.items()}, params),
             ~good,
-            good.new_zeros((), dtype=torch.int64) if kept is None else torch.where(good, kept, 0),
+            good.new_zeros((), dtype=torch.int64) if carried.kept is None else torch.where(good, carried.kept, 0),
             used if callable(damping) else used[0],
-            aux,
+            observed.aux,
         )
-        return natural, _choose(good, new, state), info
+        return natural, _choose(good, new, turn.state), info
 
     return EKFAC(init, precondition)
 
@@ -471,11 +492,13 @@ class _Turn(NamedTuple):
     anew: list[str]  # of those that are refreshed, which have no basis to go on from
 
 
-class _Refreshed(NamedTuple):
-    """The state of a step once its bases are there."""
+class _Carried(NamedTuple):
+    """What a step goes on from once its bases are there."""
 
-    state: State
-    kept: Tensor | None = None  # bases that could not be had; None without a refresh
+    state: State  # thin layers in their spans
+    spans: Mapping[str, Span]
+    totals: Mapping[str, Tensor]  # [b o i k] of thin layers, the sums of their gradients
+    kept: Tensor | None = None  # how many bases could not be refreshed; None without a refresh
     samples: Sequence[Tensor] = ()  # that bases were made of and the state does not carry
 
 
@@ -576,8 +599,11 @@ def _refresh(
     how: Refresh,
     turn: _Turn,
     ranks: Ranks | None,
-) -> _Refreshed:
-    """With factors of this batch, their bases and the moments in them. Layers without factors stay as they are."""
+) -> tuple[State, Tensor, list[Tensor]]:
+    """The state with factors of this batch, their bases and the moments in them; `kept` and `samples` of `_Carried`.
+
+    Layers without factors stay as they are.
+    """
     averaged = averages(decay)
     factors, second_moments = dict(state.factors), dict(state.second_moments)
     samples: list[Tensor] = []
@@ -594,7 +620,19 @@ def _refresh(
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
         second_moments[name] = carry_over(estimator, carry, moment, state.bases[name], basis, product)
     state = replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments)
-    return _Refreshed(state, kept, samples)
+    return state, kept, samples
+
+
+def _updated(turn: _Turn, state: State, observed: _BatchMeans) -> dict[str, Moment]:
+    """The estimators' new moments. state: that has the old ones in the bases of this step."""
+    moments = {}
+    for name, mean in observed.means.items():
+        estimator, basis, old = turn.estimators[name], state.bases[name], state.second_moments[name]
+        if estimator.reads_mean and incomplete(basis):
+            mean = mean_outside(mean, basis)
+        moments[name] = estimator.update(old, mean, observed.n)
+        check_moment(name, estimator.name, moments[name], old)
+    return moments
 
 
 def _of_data(
