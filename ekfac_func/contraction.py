@@ -34,10 +34,12 @@ from .patches import Patches, patches_of
 from .products import matmul
 from .subspace import (
     NOTHING,
+    Outside,
     added,
     gradient_squares,
     incomplete,
     outside_of_table,
+    plus,
     sample_squares,
     single_sums,
     with_outside,
@@ -171,16 +173,14 @@ def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
     s = g.shape[2]
     one, other = torch.triu_indices(s, s, device=g.device)
     twice = torch.where(one == other, 1, 2).to(g)[:, None]
-    square = None
-    left = NOTHING
+    square, left = None, NOTHING
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
         reflected_g, reflected_a = common_first(of_g), common_first(of_a)
         h, x = project_outputs(reflected_g, basis), project_inputs(reflected_a, basis)
         if incomplete(basis):
             left = added(left, sample_squares(reflected_g, reflected_a, h, x, basis))
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
-        of_block = add_up(pairs_h, pairs_x)
-        square = of_block if square is None else square + of_block
+        square = plus(square, add_up(pairs_h, pairs_x))
     assert square is not None
     square = square.clamp(min=0)  # where positions cancel it is a rounding of their size, of either sign
     return with_outside(square, left)
@@ -255,44 +255,36 @@ _sums_operator.register_vmap(one_by_one(_sums_operator))
 def _formed_squares(
     term: Factored, parts: SplitBasis, how: Contraction, total: bool = False
 ) -> tuple[Tensor | None, Tensor]:
-    """The sum of G[n] as it is formed, if wanted, and that of its square in the basis and outside of it.
+    """The sum of G[n] as it is formed, if wanted, and the sum of its square in the basis and outside of it.
 
-    What is outside follows from the samples where a side with a complement is projected early, else from G[n].
-
-    What comes before G[n] is one product for as many examples as memory allows, for each reads the basis; gradients are
-    formed of so few that they stay in cache.
+    Each product before G[n] reads the basis, so it takes as many examples at a time as memory allows. G[n] is formed of
+    so few at a time that it stays in cache.
     """
-    g, a = term.g, term.a
-    first, then, late, fast, whole, convolved = parts
-    of_samples = incomplete(first)
-    of_G = incomplete(then) and not of_samples
-    entries = math.prod(g.shape[1:2] + g.shape[3:] + a.shape[3:])
-    by_itself = not convolved and entries * g.element_size() > CACHE_BYTES  # the sum: G is not read again for it
-    formed, square = None, None
+    first, then = parts.first, parts.then
+    of_G = incomplete(then) and not incomplete(first)  # what lies outside: else it is of the samples
+    entries = math.prod(term.g.shape[1:2] + term.g.shape[3:] + term.a.shape[3:])  # of G[n]
+    cached = parts.convolved or entries * term.g.element_size() <= CACHE_BYTES
+    formed, square, left = None, None, NOTHING
     of_gradients, of_inputs = Rooms(), Rooms()
-    left = NOTHING
-    for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
-        h = project_outputs(of_g, first)
-        if convolved:
-            gradients: Iterable[Tensor] = [of_a.gradients(h)]
+    for g, a in zip(split(term.g, how.block), split(term.a, how.block), strict=True):
+        h = project_outputs(g, first)
+        if parts.convolved:
+            gradients: Iterable[Tensor] = [a.gradients(h)]
         else:
-            of_x = of_a if isinstance(of_a, Tensor) else of_a.write_fast(of_inputs) if fast else of_a.write(of_inputs)
-            x = of_x if "a" in late else turn_inputs(of_x, whole.Q_A, of_inputs)
-            if of_samples:
-                left = added(left, sample_squares(of_g, of_x, project_outputs(h, then), project_inputs(x, then), whole))
-            if total and by_itself:
-                of_block = add_up(h, x)
-                formed = of_block if formed is None else formed + of_block
+            x, of_samples = _turned_early(g, a, h, parts, of_inputs)
+            left = added(left, of_samples)
+            if total and not cached:  # G[n] is not read a second time
+                formed = plus(formed, add_up(h, x))
             gradients = map(form, split(h, how.part), split(x, how.part), itertools.repeat(of_gradients))
-            del of_x, x  # what is not read again is freed before more is written
+            del x  # what is not read again is freed before more is written
         for G in gradients:
-            if total and not by_itself:
+            if total and cached:
                 formed = _add(formed, G)
             if of_G:
                 G, *of_part = gradient_squares(G, then)
                 left = added(left, of_part)
             else:
-                for side in late:
+                for side in parts.late:
                     turn, Q = (turn_inputs, then.Q_A) if side == "a" else (turn_outputs, then.Q_B)
                     G = turn(G, Q, of_gradients)
             square = _add(square, G, squared=True)
@@ -301,14 +293,26 @@ def _formed_squares(
     return formed, with_outside(square, left)
 
 
-class SplitBasis(NamedTuple):
-    """A basis in what G[n] meets before it is formed and after: each has ones, which turn nothing, for the other's."""
+def _turned_early(g: Tensor, a: Tensor | Patches, h: Tensor, parts: SplitBasis, rooms: Rooms) -> tuple[Tensor, Outside]:
+    """The inputs that G[n] is formed of, and the squares outside of the basis where an early side has a complement.
 
-    first: Basis  # what is turned before G[n] is formed
-    then: Basis  # in the order of the patches as they are written
-    late: list[str]  # the sides of `then`, "a" and "g", in their order
-    fast: bool  # whether patches are written the fast way
-    whole: Basis  # both sides, in the order of the patches as they are written
+    h: g in the sides that are early.
+    """
+    written = a if isinstance(a, Tensor) else a.write_fast(rooms) if parts.fast else a.write(rooms)
+    x = written if "a" in parts.late else turn_inputs(written, parts.whole.Q_A, rooms)
+    if not incomplete(parts.first):
+        return x, NOTHING
+    return x, sample_squares(g, written, project_outputs(h, parts.then), project_inputs(x, parts.then), parts.whole)
+
+
+class SplitBasis(NamedTuple):
+    """A basis split into the sides that turn a and g before G[n] is formed, and those that turn G[n] itself."""
+
+    first: Basis  # the former, and 1 in place of the others
+    then: Basis  # the latter, and 1 in place of the others; its rows in the order of the patches as written
+    late: list[str]  # the sides of `then`, "a" and "g", in the order in which they turn G[n]
+    fast: bool  # whether patches are written by `write_fast`
+    whole: Basis  # both sides, its rows in the order of the patches as written
     convolved: bool  # whether G[n] comes from a convolution, without patches
 
 
@@ -323,7 +327,10 @@ def _split_basis(term: Factored, basis: Basis, how: Contraction) -> SplitBasis:
 
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:
-    """Whether to write patches the fast way, and the basis in its order: unless that has far more entries than they."""
+    """The basis in the order of `write_fast`, and True; as it is, and False, where that order does not pay.
+
+    It does not where the basis, which is copied for it, has far more entries than the patches.
+    """
     many = 2 * nominal(a.shape[0]) * a.shape[2] >= a.shape[3]
     whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
     if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
@@ -336,8 +343,7 @@ def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Bas
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
     """The sum over examples of G or of its square, with that of a block `[n b o i k]`."""
     if transformed() or G.device.type != "cpu":
-        of_block = _sum_of_squares(G) if squared else G.sum(0)
-        return of_block if sum is None else sum + of_block
+        return plus(sum, _sum_of_squares(G) if squared else G.sum(0))
     if sum is None:
         sum = torch.zeros_like(G[0])
     for of_one in G:  # one pass each, where a sum over a short leading axis is slow
@@ -365,8 +371,7 @@ def _turned_back(total: Tensor, term: Factored, first: Basis, reordered: bool = 
 
 def _dense_squares(G: Tensor, basis: Basis, how: Contraction) -> Tensor:
     """The sum of the squares of G in the basis and outside of it, some examples at a time."""
-    square = None
-    left = NOTHING
+    square, left = None, NOTHING
     for block in split(G, how.block):
         if incomplete(basis):
             inside, *of_block = gradient_squares(block, basis)

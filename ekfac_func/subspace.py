@@ -109,7 +109,12 @@ def mean_outside(mean: Sums, basis: Basis) -> Sums:
 
 def added(total: Outside, part: Outside) -> Outside:
     """Sums of squares of more examples."""
-    return [x if y is None else y if x is None else x + y for x, y in zip(total, part, strict=True)]
+    return [x if y is None else plus(x, y) for x, y in zip(total, part, strict=True)]
+
+
+def plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum with one part more; None before the first."""
+    return part if total is None else total + part
 
 
 def with_outside(square: Tensor, left: Outside) -> Tensor:
