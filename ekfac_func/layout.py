@@ -143,15 +143,14 @@ def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Windo
     if shown is None:
         return None
     strides = views.contiguous(view.split)
-    groups: dict[str, list[tuple[int, int]]] = {letter: [] for letter in "boik"}
+    # an axis of which the view took one index has no position
+    positions = [-1 if seen.position is None else seen.position for seen in shown]
+    letters = ["b" if position < 0 else call.letters[position] for position in positions]
+    groups: dict[str, list[tuple[int, int]]] = {}
     windows: dict[str, Window] = {}
     for letter in "boik":
-        letters = [
-            (-1 if seen.position is None else seen.position, axis)
-            for axis, seen in enumerate(shown)
-            if (call.letters[seen.position] if seen.position is not None else "b") == letter and view.split[axis] != 1
-        ]
-        axes = [axis for _, axis in sorted(letters)]
+        axes = [axis for axis, size in enumerate(view.split) if letters[axis] == letter and size != 1]
+        axes.sort(key=positions.__getitem__)
         partial = [axis for axis in axes if shown[axis].length < view.split[axis]]
         if view.by_ids and 0 in axes:
             if axes != [0] or letter != "b":
@@ -206,24 +205,13 @@ def arrange(
             users.setdefault(use.bias, set()).add(use.weight)
     groups = {weight: _agreed(of_it) for weight, of_it in uses.items() if weight not in found.reached | users.keys()}
     tapped = {weight: layout for weight, layout in groups.items() if layout is not None}
-    owned = {}
-    for weight, layout in tapped.items():
-        biases = {use.bias for use in uses[weight]} - {None}
-        swapped = any(use.groups != layout and use.bias is not None for use in uses[weight])
-        bias = next(iter(biases), None)
-        if bias is None or len(biases) > 1 or swapped or users[bias] != {weight}:
-            continue
-        if bias not in found.reached | uses.keys():
-            owned[weight] = bias
+    alone = {bias for bias, of_it in users.items() if len(of_it) == 1} - found.reached - uses.keys()
+    biases = {weight: _bias(uses[weight], layout, alone) for weight, layout in tapped.items()}
     layers = []
     for name, param in param_specs.items():
         if name in tapped:
-            funcs = " + ".join(dict.fromkeys(use.func for use in uses[name]))
-            table = any(use.table for use in uses[name])
-            bias = owned.get(name)
-            bias_shape = () if bias is None else param_specs[bias].shape
-            layers.append(_layer(name, param.shape, bias, bias_shape, tapped[name], table, funcs))
-        elif name not in owned.values():
+            layers.append(_layer(uses[name], tapped[name], biases[name], param_specs))
+        elif name not in biases.values():
             unseen = "a use that no call shows" if name in found.reached else NO_CALL
             hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else unseen]
             layers.append(dense_layer(name, param.shape, " + ".join(hidden)))
@@ -236,7 +224,7 @@ def arrange(
             place,
             use.windows,
             use.groups != tapped[use.weight],
-            use.bias is not None and use.weight in owned,
+            use.bias is not None and biases[use.weight] is not None,
             use.by_ids,
         )
         for use, place in zip(found.uses, places, strict=True)
@@ -255,21 +243,29 @@ def _agreed(uses: Sequence[Use]) -> Groups | None:
     return first.groups
 
 
-def _layer(
-    name: str,
-    shape: tuple[int, ...],
-    bias: str | None,
-    bias_shape: tuple[int, ...],
-    groups: Groups,
-    table: bool,
-    rule: str,
-) -> Layer:
-    b, o, i, k = (math.prod(size for size, _ in group) for group in groups)
+def _bias(uses: Sequence[Use], groups: Groups, alone: set[str]) -> str | None:
+    """The one bias of a weight's calls, if each call that adds it has the layer's orientation.
+
+    alone: the biases that have one weight and no path to the loss but as its bias.
+    """
+    biased = [use for use in uses if use.bias is not None]
+    biases = {use.bias for use in biased}
+    if len(biases) != 1 or any(use.groups != groups for use in biased):
+        return None
+    (bias,) = biases
+    return bias if bias in alone else None
+
+
+def _layer(uses: Sequence[Use], groups: Groups, bias: str | None, param_specs: Mapping[str, Spec]) -> Layer:
+    name, (b, o, i, k) = uses[0].weight, (math.prod(size for size, _ in group) for group in groups)
     axes = [axis for group in groups for axis in group]
     by_stride = sorted(range(len(axes)), key=lambda axis: -axes[axis][1])
     split = tuple(axes[axis][0] for axis in by_stride)
     order = tuple(by_stride.index(axis) for axis in range(len(axes)))
-    return Layer(name, bias, (b, o, i + (bias is not None), k), split, order, shape, bias_shape, table, rule)
+    sizes = b, o, i + (bias is not None), k
+    shape, bias_shape = param_specs[name].shape, () if bias is None else param_specs[bias].shape
+    table, rule = any(use.table for use in uses), " + ".join(dict.fromkeys(use.func for use in uses))
+    return Layer(name, bias, sizes, split, order, shape, bias_shape, table, rule)
 
 
 def dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
