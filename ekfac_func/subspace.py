@@ -90,13 +90,13 @@ def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Te
     H = turn_inputs(K, basis.Q_A)
     on_i = on_o = both = None
     if c_i:
-        on_i = squared(K - _out_inputs(H, basis)).sum((0, 3)) / c_i
+        on_i = squared(_rest_inputs(K, H, basis)).sum((0, 3)) / c_i
     if c_o:
         L = turn_inputs(G, basis.Q_A)
-        on_o = squared(L - _out_outputs(H, basis)).sum((0, 2)) / c_o
+        on_o = squared(L - turn_outputs(H, basis.Q_B.mT)).sum((0, 2)) / c_o
     if c_i and c_o:
-        rest = G - _out_outputs(K, basis)
-        both = squared(rest - _out_inputs(turn_inputs(rest, basis.Q_A), basis)).sum((0, 2, 3)) / (c_i * c_o)
+        rest = G - turn_outputs(K, basis.Q_B.mT)
+        both = squared(_rest_inputs(rest, turn_inputs(rest, basis.Q_A), basis)).sum((0, 2, 3)) / (c_i * c_o)
     return H, on_i, on_o, both
 
 
@@ -168,14 +168,13 @@ def _norms(g: Tensor, a: Tensor) -> Tensor:
 
 
 def _summed(of: Callable[[Tensor, Tensor], Tensor], g: Tensor, a: Tensor, entries: int) -> Tensor:
-    """What a function gives of blocks of examples, added up. entries: that it writes for each example, b and k."""
-    most = _most(entries * g.shape[1] * a.shape[4], g)
+    """What a function gives of blocks of examples, added up; a graph takes all examples at once.
+
+    entries: that the function writes for each example, b and k.
+    """
+    bytes_each = entries * g.shape[1] * a.shape[4] * g.element_size()
+    most = None if torch.compiler.is_compiling() else fitting(bytes_each, MAX_BYTES)
     return functools.reduce(torch.add, (of(h, x) for h, x in zip(split(g, most), split(a, most), strict=True)))
-
-
-def _most(entries: int, t: Tensor) -> int | None:
-    """How many examples of so many entries are taken at a time; a graph takes them all."""
-    return None if torch.compiler.is_compiling() else fitting(entries * t.element_size(), MAX_BYTES)
 
 
 def _replace_last(x: Tensor, last: Tensor, axis: int) -> Tensor:
@@ -183,21 +182,12 @@ def _replace_last(x: Tensor, last: Tensor, axis: int) -> Tensor:
 
 
 def _rest_inputs(a: Tensor, a_I: Tensor, basis: Basis) -> Tensor:
-    """`a - Q_A Q_A^T a`, `[n b s i k]`; of a side without complement a as it is."""
+    """`a - Q_A Q_A^T a`, `[n b s i k]`, of a and what it is in the basis; a itself where Q_A has no complement."""
     return a - turn_inputs(a_I, basis.Q_A.mT) if outside(basis.Q_A) else a
 
 
 def _rest_outputs(g: Tensor, g_O: Tensor, basis: Basis) -> Tensor:
     return g - turn_inputs(g_O[..., None], basis.Q_B.mT)[..., 0] if outside(basis.Q_B) else g
-
-
-def _out_inputs(M: Tensor, basis: Basis) -> Tensor:
-    """`M Q_A^T`, of a side with a complement or M as it is."""
-    return turn_inputs(M, basis.Q_A.mT) if outside(basis.Q_A) else M
-
-
-def _out_outputs(M: Tensor, basis: Basis) -> Tensor:
-    return turn_outputs(M, basis.Q_B.mT) if outside(basis.Q_B) else M
 
 
 class Mean(NamedTuple):
