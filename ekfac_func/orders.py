@@ -261,24 +261,31 @@ def _of_factored(term: Factored, basis: Basis, possible: Sequence[Order], max_by
             traced = torch.compiler.is_compiling()  # whose sizes may be symbols, of `thin`
             return Contraction(only, () if traced else _products(only, sizes, cost))
     order, steps = _cheapest(tuple(possible), constants(sizes), cost)
-    b, s, i, k, o = sizes[:5]
-    size = sizes.itemsize
-    of_G = size * b * o * i * k
+    of_G = sizes.itemsize * sizes.b * sizes.o * sizes.i * sizes.k
     operator = order in FORMED and as_operator(term, basis, of_G * NOMINAL_N > max_bytes)
     eager = operator or not torch.compiler.is_compiling()
+    return Contraction(order, steps, *_blocks(term, basis, order, max_bytes, cost, eager), operator)
+
+
+def _blocks(
+    term: Factored, basis: Basis, order: Order, max_bytes: int, cost: Cost, eager: bool
+) -> tuple[int | None, int | None]:
+    """`block` and `part` of a contraction, from the bytes that each example takes."""
+    (b, s, i, k), o, size = term.a.shape[1:], term.g.shape[3], term.g.element_size()
+    unwritten, of_G = isinstance(term.a, Patches), size * b * o * i * k
     few = _limit(max_bytes, cost.cache, eager)
     if order is Order.PAIRS:
-        return Contraction(order, steps, fitting(size * b * s * (s + 1) // 2 * (o + i * k), few))
-    if not (eager or sizes.unwritten):  # blocks are filled up with zeros, on which a projection would waste its work
-        return Contraction(order, steps, None, fitting(of_G, few))
+        return fitting(size * b * s * (s + 1) // 2 * (o + i * k), few), None
+    if not (eager or unwritten):  # blocks are filled up with zeros, on which a projection would waste its work
+        return None, fitting(of_G, few)
     if not eager or order in (Order.PROJECT_OUTPUTS, Order.FORM_FIRST):
         of_inputs = 0
         if isinstance(term.a, Patches):
             of_inputs = math.prod((term.a.x if eager and convolves(term, basis, order) else term.a).shape[1:])
-        return Contraction(order, steps, fitting(of_G + size * of_inputs, few), None, operator)
-    of_one = size * b * s * (i * k * (1 + sizes.unwritten) + o)
-    enough = max(BLOCK_BYTES, of_one * -(-ROWS // s))
-    return Contraction(order, steps, fitting(of_one, min(max_bytes, enough)), fitting(of_G, few), operator)
+        return fitting(of_G + size * of_inputs, few), None
+    of_samples = size * b * s * (i * k * (1 + unwritten) + o)
+    enough = max(BLOCK_BYTES, of_samples * -(-ROWS // s))
+    return fitting(of_samples, min(max_bytes, enough)), fitting(of_G, few)
 
 
 def as_operator(term: Factored, basis: Basis, in_blocks: bool) -> bool:
