@@ -252,8 +252,9 @@ def ekfac(
         return initial_state(layers, chosen, params, averaged)
 
     def turn_of(layers: Mapping[str, Layer], params: Mapping[str, Tensor], state: State) -> _Turn:
+        """What this step does to each layer, by the clocks and by which layers the batch uses."""
         chosen = choose(list(layers.values()), choices)
-        alike = torch.compiler.is_compiling() or ranks is not None  # graphs, and what processes add up
+        alike = torch.compiler.is_compiling() or ranks is not None  # every batch must use the same layers
         if alike:
             _refuse_changed_use(state, layers)
         else:
@@ -272,11 +273,11 @@ def ekfac(
         late: set[str] = set()
         idle: set[str] = set()
         if not alike:
-            late = _unused(state.layers)
-            refreshing = [name for name in layers if name in refreshing or name in late]
-            idle = {name for name in _unused(known) if not isinstance(chosen[name], Thin)}  # which carry nothing on
-            known = tuple(_marked(layer, layer.weight in idle & set(refreshing)) for layer in known)
-            refreshing = [name for name in refreshing if name not in idle]
+            late = _unused(state.layers)  # whose last refresh fell on a batch that did not use them
+            idle = {name for name in _unused(known) if not isinstance(chosen[name], Thin)}  # thin ones carry nothing on
+            postponed = {name for name in idle if name in refreshing or name in late}
+            known = tuple(_marked(layer, layer.weight in postponed) for layer in known)
+            refreshing = [name for name in layers if name not in idle and (name in refreshing or name in late)]
         updating = [name for name in layers if name not in idle and (every or name in refreshing)]
         estimators = {name: second_moment if name in updating else _unchanged for name in layers}
         anew = [name for name in refreshing if isinstance(chosen[name], Thin) or name in late]
@@ -287,7 +288,7 @@ def ekfac(
         return turn.estimators[layer.weight].sums(terms, basis, how)
 
     def observe(turn: _Turn, n: int, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
-        """Sums in a basis that stays; for one that is to change the factors, and the terms if there is room."""
+        """Sums in a basis that stays; factors for one that is to change, and the terms themselves if there is room."""
         name, basis = layer.weight, turn.state.bases[layer.weight]
         if isinstance(turn.chosen[name], Thin):
             return LayerSums(terms=(terms,))
@@ -299,12 +300,13 @@ def ekfac(
         return LayerSums(sums_in(basis, turn, layer, terms, bytes_each), terms=samples)
 
     def of_samples(terms: Terms, basis: Basis, n: int) -> bool:
+        """Whether the samples of a layer are rescaled, not its gradient."""
         return ranks is None and rescales_samples(terms, basis, n)
 
     def in_bases(
         bases: Mapping[str, Basis], turn: _Turn, n: int, seen: dict[str, LayerSums], bytes_each: int
     ) -> tuple[dict[str, Sums], dict[str, Terms]]:
-        """The sums of each layer, and the samples of those whose samples are rescaled; seen is emptied on the way."""
+        """The sums of each layer, and the samples of layers that are rescaled as samples. Empties seen on the way."""
         sums: dict[str, Sums] = {}
         samples: dict[str, Terms] = {}
         for name, layer in turn.layers.items():
@@ -467,7 +469,7 @@ def ekfac(
 
 
 def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of the curvature loss; its errors, which speak of loss_fn, say whose loss that is."""
+    """Call a function of the curvature loss; a note to its errors, which speak of loss_fn, says whose loss that is."""
     if fisher.loss is None or torch.compiler.is_compiling():
         return function(*args)
     try:
@@ -505,11 +507,11 @@ class _Carried(NamedTuple):
 class _BatchMeans(NamedTuple):
     """What the whole batch said, of all processes."""
 
-    loss: Tensor  # [] mean of the data's
-    curvature: Tensor  # [] sum of the curvature's
+    loss: Tensor  # [] mean of loss_fn
+    curvature: Tensor  # [] sum of the curvature loss, to be finite
     n: Number  # examples, or pseudo-examples of a Fisher
-    means: Mapping[str, Sums]
-    slopes: Mapping[str, Mean]  # the mean gradient of the data
+    means: Mapping[str, Sums]  # of the gradients of the curvature loss
+    slopes: Mapping[str, Mean]  # the mean gradient of loss_fn
     aux: Any
 
 
@@ -541,7 +543,10 @@ def initial_state(
 
 
 def _refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:
-    """Where a layer without a call is read as a parameter without a rule, whose moment does not stay."""
+    """Refuse a batch that uses other layers than the state has seen.
+
+    Without a call a layer is read as a parameter without a rule, and what the state knows of it is lost.
+    """
     for old in state.layers:
         new = layers.get(old.weight)
         if new is None or (old.rule is None) == (new.rule is None):
@@ -555,7 +560,7 @@ def _refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:
 
 
 def _unused(layers: Iterable[Layer]) -> set[str]:
-    """Layers that a batch does not use; in a state those whose last refresh fell on such a batch, and is to come."""
+    """The layers that a batch does not use; of a state's, those that its last refresh passed over for that."""
     return {layer.weight for layer in layers if layer.rule is not None and layer.hidden_by == NO_CALL}
 
 
@@ -570,7 +575,7 @@ def _met(
     params: Mapping[str, Tensor],
     averaged: bool,
 ) -> State:
-    """The state, in which layers that no call had used start anew when one does: nothing is known of them."""
+    """The state, in which a layer starts anew when the first call uses it: nothing is known of it until then."""
     without = {layer.weight for layer in state.layers if layer.rule is None and layer.hidden_by == NO_CALL}
     met = {name: layer for name, layer in layers.items() if layer.rule is not None and name in without}
     if not met:
@@ -643,9 +648,9 @@ def _of_data(
     spans: Mapping[str, Span],
     params: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, Mean]]:
-    """The loss of the data, and its gradient in the layers of the curvature loss, as it is and in the basis.
+    """The mean of loss_fn, and its gradient in the layers of the curvature loss.
 
-    own, sums: the layers of the data's loss, sums of their gradients and of the loss, and the number of examples.
+    own: the layers of loss_fn. sums: of their gradients and of the loss, and the number of examples.
     """
     gradients, loss, n = sums
     means = {name: gradient / n for name, gradient in gradients.items()}
@@ -657,14 +662,14 @@ def _of_data(
 
 
 def _constant(tree: Any) -> Any:
-    """Without tangents."""
+    """The tensors detached."""
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
 def _dampings(
     damping: Number | Damping, moments: Mapping[str, Moment], bases: Mapping[str, Basis], layers: Mapping[str, Layer]
 ) -> dict[str, Tensor]:
-    """Of each layer, `[]`."""
+    """The damping of each layer, `[]`."""
     if callable(damping):
         ruled = damping({name: _spectrum(moments[name], bases[name], layer) for name, layer in layers.items()})
         check_dampings(ruled, layers)
@@ -705,7 +710,7 @@ def rescaled(
 
 
 def _learned(new: State, old: State) -> list[Tensor]:
-    """The tensors that the step would write into the state, but for the bases, which are finite whatever makes them."""
+    """The tensors that a step changes in the state, but for the bases: these are finite in any case."""
     written = [new.second_moments[name].value for name in new.second_moments]
     for name, factors in new.factors.items():
         if factors is not old.factors[name]:
@@ -714,7 +719,7 @@ def _learned(new: State, old: State) -> list[Tensor]:
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
-    """`[]` bool. The extremes are NaN or infinite where an entry is, and one fast pass over each tensor."""
+    """`[]` bool. `aminmax` is one fast pass, and NaN or infinite where an entry is."""
     extremes = [extreme for t in tensors if t.numel() for extreme in torch.aminmax(t)]
     return torch.isfinite(torch.stack(extremes)).all()
 
