@@ -16,7 +16,7 @@ from .checks import check_count
 from .types import Basis, Layer, Reflections, Side, outside
 
 LARGE = 8192  # dimensions of a basis, above which a warning says what it takes
-PRIME, FIRST = 2_097_143, 1_234_567  # whose cube is an int64, and from where on cubes modulo it have no order
+PRIME, FIRST = 2_097_143, 1_234_567  # the cube of PRIME is an int64; from FIRST on cubes modulo it have no order
 
 
 class Blocks(NamedTuple):
@@ -252,7 +252,7 @@ def _start(shape: tuple[int, ...], like: Tensor, choice: Choice) -> Side:
 def noise(d: int, columns: int, like: Tensor, skipped: int = 0) -> Tensor:
     """`[d columns]` in [-1, 1], the same every time: cubes modulo a prime, for no graph or `vmap` takes a generator.
 
-    skipped: how many of the numbers that there are to leave out, for a matrix that has nothing of another one.
+    skipped: how many numbers of the sequence to leave out, for a matrix that shares none with another.
     """
     k = (torch.arange(d * columns, device=like.device) + FIRST + skipped) % PRIME
     return (2 * (k**3 % PRIME).to(like.dtype) / PRIME - 1).reshape(d, columns)
@@ -271,13 +271,13 @@ def _counts(Q: Side, like: Tensor) -> Tensor:
 
 
 def fills_up(basis: Basis, layer: Layer) -> bool:
-    """Whether a side is in blocks, of which the last has more coordinates than are left for it."""
+    """Whether a side is in blocks of which the last is filled up."""
     sides = (basis.Q_A, layer.sizes[2]), (basis.Q_B, layer.sizes[1])
     return any(Q.dim() > 3 and Q.shape[1] * Q.shape[-1] > d for Q, d in sides)
 
 
 def real(basis: Basis, layer: Layer) -> Tensor:
-    """`[b O I 1]`: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
+    """`[b O I 1]` bool: coordinates whose direction lies in the layer, not in what fills up the last block of a side.
 
     The factors are zero there, so that an eigenvector lies in the one or in the other.
     """

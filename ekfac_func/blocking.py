@@ -19,15 +19,15 @@ def nominal(n: int) -> int:
 
 
 def fitting(size: int, most: int) -> int:
-    """How many examples of so many bytes each are taken at a time, for `most` bytes; one is never split."""
+    """How many examples of `size` bytes each fit into `most` bytes: at least one, for one is never split."""
     return max(1, most // max(1, size))
 
 
 def split(t: Any, most: int | None) -> Sequence[Any]:
     """A tensor or patches in blocks of at most so many examples.
 
-    In a graph in as many blocks as a nominal batch has, filled up with examples of zeros: a number that depended on the
-    traced batch would fix its size.
+    A graph has as many blocks as a nominal batch, filled up with examples of zeros: a number of blocks that depended on
+    the traced batch would fix its size.
     """
     if isinstance(t, Patches):
         return [replace(t, x=x) for x in split(t.x, most)]
@@ -40,7 +40,10 @@ def split(t: Any, most: int | None) -> Sequence[Any]:
 
 
 def in_blocks(t: Any, entries: int) -> Sequence[Any]:
-    """A tensor or patches in blocks of examples that need so many entries each: of a cache in eager mode on a CPU."""
+    """A tensor or patches in blocks that fit into a CPU's cache in eager mode, else into `MAX_BYTES`.
+
+    entries: what is written for each example.
+    """
     x = t.x if isinstance(t, Patches) else t
     most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES
     return split(t, fitting(entries * x.element_size(), most))

@@ -98,7 +98,7 @@ def _single_square(term: Factored, basis: Basis) -> Tensor:
 
 
 def _squared(turned: Tensor, Q: Side) -> Tensor:
-    """In place, but where the side turned nothing and gave back what it was given."""
+    """The square, in place unless the side turned nothing and `turned` is its very input."""
     return squared(turned) if Q.shape[-1] > 1 else turned.square()
 
 
@@ -124,7 +124,7 @@ def add_sums(sums: Sums, more: Sums) -> Sums:
 
 
 def mean_sums(sums: Sums, n: Number, own: bool = False) -> Sums:
-    """The one division of the sums over examples; in place where they are the caller's own, new and each by itself."""
+    """The one division of the sums over examples. own: they may be overwritten, where no two share memory."""
     tensors = [t for t in sums if t is not None]
     own = own and not transformed() and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
 
@@ -149,7 +149,7 @@ def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
 
 
 def _tied_sums(factored: Factored, table: OneHot, basis: Basis, how: Contraction) -> tuple[Tensor, Tensor]:
-    """A table that is a linear layer too: `sum (F + T)^2`, of which T and the product have a row an id."""
+    """Of a table T that is a linear layer F too: `sum (F + T)^2`. T and the product F T have one row for each id."""
     _, projected, square = exact_sums((factored,), basis, how)
     assert square is not None
     ids, h = _once(table, basis)
@@ -162,7 +162,7 @@ def _tied_sums(factored: Factored, table: OneHot, basis: Basis, how: Contraction
 
 
 def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
-    """Ids `[n s]`, each once an example, and their gradients `[n s I]` in the basis."""
+    """The ids `[n s]`, each once in an example, and their gradients `[n s I]` in the basis."""
     single = coalesce(table)
     return single.ids, project_inputs(single.g[:, None, :, :, None], basis)[:, 0, :, :, 0]
 
@@ -204,7 +204,7 @@ def _formed_square(term: Factored, basis: Basis, how: Contraction) -> Tensor:
 
 
 def sums_arguments(term: Factored, basis: Basis, how: Contraction) -> tuple[Any, ...]:
-    """What the operator takes but for its last argument; inputs that are no patches have an empty kernel."""
+    """The arguments of the operator but the last. Inputs that are no patches have an empty kernel."""
     parts = term.a.parts() if isinstance(term.a, Patches) else (term.a, [], [], [], None, False)
     return (term.g, *parts, *basis, how.order.name, how.block, how.part)
 
@@ -230,7 +230,7 @@ def _sums_operator(
     part: int | None,
     total: bool,
 ) -> list[Tensor]:
-    """The three of `_formed_sums` where total, else the square alone; the products of an order depend on no cost."""
+    """The three of `_formed_sums` where total, else the square alone; how an order multiplies depends on no costs."""
     term, basis = Factored(_inputs(x, kernel, stride, dilation, last, apart), g), Basis(Q_A, Q_B)
     how = contraction((term,), basis, Order[order])._replace(block=block, part=part)
     if not total:
@@ -341,7 +341,7 @@ def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Bas
 
 
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
-    """The sum over examples of G or of its square, with that of a block `[n b o i k]`."""
+    """A sum over examples, plus that of a block G `[n b o i k]` or of its square."""
     if transformed() or G.device.type != "cpu":
         return plus(sum, _sum_of_squares(G) if squared else G.sum(0))
     if sum is None:
@@ -357,9 +357,9 @@ def _sum_of_squares(G: Tensor) -> Tensor:
 
 
 def _turned_back(total: Tensor, term: Factored, first: Basis, reordered: bool = False) -> Tensor:
-    """The sum of the gradients from what it is in some sides, where that is less work than from the term.
+    """The sum of the gradients: from the total in the sides of first, or from the term where that is less work.
 
-    reordered: whether its inputs are in the order of `write_fast`.
+    reordered: whether the total's inputs are in the order of `write_fast`.
     """
     turned = [Q.shape[-1] for Q in first if Q.shape[-1] > 1]
     if any(outside(Q) for Q in first) or sum(turned) > nominal(term.g.shape[0]) * term.a.shape[2]:

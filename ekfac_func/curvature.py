@@ -33,7 +33,7 @@ class Curvature:
     layers: tuple[Layer, ...]
     bases: Mapping[str, Basis]
     values: Mapping[str, Tensor]  # [b O I k] of each layer; 1 where a block of a basis is filled up
-    real: Mapping[str, Tensor]  # [b O I 1] bool: which coordinates are none that fill up a block
+    real: Mapping[str, Tensor]  # [b O I 1] bool: false for coordinates that only fill up a block
 
     def __repr__(self) -> str:
         return f"Curvature(values of shapes { {name: tuple(v.shape) for name, v in self.values.items()} })"

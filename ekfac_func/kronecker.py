@@ -56,11 +56,11 @@ STRIPS_FROM = 256  # dimensions
 
 
 def left_as_samples(Q: Side, samples: int, single: bool, unwritten: bool = False) -> bool:
-    """Whether a factor stays the samples that it is the sum of: a compact one, one of some rank, or of few samples.
+    """Whether a factor is kept as its samples, not multiplied out: of a compact side, of `rank(r)`, or of few samples.
 
-    samples: of a batch, or in a graph of a nominal one. They are few below `FEW` for each dimension of the side.
-    single: whether the layer has one term; the samples of several have no unit in common.
-    unwritten: the samples are patches; their factor is cheaper than they, unless the layer has several terms.
+    samples: their number in a batch, in a graph in a nominal one. Few are less than `FEW` for each dimension.
+    single: whether the layer has one term; the samples of several terms have no common unit.
+    unwritten: whether the samples are patches. To write them costs more than the factor of a single term.
     """
     if isinstance(Q, Reflections):
         return True
@@ -111,8 +111,7 @@ def factor_sums(
     https://arxiv.org/abs/1802.09568, but per example) B has unit trace, so that the product of eigenvalues has the
     scale of `E[G^2]`, which the product of both factors has squared. The basis says which blocks of a side are kept.
 
-    formed: whether all are wanted as they are. Else some are left as the samples that they are sums of, as
-        `left_as_samples` says.
+    formed: whether all factors are wanted as matrices. Else `left_as_samples` says which are left as their samples.
     """
     return tuple(_factor_sums(term, basis, sharing, formed, len(terms) == 1) for term in terms)
 
@@ -160,7 +159,7 @@ def _add_factor_sums(one: FactorSums, other: FactorSums, basis: Basis) -> Factor
 
 
 def _both(C: Factor, D: Factor, Q: Side) -> Factor:
-    """A sum of factors: samples as long as they are fewer than dimensions, or what a compact side is made of."""
+    """A sum of factors, as samples where they are fewer than dimensions, and for a compact side in any case."""
     if isinstance(C, Gram) and isinstance(D, Gram):
         x = torch.cat([C.x, D.x], 1)
         return Gram(x) if isinstance(Q, Reflections) or x.shape[1] < x.shape[2] else symmetric(x)
@@ -252,12 +251,12 @@ def _trace(C: Factor) -> Tensor:
 
 
 def averages(decay: Number) -> bool:
-    """Whether anything of the past may have a share; of a tensor, whose value is not looked at, it may."""
+    """Whether the past may have a share: with any tensor, for its value is not read."""
     return isinstance(decay, Tensor) or decay > 0
 
 
 def past_share(weight: Tensor, decay: Number) -> tuple[Tensor, Tensor]:
-    """The share of the past in one step of a bias-corrected moving average, and the weight of all that is then seen."""
+    """The share of the past in one step of a bias-corrected moving average, and the weight of what it has then seen."""
     past = decay * weight
     total = past + (1 - decay)
     return past / torch.where(total > 0, total, 1), total.to(weight.dtype)
@@ -366,8 +365,8 @@ def look_up(term: Factored, ids: Tensor) -> Tensor:
 def common_first(x: Tensor) -> Tensor:
     """Positions `[n b s ...]` reflected so that what they have in common is in the first.
 
-    Done to g and a, it leaves `sum_s g[n, s] a[n, s]^T` as it is, of which less then cancels: of two inputs that are
-    nearly alike and output gradients of opposite sign, all of it would.
+    Done to both g and a, it leaves `sum_s g[n, s] a[n, s]^T` as it is, but less of the sum cancels: of two inputs that
+    are nearly alike, with output gradients of opposite sign, all digits would.
     """
     s = x.shape[2]
     if s < 2:
@@ -521,7 +520,7 @@ def project_outputs(g: Tensor, basis: Basis) -> Tensor:
 def eigenvalue_product(factors: Factors | Means, basis: Basis, positions: Number, like: Tensor) -> Tensor:
     """`lambda_B x lambda_A x positions`, the K-FAC estimate of `E[G^2]`, at each offset: shaped as like, `[b O I k]`.
 
-    The eigenvalues are read as `diag(Q^T A Q)`: of a basis that could not be refreshed, its own best ones.
+    The eigenvalues are `diag(Q^T A Q)`, the best ones for the basis even where it could not be refreshed.
     """
     lambda_A, lambda_B = _eigenvalues(factors.A, basis.Q_A), _eigenvalues(factors.B, basis.Q_B)
     uses = _along(positions, lambda_B) if isinstance(positions, Tensor) else positions

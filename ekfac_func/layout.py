@@ -126,7 +126,7 @@ class Observed:
 
 
 def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Window]] | None:
-    """The parameter's axes that a call has on each letter, and what it uses of them; None where that is no layer."""
+    """The parameter's axes behind each letter of a call, and the part that it uses; None if no layer has these."""
     shape = view.shape if call.split is None else call.split
     named = isinstance(call.letters, str) and len(call.letters) == len(shape)
     if not named or not set(call.letters) <= set("boik"):
@@ -178,7 +178,7 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
-    """Whether a bias holds an entry for each of `(b o)`, and the call uses those of it that it uses of the weight."""
+    """Whether a bias has one entry for each of `(b o)`, and the call uses the same of them as of the weight."""
     shown = views.axes(bias)
     in_a_row = math.prod(bias.shape[:-1]) == 1 or windows[1].length == 1  # or it may be added along positions
     if shown is None or bias.by_ids or not in_a_row:
@@ -234,7 +234,7 @@ def arrange(
 
 
 def _agreed(uses: Sequence[Use]) -> Groups | None:
-    """The axes on which all calls of a weight agree, in the orientation of the first, or of a lookup."""
+    """The axes on which all calls of a weight agree, in the orientation of a lookup, else of the first call."""
     first = next((use for use in uses if use.table), uses[0])
     for use in uses:
         same = use.groups == first.groups
@@ -281,7 +281,7 @@ def dense_layer(name: str, shape: tuple[int, ...], hidden_by: str) -> Layer:
 
 
 def places_of(use: Use, other: Use, few: int, more: int) -> tuple[Along, ...] | None:
-    """Where the tensors of a call have their examples; None where one of them has none that are apart."""
+    """Where the tensors of a call have their examples, from runs of few and more; None if one has no axis of them."""
     places: list[Along] = []
     if use.windows != other.windows:
         return None

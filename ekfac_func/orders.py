@@ -228,7 +228,7 @@ def _sizes(term: Factored, basis: Basis) -> Sizes:
 def _cheapest(possible: tuple[Order, ...], given: tuple[int, ...], cost: Cost) -> tuple[Order, tuple[Step, ...]]:
     """The order and its products.
 
-    A side that is no matrix is projected first, as it costs little; of two with a complement both or none.
+    A side that is not one matrix costs little and is projected before G[n]; two sides with complements go together.
     """
     sizes = Sizes(*given)  # type: ignore[arg-type]  # a plain tuple, for Dynamo's constants
     no_matrix, rest = (
@@ -289,9 +289,9 @@ def _blocks(
 
 
 def as_operator(term: Factored, basis: Basis, in_blocks: bool) -> bool:
-    """Whether a graph has the sums as one operator, which runs as in eager mode: over patches, and in blocks.
+    """Whether a graph has the sums as one operator, which runs as in eager mode: those over patches or in blocks.
 
-    A graph's blocks are those of a nominal batch: of fewer examples most of what they hold is zeros.
+    The blocks that a graph has itself are those of a nominal batch, mostly zeros where the batch is smaller.
     """
     x = term.a.x if isinstance(term.a, Patches) else term.a if in_blocks else None
     return x is not None and all(isinstance(Q, Tensor) for Q in basis) and opaque(term.g, x)
@@ -309,7 +309,7 @@ def convolves(term: Factored, basis: Basis, order: Order) -> bool:
 
 
 def _limit(max_bytes: int, cache: int, eager: bool) -> int:
-    """Of what is written at a time: in eager mode it stays in cache."""
+    """Bytes that are written at a time: in eager mode no more than the cache holds."""
     return min(max_bytes, cache) if cache and eager else max_bytes
 
 

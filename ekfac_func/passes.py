@@ -1,4 +1,4 @@
-"""What a step reads of a batch, layer by layer: in one pass, or in two where a basis changes and no terms may stay."""
+"""What a step reads of a batch, layer by layer: in one pass, or in two where a basis changes and terms do not fit."""
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
@@ -20,7 +20,7 @@ class LayerSums(NamedTuple):
 
 
 def add_layer_sums(state: State, layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
-    """What was seen of all examples of both. state: of which the bases are."""
+    """What is known of the examples of both. state: its bases are those of the factors."""
     factors = None
     if some.factors is not None and others.factors is not None:
         factors = add_factor_sums(some.factors, others.factors, state.bases[layer.weight])
@@ -28,7 +28,7 @@ def add_layer_sums(state: State, layer: Layer, some: LayerSums, others: LayerSum
 
 
 def add_if_any(layer: Layer, some: Sums | None, others: Sums | None) -> Sums | None:
-    """The sums over all examples of both; None of a layer of which the pass reads none."""
+    """The sums over the examples of both; None for a layer that the pass does not sum up."""
     return None if some is None or others is None else add_sums(some, others)
 
 

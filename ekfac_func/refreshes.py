@@ -254,7 +254,7 @@ def _solved_in(how: Refresh, like: Tensor) -> torch.dtype:
 
 
 def _where_good(Q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """The new eigenvectors, else the old ones; how many those are."""
+    """The new eigenvectors where they are good, else the old ones; how many those are."""
     good = _good(Q)
     return where(good, Q.to(old.dtype), old), (~good).sum()
 
@@ -265,7 +265,7 @@ def _good(Q: Tensor) -> Tensor:
 
 
 def _spanned(x: Tensor, old: Tensor, how: Refresh) -> Problem:
-    """The eigenvectors of `x^T x` of samples `[b samples d]`, ascending: those in their span, after any others."""
+    """The eigenvectors of `x^T x` of samples `[b samples d]`, ascending: any of the null space, then the others."""
     V, W, R = householder(scaled(x)[0].mT)
     k = R.shape[1]
 
@@ -281,7 +281,7 @@ def _spanned(x: Tensor, old: Tensor, how: Refresh) -> Problem:
 
 
 def _reflected(x: Tensor, old: Reflections, how: Refresh) -> Problem:
-    """The eigenvectors of `x^T x` by reflections onto the span of the samples `[b samples d]`, and in it."""
+    """The eigenvectors of `x^T x` of samples `[b samples d]`, as reflections onto their span and a rotation in it."""
     missing = old.E.shape[-1] - x.shape[1]
     V, W, R = householder(F.pad(scaled(x)[0], (0, 0, 0, missing)).mT)
 
@@ -295,11 +295,11 @@ def _reflected(x: Tensor, old: Reflections, how: Refresh) -> Problem:
 
 
 def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
-    """The leading eigenvectors in descending order, by subspace iteration from the old ones and a few beside them.
+    """The leading eigenvectors in descending order, by subspace iteration from the old ones and a few fresh columns.
 
-    Those beside them find what the old ones have no part in: of other inputs than before all `C U` may be zero. Of
-    samples no more than all these columns no iteration is needed, for the eigenvectors lie in their span; the old ones
-    fill up what room they leave.
+    The fresh columns find what the old ones have no part in: for other inputs than before all of `C U` may be zero.
+    Where there are no more samples than columns the eigenvectors lie in the span of the samples, so that no iteration
+    is needed; old columns fill up what room the samples leave.
     """
     x, largest = scaled(C.x if isinstance(C, Gram) else (C + C.mT) / 2)
     U, (d, r) = old[..., :-1], (old.shape[-2], old.shape[-1] - 1)
@@ -414,7 +414,7 @@ def _(
 
 @torch.library.custom_op("ekfac_func::eigenvectors_where_due", mutates_args=(), tags=READS_BACK)
 def eigenvectors_where_due(factors: Sequence[Tensor], old: Sequence[Tensor], tolerance: float) -> list[Tensor]:
-    """`eigenvectors` of the matrices that the old ones do not diagonalise; the old ones of the others.
+    """`eigenvectors` of the matrices that the old ones do not diagonalise; the old ones for the others.
 
     A custom operator, for a decision on values would break a compiled graph, and `torch.where` saves no work.
     """

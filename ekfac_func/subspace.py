@@ -69,7 +69,10 @@ def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
 
 
 def outside_of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Tensor:
-    """Of ids, whose side is diagonal; with the product with another term that is added to them."""
+    """The squares outside of a table's basis, `[1 O I 1]`.
+
+    other: a term of the same weight, of which twice the product with the table is added.
+    """
     c = outside(basis.Q_A)
     once = coalesce(table)
     h = once.g[:, None, :, :, None]
@@ -84,7 +87,7 @@ def outside_of_table(table: OneHot, basis: Basis, other: Factored | None = None)
 
 
 def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Of gradients `[n b o i k]`: what they are in the basis, and the sums of their squares outside of it."""
+    """Gradients `[n b o i k]` in the basis, and the sums of their squares outside of it."""
     c_i, c_o = map(outside, basis)
     K = turn_outputs(G, basis.Q_B)
     H = turn_inputs(K, basis.Q_A)
@@ -101,7 +104,7 @@ def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Te
 
 
 def mean_outside(mean: Sums, basis: Basis) -> Sums:
-    """Means whose projected gradient has, for all that lies outside, the root of its mean square there."""
+    """The means with the root mean square of the gradient outside of the basis in the coordinates that stand for it."""
     _, *squares = gradient_squares(mean.gradient[None], basis)
     sizes = mean.projected.shape[1], mean.projected.shape[2]
     return mean._replace(projected=mean.projected + assembled(squares, sizes).sqrt())
@@ -191,7 +194,7 @@ def _rest_outputs(g: Tensor, g_O: Tensor, basis: Basis) -> Tensor:
 
 
 class Mean(NamedTuple):
-    """A mean gradient, and the samples that it is the sum of where `rescales_samples`."""
+    """A mean gradient; where `rescales_samples` says so, with the samples that it is made of."""
 
     gradient: Tensor  # [b o i k]
     projected: Tensor  # [b O I k]
@@ -200,7 +203,7 @@ class Mean(NamedTuple):
 
 
 def rescales_samples(terms: Terms, basis: Basis, n: int) -> bool:
-    """Whether it is less work to rescale the samples that a gradient of n examples is the sum of."""
+    """Whether rescaling the samples of n examples is less work than rescaling their gradient."""
     match terms:
         case (Factored(a=a, g=g),) if a.shape[4] == 1 and incomplete(basis):
             samples = g.shape[2] * nominal(n)

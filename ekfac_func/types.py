@@ -78,13 +78,13 @@ class Layer(NamedTuple):
     bias_shape: tuple[int, ...]  # () where there is no bias
     table: bool = False  # o counts the rows of a lookup table: its factor is diagonal
     rule: str | None = None  # the torch functions that a rule read; None where the gradients are taken as they are
-    hidden_by: str | None = None  # what kept it from a rule; "no call" beside a rule: this batch did not use it
+    hidden_by: str | None = None  # what kept it from a rule; `NO_CALL` beside a rule: this batch does not use it
 
 
 NO_CALL = "no call"
-"""`Layer.hidden_by` of what a batch does not use; beside a rule, which other batches have shown.
+"""`Layer.hidden_by` of a parameter that a batch does not use. The layer has a rule too if other batches use it.
 
-In a state it stands beside a rule where the last refresh fell on such a batch, until the next one that uses the layer.
+In a state, a layer has both if its last refresh fell on a batch that did not use it; the next that does refreshes it.
 """
 
 
@@ -175,7 +175,7 @@ class Basis(NamedTuple):
 
 
 def constants(sizes: Iterable[int]) -> tuple[int, ...]:
-    """Sizes as Python numbers: those of a second model are symbols to Dynamo, of which `range` guards the values."""
+    """Sizes as Python numbers. Those of a second model are symbols to Dynamo; `range` makes it guard their values."""
     return tuple(len(range(size)) for size in sizes)
 
 
@@ -185,7 +185,7 @@ def outside(Q: Side) -> int:
 
 
 def turns(Q: Side) -> int:
-    """Products for each entry that a side turns; 0 of one that leaves it where it is."""
+    """Multiplications for each entry that a side turns; 0 for a side that turns nothing."""
     return 2 * Q.E.shape[-1] if isinstance(Q, Reflections) else Q.shape[-1] if Q.shape[-1] > 1 else 0
 
 
