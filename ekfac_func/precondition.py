@@ -580,18 +580,19 @@ def _met(
     met = {name: layer for name, layer in layers.items() if layer.rule is not None and name in without}
     if not met:
         return state
-    start, biases = initial_state(tuple(met.values()), chosen, params, averaged), {m.bias for m in met.values()}
+    start = initial_state(tuple(met.values()), chosen, params, averaged)
+    joined_now = {layer.bias for layer in met.values()} & without  # biases that were layers of their own
 
     def renewed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        return {**{name: of_layer for name, of_layer in old.items() if name not in biases & without}, **new}
+        return {**{name: of_layer for name, of_layer in old.items() if name not in joined_now}, **new}
 
-    known = {layer.weight: layer for layer in state.layers if layer.weight not in biases & without}
+    known = {layer.weight: layer for layer in state.layers}
     return State(
         state.step,
         renewed(state.factors, start.factors),
         renewed(state.bases, start.bases),
         renewed(state.second_moments, start.second_moments),
-        tuple({**known, **{name: _marked(layer, True) for name, layer in met.items()}}.values()),
+        tuple(renewed(known, {name: _marked(layer, True) for name, layer in met.items()}).values()),
     )
 
 
