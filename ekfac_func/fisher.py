@@ -143,28 +143,12 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
             rows = torch.cat(_rows(likelihood(outputs)))
         return poison + weight * rows.gather(0, row[None])[0]
 
-    def rows_of(params: Params, example: Any) -> set[int]:
-        """Those that depend on the output."""
-        leaves, tree = pytree.tree_flatten(model(params, example))
-        real = _real(leaves)
-        live: list[bool] = []
-
-        def parts(*of: Tensor) -> list[Tensor]:
-            given = dict(zip(real, of, strict=True))
-            with unchecked():
-                found = _rows(likelihood(pytree.tree_unflatten([given.get(k, x) for k, x in enumerate(leaves)], tree)))
-            live.extend(part.requires_grad for part in found for _ in range(len(part)))
-            return found
-
-        with torch.enable_grad():
-            torch.func.vjp(parts, *(leaves[k] for k in real))
-        return {row for row, needed in enumerate(live) if needed}
-
     @torch.compiler.assume_constant_result
     def rows_of_shapes(param_specs: Any, example: Flat) -> tuple[int, ...]:
-        """The same without values, as a constant of a graph."""
+        """`_live_rows` without values, as a constant of a graph."""
         with undrawn([]), FakeTensorMode(allow_non_fake_inputs=True):
-            return tuple(sorted(rows_of(*filled((param_specs, pytree.tree_unflatten(*example))))))
+            without_values = filled((param_specs, pytree.tree_unflatten(*example)))
+            return tuple(sorted(_live_rows(model, likelihood, *without_values)))
 
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
         param_specs, example = specs(params, batch)
@@ -173,7 +157,8 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
             rows = rows_of_shapes(param_specs, example)
         except DATA_DEPENDENT:  # branches on values, by which examples may differ
             with undrawn(pytree.tree_leaves((params, batch))):
-                found = (rows_of(dict(params), pytree.tree_map(lambda leaf, k=k: leaf[k], batch)) for k in range(n))
+                each = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(n))
+                found = (_live_rows(model, likelihood, dict(params), one) for one in each)
                 rows = tuple(sorted(set().union(*found)))
         if not rows:
             raise ValueError(
@@ -186,6 +171,24 @@ def exact(model: Model, likelihood: Likelihood) -> Fisher:
         return pytree.tree_map(lambda leaf: _repeated(leaf, len(rows)), batch), row, weight
 
     return Fisher("exact", loss, examples, draws=False)
+
+
+def _live_rows(model: Model, likelihood: Likelihood, params: Params, example: Any) -> set[int]:
+    """Which of an example's `_rows` depend on the output."""
+    leaves, tree = pytree.tree_flatten(model(params, example))
+    real = _real(leaves)
+    live: list[bool] = []
+
+    def parts(*of: Tensor) -> list[Tensor]:
+        given = dict(zip(real, of, strict=True))
+        with unchecked():
+            found = _rows(likelihood(pytree.tree_unflatten([given.get(k, x) for k, x in enumerate(leaves)], tree)))
+        live.extend(part.requires_grad for part in found for _ in range(len(part)))
+        return found
+
+    with torch.enable_grad():
+        torch.func.vjp(parts, *(leaves[k] for k in real))
+    return {row for row, needed in enumerate(live) if needed}
 
 
 def _rows(distributions: Any) -> list[Tensor]:
