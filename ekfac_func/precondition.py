@@ -349,7 +349,7 @@ def ekfac(
 
         turn, folded = first_pass(read, params, state, n)
         with no_autocast(leaf.device):
-            carried = in_new_bases(turn, folded.kept, count, n)
+            carried = refreshed(turn, folded.kept, count, n)
         if before is not None:
             second_pass(read, before, turn, carried.state.bases, folded.kept)
         data = None
@@ -374,7 +374,7 @@ def ekfac(
         folded = _blaming(fisher, read, begin, add)
         return turns[-1], folded
 
-    def in_new_bases(turn: _Turn, seen: dict[str, LayerSums], count: int, n: int) -> _Carried:
+    def refreshed(turn: _Turn, seen: dict[str, LayerSums], count: int, n: int) -> _Carried:
         """The state with the bases and moments of this step's refresh, if it is one."""
         started, spans, totals = into_spans(turn.chosen, turn.state, turn.layers, seen, weight_sharing)
         if not turn.refreshing:
