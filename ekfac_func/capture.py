@@ -316,7 +316,7 @@ class _Tapping:
         if not self.compiling:
             self.seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), self.by_id)))
             self.copies.begins(func, args)
-        refuse(func, args, kwargs, self.params, self.options.batched)
+            refuse(func, args, kwargs, self.params, self.options.batched)  # for a graph discovery has
         if self.mapping and kwargs.get("memory_format") in CHANNELS_LAST:
             kwargs = {**kwargs, "memory_format": torch.contiguous_format}
         if func == REQUIRES_GRAD and name_of(args[0], self.known) is not None:  # one of a tapped call is a constant
@@ -427,7 +427,7 @@ def _watched(
         own = own_of_each((example, fixed, free) if mapped else example) if fills else {}
         replacing = {**instead, **own}, of_tapped, of_cast
         run = _Tapping(found, options, replacing, calls, probe, fixed, free, n)
-        with contextlib.nullcontext() if compiling else traced(), unfused(), beneath(Tap(run.handle)):
+        with contextlib.nullcontext() if compiling else traced(found.told), unfused(), beneath(Tap(run.handle)):
             loss = loss_fn({name: run.params[name] for name in names}, example)
         run.check()
         ways.append(run.seen)

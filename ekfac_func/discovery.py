@@ -53,7 +53,7 @@ from .layout import (
 from .made import Made
 from .modes import depth, innermost, share
 from .picked import READS, Picked, has_tensors
-from .refusals import buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
+from .refusals import Changed, buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
 from .tap import LOOKUPS, Tap, assigned, beneath, called, of_table, readings, traced, unchecked, unfused, with_ids
 from .types import NO_CALL, Batch, Layer, LossAuxFn, LossFn, Params, batch_size
@@ -114,6 +114,7 @@ class Plan(NamedTuple):
     draws: bool = False  # it fills them with random numbers: so too, if these are to differ between the examples
     shared: tuple[bool, ...] = ()  # of each call of `views.MAY_COPY`, whether it gives a view
     cuts: str = ""  # the function, if any, by which the loss changes the graph of its derivative
+    told: bool = True  # the loss is told that it is traced
 
 
 def plan(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Plan:
@@ -167,8 +168,9 @@ def _discover(
     rules, has_aux, batched = how
     loss = functools.partial(loss_fn, *args, **kwargs)
     run = functools.partial(_run, loss, param_specs, example, rules=rules, has_aux=has_aux, eager=values is not None)
+    of = functools.partial(_of_batched if batched else _of_examples, param_specs, values=values)
     try:
-        return (_of_batched if batched else _of_examples)(param_specs, run, values)
+        return of(run)
     except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
         if batched and values is None:
             raise ValueError(
@@ -177,6 +179,11 @@ def _discover(
                 "eager mode"
             ) from None
         return _unread(param_specs, "torch.autograd.grad", Way.BATCHED if batched else Way.EACH)
+    except Exception:
+        if values is not None:
+            with contextlib.suppress(Exception):  # some models run only where they are not told that they are traced
+                return of(functools.partial(run, told=False))._replace(told=False)
+        raise
 
 
 def _of_examples(
@@ -193,8 +200,9 @@ def _of_examples(
         found = run(None, plain=True)
         return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
     except RuntimeError as error:
-        if values is not None and "SparseCooTensorWithDimsAndTensorsBackward" in str(error):
-            return _unread(param_specs, "a sparse tensor, whose gradient torch has not of shapes", Way.LOOPED)
+        for said, why in LOOPED.items():
+            if values is not None and said in str(error):
+                return _unread(param_specs, why, Way.LOOPED)
         if "meta" not in str(error):
             raise
         # forward mode of a norm, which torch computes as if tensors without values were on their device
@@ -205,6 +213,13 @@ def _of_examples(
     way, is_open = (Way.EACH, False) if found.asked_of else (Way.SUMMED, not found.nested)
     tapped = arrange(param_specs, found, [None] * len(found.uses))
     return Plan(*tapped, way, is_open, found.filled, found.drawn, tuple(found.shared))
+
+
+LOOPED = {
+    "SparseCooTensorWithDimsAndTensorsBackward": "a sparse tensor, whose gradient torch has not of shapes",
+    "(aten::set_.source_Tensor)": "a parametrization that it registers",
+}
+"""Parts of torch's errors for a loss of one example that runs in a loop alone, and what is then said of it."""
 
 
 def _of_batched(
@@ -231,6 +246,8 @@ def _of_batched(
                 "give it a setup_context, or call the step in eager mode"
             ) from None
         return _of_batches(param_specs, functools.partial(run, plain=True), 3, 5)
+    except Changed:  # a run on the batch itself would change it too
+        raise
     except RuntimeError:
         if values is None:
             raise
@@ -296,6 +313,7 @@ def _run(
     eager: bool,
     values: tuple[Params, Batch] | None = None,
     plain: bool = False,
+    told: bool = True,
 ) -> Observed:
     """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
 
@@ -305,8 +323,9 @@ def _run(
     eager: the loss is not for a graph, which cannot hold what a mask picks, though it closes over the mask.
     values: parameters and a batch, for a loss that looks at values, of which it gets n examples.
     plain: by autograd, not by `torch.func`.
+    told: the loss is told that it is traced.
     """
-    watch = _Watch(rules, n, skip, Picked(picking), without_values=values is None, by_masks=eager and n is None)
+    watch = _Watch(rules, n, skip, Picked(picking), values is None, eager and n is None, plain)
 
     def observed(params: Params, zero: Tensor) -> Tensor:
         marked = watch.begin(params, zero)
@@ -315,7 +334,7 @@ def _run(
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
             checks = unchecked() if values is None else contextlib.nullcontext()
-            with traced(), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
+            with traced(told), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
                 loss = loss_fn(marked, given)
             watch.picked.over = True
         except Exception as error:
@@ -466,16 +485,17 @@ class _Watch:
         picked: Picked,
         without_values: bool,
         by_masks: bool,
+        plain: bool,
     ) -> None:
         self.rules, self.n, self.skip, self.without_values = rules, n, skip, without_values
-        self.by_masks = by_masks
+        self.by_masks, self.plain = by_masks, plain
         self.found = Observed()
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
         self.picked, self.made = picked, Made()
         self.gathered: list[views.Gathered] = []
         self.reached_uses: set[int] = set()  # by their places in `found.uses`
-        self.mutations: list[RuntimeError] = []
+        self.mutations: list[Changed] = []
         self.copies = Copies()
         self.counted = 0  # calls of functions that have a rule
 
@@ -597,7 +617,8 @@ class _Watch:
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.without_values:
             func = CHECKS.get(func, func)
-        return unless_mutating(func, args, kwargs, self.mutations, self.n, self.level)
+        level = None if self.plain else self.level
+        return unless_mutating(func, args, kwargs, self.mutations, self.n, level)
 
     def view_of(self, tensor: Any) -> View | None:
         """The view of a parameter that a tensor is; None if it is none, or a constant."""
@@ -698,9 +719,20 @@ class _Mark(torch.autograd.Function):
         return gradients[0], None, None
 
 
+SHAPES = frozenset(
+    {
+        *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, torch.numel),
+        *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.is_pinned, Tensor.get_device),
+        *(Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed),
+        *(torch.is_floating_point, torch.is_complex, torch.is_signed, Tensor.detach),
+    }
+)
+"""Functions that do not read the values of a tensor, beside its attributes."""
+
+
 def _reads_shape(func: Any) -> bool:
     """Whether a function reads the shape of a tensor or the like, and not its values."""
-    return getattr(func, "__name__", "") == "__get__" or func in (Tensor.size, Tensor.dim, Tensor.detach, Tensor.numel)
+    return getattr(func, "__name__", "") == "__get__" or func in SHAPES
 
 
 def _differentiates(level: int, outputs: Any, *_: Any, **__: Any) -> bool:

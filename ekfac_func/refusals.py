@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils import _pytree as pytree
 
+from .modes import innermost, share
 from .tap import called, name_of
 
 
@@ -30,6 +31,8 @@ def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batc
 
 
 def _refuse_batch_statistics(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+    if any(share(given["input"], p) for p in params.values()):  # weight standardisation, which reads no example
+        return
     if given.get("training", False) or given.get("running_mean") is None:
         owned = [_named(given.get(key), params) for key in ("weight", "bias")]
         which = " and ".join(name.strip() for name in owned if name) or "no parameters"
@@ -95,14 +98,22 @@ def _named(tensor: Any, params: Mapping[str, Tensor]) -> str:
     return "" if name is None else f" {name!r}"
 
 
-def unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeError], n: int | None, level: int) -> Any:
+class Changed(RuntimeError):
+    """The loss changes a tensor from outside of it."""
+
+
+def unless_mutating(
+    func: Any, args: Any, kwargs: Any, mutations: list[Changed], n: int | None, level: int | None
+) -> Any:
     """Call func. Where it changes a tensor from outside of the loss, note the error for later; raise it for an `out=`.
 
     Later, for a BatchNorm counts its batches in place before it is seen to use their statistics, the clearer error.
+
+    level: of the tensors that the loss made; None where no transform marks them.
     """
     for out in pytree.tree_leaves(kwargs.get("out")):
         # torch refuses a captured tensor that is changed in place, but not as an output
-        if isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < level:
+        if level is not None and isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < level:
             raise _mutation(func, out, n)
     try:
         return func(*args, **kwargs)
@@ -115,8 +126,8 @@ def unless_mutating(func: Any, args: Any, kwargs: Any, mutations: list[RuntimeEr
         return args[0]
 
 
-def _mutation(func: Any, changed: Tensor, n: int | None) -> RuntimeError:
-    return RuntimeError(
+def _mutation(func: Any, changed: Tensor, n: int | None) -> Changed:
+    return Changed(
         f"loss_fn changes a tensor that it did not make in place by {called(func)}, on one of shape "
         f"{tuple(changed.shape)}: change a copy of it, and return that as aux (has_aux=True){_unless_batched(n)}"
     )
@@ -173,9 +184,11 @@ def buffers_kept(n: int | None) -> Iterator[None]:
         left = []
         for (reference, name), old in before.items():
             module = reference()  # nothing is left in one that the loss made for itself
-            if module is None or not _of_a_run(module._buffers.get(name)):
+            value = None if module is None else module._buffers.get(name)
+            if module is None or value is None or not _of_a_run(value):
                 continue
-            left.append((module, name))
+            if not any(innermost(value) is t for t in old):  # after `self.mask = self.mask.to(x.device)` it is
+                left.append((module, name))
             if old:
                 (module._buffers[name],) = old
             else:
@@ -189,9 +202,9 @@ def buffers_kept(n: int | None) -> Iterator[None]:
         )
 
 
-def _of_a_run(t: Tensor | None) -> bool:
+def _of_a_run(t: Tensor) -> bool:
     """Whether a tensor belongs to a run: it has no values, or is wrapped by a transform."""
-    return t is not None and (isinstance(t, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(t))
+    return isinstance(t, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def refuse_checkpoint(error: RuntimeError) -> None:

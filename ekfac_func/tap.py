@@ -98,9 +98,12 @@ def assigned(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def traced() -> Iterator[None]:
-    """Tell a model that it is traced, as `torch.compile` does, for under `vmap` it cannot branch on values either."""
-    with assigned(torch.compiler, "_is_compiling_flag", True), _as_written():
+def traced(told: bool) -> Iterator[None]:
+    """Run a model as it is written, and tell it whether it is traced, as `torch.compile` does.
+
+    Under `vmap` it cannot branch on values either.
+    """
+    with assigned(torch.compiler, "_is_compiling_flag", told), _as_written():
         yield
 
 
