@@ -541,6 +541,13 @@ def _attended(params: Params, x: Tensor) -> Tensor:
     return (F.linear(torch.eye(3, dtype=x.dtype), params["u"]) @ keys.T).logsumexp(-1).sum()
 
 
+def _standardised(params: Params, x: Tensor) -> Tensor:
+    """As the convolutions of NFNets."""
+    w = params["w"]
+    standard = F.batch_norm(w.reshape(1, 3, -1), None, None, params["gain"], training=True).reshape(w.shape)
+    return F.linear(F.conv2d(x, standard, params["b"]).sin().flatten(1).sum(1), params["v"]).cos().sum()
+
+
 def dot_products(how: str) -> Case:
     """`F.scaled_dot_product_attention` of two heads, called in each of its ways."""
 
@@ -829,6 +836,14 @@ CASES: dict[str, Callable[[], Case]] = {
         _filled, {"w": randn(4, 4), "b": randn(4), "v": randn(2, 4)}, 3, 4, ruled={"w", "b", "v"}
     ),
     "messages": lambda: function(_messages, {"w": randn(2, 4)}, 3, 4, ruled={"w"}),
+    "standardised weight": lambda: function(
+        _standardised,
+        {"w": randn(3, 2, 3, 3), "b": randn(3), "gain": randn(3), "v": randn(2, 3)},
+        2,
+        4,
+        4,
+        ruled={"gain", "v"},
+    ),
     "constant input": lambda: function(_attended, {"w": randn(2, 4), "u": randn(2, 3)}, 5, 4, ruled={"w", "u"}),
 }
 

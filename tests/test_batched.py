@@ -793,7 +793,55 @@ def _bags(params: Params, batch: Any) -> Tensor:
     return F.embedding_bag(ids, params["w"], offsets, mode="sum").tanh().square().sum(1)
 
 
-@pytest.mark.parametrize("loss_fn", [_lengths_of_rows, _shape_of_rows, _list_of_numbers, _sparse, _bags])
+def _by_a_list(params: Params, batch: Any, read: Callable[[Tensor], Any] = Tensor.tolist) -> Tensor:
+    x, mask = batch
+    rank = mask.sum(1).argsort(stable=True)
+    return F.linear(x.sum(1)[read(rank)], params["w"]).tanh().square().sum(1)[rank.argsort()]
+
+
+def _by_an_array(params: Params, batch: Any) -> Tensor:
+    return _by_a_list(params, batch, Tensor.numpy)
+
+
+def _split_in_two(params: Params, batch: Any) -> Tensor:
+    x, mask = batch
+    before, after = x.sum(1).tensor_split(mask.sum(1).argmin()[None])
+    losses = F.linear(torch.cat([after, before]), params["w"]).tanh().square().sum(1)
+    return torch.cat([losses[len(after) :], losses[: len(after)]])
+
+
+def _length_of_what_is_made(params: Params, batch: Any) -> Tensor:
+    x, mask = batch
+    lengths = [len(2 * row[row]) for row in mask]
+    h = F.linear(torch.cat([t[:k] for t, k in zip(x, lengths, strict=True)]), params["w"]).tanh()
+    return torch.stack([t.square().sum() for t in h.split(lengths)])
+
+
+def _sorted_along_the_last_axis(params: Params, batch: Any) -> Tensor:
+    sizes, order = batch[1].sum(1).double()[None].sort(stable=True)
+    losses = F.linear(sizes.mT * torch.arange(1.0, 5.0), params["w"]).tanh().square().sum(1)
+    return losses[order[0].argsort()]
+
+
+def _orders_of_one_number(params: Params, batch: Any) -> Tensor:
+    x, _ = batch
+    same = x.sum().sort().values - x.sum().gather(0, torch.tensor(0))
+    return F.linear(x.sum(1), params["w"]).tanh().square().sum(1) + same
+
+
+def _into_a_tensor_of_its_own(params: Params, batch: Any) -> Tensor:
+    x, mask = batch
+    counts = x.new_zeros(len(x) + 1)
+    torch.cumsum(mask.sum(1).to(x.dtype), 0, out=counts[1:])
+    return F.linear(x.sum(1), params["w"]).tanh().square().sum(1) * counts[1:] * len(mask.nonzero())
+
+
+LEARNED = [_lengths_of_rows, _shape_of_rows, _list_of_numbers, _sparse, _bags, _by_a_list, _by_an_array]
+LEARNED += [_into_a_tensor_of_its_own, _split_in_two, _length_of_what_is_made]
+LEARNED += [_sorted_along_the_last_axis, _orders_of_one_number]
+
+
+@pytest.mark.parametrize("loss_fn", LEARNED)
 def test_what_python_learns_of_values(loss_fn: LossFn) -> None:
     params = {"w": torch.randn(5, 4)}
     mask = torch.arange(4) < torch.tensor([4, 1, 4, 3])[:, None]

@@ -1528,6 +1528,29 @@ def test_a_view_that_vmap_copies_and_that_is_changed_in_place(loss_fn: Any) -> N
     close(found.dense("w"), expected["w"])
 
 
+def _sliced_copy(params: Params, x: Tensor) -> Tensor:
+    """Whose entries lie elsewhere than those of the slice that it is of."""
+    rows = params["w"].flatten(0, 1)
+    return F.linear(x, rows[8:].clone()[4:8]).sin().sum()
+
+
+def _ids_of_ids(params: Params, x: Tensor) -> Tensor:
+    return torch.bmm(x[:, None], params["w"][IDS][torch.tensor([1, 0, 3, 3])]).sin().sum()
+
+
+def _picked_side_by_side(params: Params, x: Tensor) -> Tensor:
+    return F.linear(x, params["w"][IDS].flatten(0, 1)).sin().sum()
+
+
+IDS = torch.tensor([2, 0, 2, 1])  # as many as there are matrices
+
+
+@pytest.mark.parametrize("loss_fn", [_sliced_copy, _ids_of_ids, _picked_side_by_side])
+def test_entries_that_are_not_those_of_a_view(loss_fn: Any) -> None:
+    params, batch = {"w": torch.randn(4, 4, 4)}, torch.randn(N, 4, 4)
+    close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+
+
 def test_a_view_by_an_id_that_is_changed_in_place_of_a_batch() -> None:
     def losses_fn(params: Params, x: Tensor) -> Tensor:
         h = F.linear(x, params["w"])
@@ -1644,3 +1667,50 @@ def test_running_statistics_of_one_image_in_a_loop_over_the_examples() -> None:
         ]
         slopes = (found.dense(name) * direction).flatten(1).sum(1)
         close(slopes, (ends[0] - ends[1]) / 2e-5, 1e-6)
+
+
+def test_a_loss_that_runs_only_where_it_is_not_traced() -> None:
+    """As some models of `transformers` do; an error of either kind of run is that of a traced one."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        known: dict[bool, float] = {False: 2.0}
+        return known[torch.compiler.is_compiling()] * F.linear(x, params["w"]).sin().sum()
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, batch)
+    assert found.captured.layers["w"].rule == "linear"
+    close(found.dense("w"), loop(loss_fn, params, batch)[1]["w"])
+    step = ekfac(loss_fn, damping=1e-2)
+    assert step.precondition(params, batch, step.init(params, batch))[0]["w"].any()
+
+    def failing(params: Params, x: Tensor) -> Tensor:
+        raise ValueError("traced" if torch.compiler.is_compiling() else "plain")
+
+    with pytest.raises(ValueError, match="traced"):
+        per_example_gradients(failing, params, batch)
+
+
+class _Added(nn.Module):
+    def __init__(self, by: Tensor) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w + self.by
+
+
+def test_a_parametrization_that_the_loss_registers() -> None:
+    """As adapters of experts do."""
+    layer = nn.Linear(4, 3)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        nn.utils.parametrize.register_parametrization(layer, "weight", _Added(params["b"] @ params["a"]))
+        try:
+            return layer(x).sin().sum()
+        finally:
+            nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+    params, batch = {"a": torch.randn(2, 4), "b": torch.randn(3, 2)}, torch.randn(N, 4)
+    found = per_example_gradients(loss_fn, params, batch)
+    for name, G in loop(loss_fn, params, batch)[1].items():
+        close(found.dense(name), G)

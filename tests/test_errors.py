@@ -203,6 +203,29 @@ def test_buffers_stay_those_of_the_model() -> None:
     assert all(b is before[name] for name, b in net.named_buffers())
 
 
+def test_a_buffer_that_is_moved_to_where_it_is() -> None:
+    class Moving(Remembering):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen.to(x.device)
+            return x + self.seen
+
+    net = Moving(first=False)
+    seen = net.seen
+    loss, batch = _of_module(net), torch.randn(5, 4)
+    close(per_example_gradients(loss, W, batch).dense("w"), loop(loss, W, batch)[1]["w"])
+    assert net.seen is seen
+
+
+def test_a_batched_loss_that_changes_a_buffer() -> None:
+    """Is refused before anything changes it."""
+    net = nn.BatchNorm1d(3)
+    with pytest.raises(RuntimeError, match=r"changes a tensor that it did not make.*has_aux=True"):
+        per_example_gradients(lambda p, x: net(_linear(p, x)).sum(1), W, torch.randn(5, 4), batched=True)
+    assert net.num_batches_tracked == 0
+    assert net.running_mean is not None
+    assert not net.running_mean.any()
+
+
 def test_aux_is_of_tensors() -> None:
     loss = lambda p, x: (F.linear(x, p["w"]).sum(), {"correct": 3})  # noqa: E731
     with pytest.raises(TypeError, match="a int in aux"):
@@ -509,19 +532,32 @@ def test_bases_of_second_moments() -> None:
             second_moments(loss_fn, W, batch, cut)
 
 
-def test_the_check_weighs_each_parameter_by_its_own_gradient() -> None:
+@pytest.mark.parametrize(("wrong", "worst"), [(7.0, 2), (math.nan, 0)])
+def test_the_check_weighs_each_parameter_by_its_own_gradient(wrong: float, worst: int) -> None:
     """A rule that is wrong on a parameter whose gradients are far below another's."""
 
-    def seven_times(x: Tensor, weight: Tensor) -> Call:
-        return Call(weight, "oi", x, lambda x, g: Factored(7 * x[:, None, None, :, None], g[:, None, None]))
+    def times(x: Tensor, weight: Tensor) -> Call:
+        return Call(weight, "oi", x, lambda x, g: Factored(wrong * x[:, None, None, :, None], g[:, None, None]))
 
     def loss(params: Params, x: Tensor) -> Tensor:
         return 3e4 * (params["w"] * x).square().sum() + F.linear(x, params["v"]).sum()
 
     params = {"w": torch.randn(3, 4).float(), "v": torch.randn(2, 4).float()}
-    step = ekfac(loss, damping=1e-2, rules={F.linear: seven_times})
-    with pytest.raises(ValueError, match=r"gradients captured of 'v', of shape \(4, 2, 4\)"):
-        step.init(params, torch.randn(4, 4).float(), check=True)
+    batch = torch.randn(4, 4).float() * torch.tensor([0.3, 0.3, 1.0, 0.3]).float()[:, None]
+    step = ekfac(loss, damping=1e-2, rules={F.linear: times})
+    with pytest.raises(ValueError, match=rf"captured of 'v', of shape \(4, 2, 4\).*most for example {worst}"):
+        step.init(params, batch, check=True)
+
+
+def test_the_check_takes_what_is_zero_but_for_rounding_for_zero() -> None:
+    """A bias of keys moves all scores of a query alike."""
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        keys = F.linear(x, params["w"], params["b"])
+        return (F.linear(x, params["q"]) @ keys.T).softmax(-1).square().sum()
+
+    params = {"q": torch.randn(5, 4), "w": torch.randn(5, 4), "b": torch.randn(5)}
+    ekfac(loss, damping=1.0).init(params, torch.randn(4, 6, 4), check=True)
 
 
 def changed_in_place(how: Callable[[Tensor], Any]) -> Callable[[Params, Tensor], Tensor]:

@@ -572,6 +572,7 @@ def test_copies_of_the_optimizer_go_on_with_the_same_bits() -> None:
     for batch in batches[:2]:
         optimizer.step(batch)
     twin, again = copy.deepcopy((net, optimizer))
+    same_bits((again.natural, again.info), (optimizer.natural, optimizer.info))
     optimizer.step(batches[2])
     assert not torch.equal(twin[0].weight, net[0].weight)
     again.step(batches[2])
@@ -795,6 +796,8 @@ def test_the_optimizer_takes_what_a_collator_gives() -> None:
     tree = dict(zip("xy", batches[0], strict=True))
     first = optimizer.step(tree)
     assert optimizer.step(UserDict(tree)) < first
+    optimizer.check(UserDict(tree))
+    assert len(optimizer.describe(UserDict(tree))) == len(optimizer.describe(tree))
 
 
 def test_a_gradient_scaler_changes_nothing() -> None:
@@ -903,7 +906,8 @@ def test_the_optimizer_describes_and_certifies_itself(capsys: pytest.CaptureFixt
     rows = optimizer.describe(batches[0])
     assert [(row.name, row.bias, row.rule) for row in rows] == [("0.weight", "0.bias", "linear")]
     assert str(rows) in capsys.readouterr().out
-    optimizer.check(batches[0])
+    with torch.no_grad():
+        optimizer.check(batches[0])
 
     def coupled(model: Any, batch: Any) -> Tensor:
         z = model(batch[0])
@@ -911,6 +915,7 @@ def test_the_optimizer_describes_and_certifies_itself(capsys: pytest.CaptureFixt
 
     with pytest.raises(ValueError, match=r"0\.weight"):
         EKFACOptimizer(net, coupled, batched=True).check(batches[0])
+    assert EKFACOptimizer(net, coupled, batched=True).describe(batches[0])[0].rule == "linear"
     assert optimizer.ekfac_state is None
 
 

@@ -18,13 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ekfac_func import (
     EKFAC,
     Ranks,
+    Refresh,
     SecondMoment,
     State,
     averaged_intra_batch,
+    eigh,
     ekfac,
     intra_batch,
     kfac,
     per_example_gradients,
+    qr,
     rank,
     running_average,
     thin,
@@ -300,6 +303,7 @@ def test_a_layer_that_some_batches_use(kind: str) -> None:
     task = ["one"]
 
     def loss_fn(params: Params, x: Tensor) -> Tensor:
+        assert all(p.is_floating_point() and p.stride() for p in params.values())  # which is no use of them
         h = F.linear(x, params["body"])
         return head(params, h, task[0]).sin().sum() + h.cos().sum()
 
@@ -321,7 +325,8 @@ def test_a_layer_that_some_batches_use(kind: str) -> None:
     assert all(layer.rule for layer in state.layers)
 
 
-def test_refreshes_that_fell_on_batches_without_a_layer() -> None:
+@pytest.mark.parametrize("refresh", [eigh(), qr()], ids=lambda refresh: refresh.name)
+def test_refreshes_that_fell_on_batches_without_a_layer(refresh: Refresh) -> None:
     """Are made up for by the next batch that uses it, as its first one is; they are no part of the state then."""
     task = [0]
 
@@ -332,7 +337,7 @@ def test_refreshes_that_fell_on_batches_without_a_layer() -> None:
     params = {"body": torch.randn(4, 5), "w0": torch.randn(3, 4), "b0": torch.randn(3)}
     params |= {"w1": torch.randn(3, 4), "b1": torch.randn(3)}
     batch = torch.randn(N, 5)
-    step = ekfac(loss_fn, damping=1e-2, second_moment=kfac, basis_every=2)
+    step = ekfac(loss_fn, damping=1e-2, second_moment=kfac, basis_every=2, refresh=refresh)
     states = [step.init(params, batch)]
     for t in range(5):
         task[0] = t % 2

@@ -1,5 +1,6 @@
 """The command `python -m ekfac_func train`, in a process of its own where that matters."""
 
+import copy
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from typing import BinaryIO
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch.utils import _pytree as pytree
@@ -305,6 +307,27 @@ def test_ekfac_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         after.step(batch)
     found, expected = (pytree.tree_leaves(t.state_dict()) for t in (after, whole))
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_the_points_are_those_of_a_plain_loop() -> None:
+    """Of all training and all test examples, after steps on batches of one size."""
+    torch.set_default_dtype(torch.float32)
+    loaded = data.load("digits", 0)
+    task = models.make("mlp", loaded.train[0], 0)
+    net = copy.deepcopy(task.net)
+    trainer = run.TorchOptimizer(task, lambda p: torch.optim.SGD(p, lr=0.1))
+    given = list(run.batches(loaded.train, 400, 5, 1))
+    found = run.record("SGD", trainer, iter(given), 5, task, loaded, None, lambda now, loss: None)
+    assert [point.step for point in found.points] == [0, 1, 2, 3, 4, 5]
+    for (step, _, *seen), (x, y) in zip(found.points, [*given, given[0]], strict=True):
+        assert len(x) == 400, step
+        on_train, on_test = (F.cross_entropy(net(images), labels).item() for images, labels in loaded)
+        right = (net(loaded.test[0]).argmax(1) == loaded.test[1]).double().mean().item()
+        assert seen == pytest.approx([on_train, on_test, right], rel=1e-4)
+        slopes = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+        with torch.no_grad():
+            for p, slope in zip(net.parameters(), slopes, strict=True):
+                p.sub_(0.1 * slope)
 
 
 def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -641,6 +641,13 @@ def test_qr_converges_and_stays_in_place(counted: Counted) -> None:
             close((old * new).sum(-2).abs()[0, full_rank], torch.ones(int(full_rank.sum())))
 
 
+def test_qr_puts_each_column_back_where_it_was() -> None:
+    """From any order of the old eigenvalues, of which one that is turned round is its own inverse."""
+    C = torch.diag(torch.tensor([1.0, 3.0, 2.0])) + 0.01
+    (Q,) = qr(4).solve([C], [torch.eye(3)], False)
+    assert torch.equal(Q.abs().argmax(0), torch.arange(3))
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_adaptive_solves_what_the_old_basis_does_not_diagonalise(compiled: bool, counted: Counted) -> None:
     case = make("mlp")
@@ -660,6 +667,29 @@ def test_adaptive_solves_what_the_old_basis_does_not_diagonalise(compiled: bool,
             assert stale == (not torch.equal(Q, now))
             assert off_diagonal(C, now) <= 0.05
     assert 0 < solved == len(counted.solved) - 4
+
+
+@pytest.mark.parametrize("choice", [FULL, rank(3), compact(6)], ids=str)
+@pytest.mark.parametrize("how", [eigh(torch.float64), adaptive(0.0, torch.float64)], ids=lambda how: how.name)
+def test_a_state_in_float32_of_what_is_solved_in_float64(how: Refresh, choice: Any, counted: Counted) -> None:
+    loss_fn, params, batch = wide()
+    params, batch = {name: p.float() for name, p in params.items()}, batch.float()
+    step = ekfac(loss_fn, damping=1e-2, refresh=how, bases={"*": choice})
+    _, state, _ = step.precondition(params, batch, step.init(params, batch))
+    made = step.precondition(params, batch, state)
+    assert made[2].kept_bases == 0
+    assert {of for _, of in counted.solved} == {torch.float64}
+    assert {t.dtype for t in pytree.tree_leaves(made[:2]) if isinstance(t, Tensor)} == {torch.float32}
+
+
+def test_adaptive_solves_no_wide_layer_again(counted: Counted) -> None:
+    """Whose factors would else be left to a problem in the span of their samples."""
+    loss_fn, params, batch = wide()
+    step = ekfac(loss_fn, damping=1e-2, refresh=adaptive(0.05))
+    _, state, _ = step.precondition(params, batch, step.init(params, batch))
+    assert [d for d, _ in counted.solved] == [41, 30]
+    step.precondition(params, batch, state)
+    assert len(counted.solved) == 2
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -902,6 +932,10 @@ def test_compact_refuses_what_it_cannot_hold() -> None:
     state = step.init(case.params, case.batch(2))
     with pytest.raises(ValueError, match=r"of '0.weight' has 3 samples.*compact\(2\).*with compact\(3\)"):
         step.precondition(case.params, case.batch(3), state)
+    flat = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=0.1, bases={"*": compact(2)})
+    narrow = {"w": torch.randn(9, 3)}  # whose inputs are a full side
+    with pytest.raises(ValueError, match=r"has 3 samples.*compact\(2\)"):
+        flat.precondition(narrow, torch.randn(3, 3), flat.init(narrow, torch.randn(2, 3)))
     with pytest.raises(ValueError, match=r"factor_decay=0\.9 with compact bases"):
         ekfac(case.loss_fn, damping=0.1, bases={"*": compact(2)}, factor_decay=0.9)
     with pytest.raises(ValueError, match="samples=0"):
