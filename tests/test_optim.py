@@ -790,6 +790,12 @@ def test_a_norm_by_power_iterations() -> None:
     steps_as_plain_training(EKFACOptimizer(net, each_loss, damping=0.1, batched=True), batches)
 
 
+def test_a_step_without_a_parameter_to_train() -> None:
+    net, loss, batches = net_and_loss()
+    with pytest.raises(ValueError, match="no parameter of the groups requires gradients: unfreeze some"):
+        EKFACOptimizer(net.requires_grad_(False), loss).step(batches[0])
+
+
 def test_the_optimizer_takes_what_a_collator_gives() -> None:
     net, _, batches = net_and_loss()
     optimizer = EKFACOptimizer(net, lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), lr=0.1, damping=1e-2)

@@ -41,8 +41,7 @@ def exponential_average(decay: Number) -> Averaging:
     def init(params: Mapping[str, Tensor]) -> Average:
         check_params(params)
         value = {
-            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
-            for name, p in params.items()
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()
         }
         finest = functools.reduce(torch.promote_types, (v.dtype for v in value.values()))
         return Average(value, torch.zeros((), dtype=finest, device=next(iter(params.values())).device))

@@ -41,7 +41,7 @@ def set_grads(params: nn.Module | Mapping[str, Tensor], natural: Mapping[str, Te
     check_like({name: named[name] for name in natural if name in named}, natural, "natural")
     for name, p in named.items():
         # a copy in the layout of p: clipping changes it in place, LBFGS views it as a vector
-        p.grad = torch.empty_like(p, requires_grad=False).copy_(natural[name]) if name in natural else None
+        p.grad = torch.empty_like(p).copy_(natural[name]) if name in natural else None
 
 
 class EKFACOptimizer(torch.optim.Optimizer):
@@ -83,7 +83,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
         defaults of damping, exponent and basis_every, for which the default lr is.
     options: the others of `ekfac`.
 
-    `state_dict` has the state of `ekfac`, and damping where it is a number or a tensor. After a step `info` is that of
+    `state_dict` has the state of `ekfac`, and damping where it is a number or a tensor; save it as it is, for
+    `torch.distributed.checkpoint.state_dict` drops both. After a step `info` is that of
     `precondition` and `natural` its natural gradient. `optimizer.precondition = torch.compile(optimizer.precondition)`
     compiles the expensive part.
     """
@@ -203,6 +204,10 @@ class EKFACOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_settings(group)  # which a scheduler may have changed
         params, batch = self._trainable(), _plain(batch)
+        if not params:
+            raise ValueError(
+                "no parameter of the groups requires gradients: unfreeze some, or leave the step out while none does"
+            )
         if self.ekfac_state is None or shapes_of(self.ekfac_state.layers).keys() != params.keys():
             ranks = self.options.get("ranks")
             for name, p in () if ranks is None else of_first(params, ranks).items():

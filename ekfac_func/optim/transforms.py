@@ -215,7 +215,7 @@ def _accumulate(decay: Number, read: Callable[[Tensor, Tensor], Tensor]) -> Tran
     check_decay("decay", decay)
 
     def init(params: Mapping[str, Tensor]) -> Velocity:
-        return Velocity({name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()})
+        return Velocity({name: torch.zeros_like(p) for name, p in params.items()})
 
     def update(direction: Params, state: Velocity, params: Mapping[str, Tensor], info: Info) -> tuple[Params, Velocity]:
         check_like(state.velocity, direction, "direction", "the velocity in state")
