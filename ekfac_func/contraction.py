@@ -44,7 +44,9 @@ from .subspace import (
     single_sums,
     with_outside,
 )
-from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, outside
+from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, outside, turns
+
+FEW_ENTRIES = 2**15  # of an example, below which a call for each costs more than a sum over a leading axis
 
 
 def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
@@ -65,6 +67,10 @@ def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Su
             return Sums(_turned_back(projected, term, basis), projected, square)
         case (Factored() as term,) if how.order in FORMED:
             return _formed_sums(term, basis, how)
+        case (Factored() as term,) if how.order is Order.PAIRS:
+            total = gradient(terms)
+            turned, square = _pair_sums(term, basis, how, total=_few_samples(term, basis))
+            return Sums(total, into_basis(total, basis) if turned is None else turned, square)
     total = gradient(terms)
     return Sums(total, into_basis(total, basis), exact_squares(terms, basis, how))
 
@@ -82,7 +88,7 @@ def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) ->
         case (Factored() as term,) if how.order is Order.KERNEL:
             return _kernel_sums(term, basis)[1]
         case (Factored() as term,) if how.order is Order.PAIRS:
-            return _pair_squares(term, basis, how)
+            return _pair_sums(term, basis, how, total=False)[1]
         case (Factored() as term,):
             return _formed_square(term, basis, how)
         case (Dense(G=G),):
@@ -167,23 +173,34 @@ def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
     return single.ids, project_inputs(single.g[:, None, :, :, None], basis)[:, 0, :, :, 0]
 
 
-def _pair_squares(term: Factored, basis: Basis, how: Contraction) -> Tensor:
-    """`sum_n (sum_s g_s a_s)^2 = sum_n sum_st (g_s g_t) (a_s a_t)`, of a pair and its mirror one."""
+def _few_samples(term: Factored, basis: Basis) -> bool:
+    """Whether the gradient in the basis takes less work from the projected samples than from the gradient."""
+    return nominal(term.g.shape[0]) * term.g.shape[2] < sum(map(turns, basis)) and not incomplete(basis)
+
+
+def _pair_sums(term: Factored, basis: Basis, how: Contraction, total: bool) -> tuple[Tensor | None, Tensor]:
+    """If total the sum of the gradients in the basis, and that of their squares.
+
+    `sum_n (sum_s g_s a_s)^2 = sum_n sum_st (g_s g_t) (a_s a_t)`, of a pair and its mirror one.
+    """
     g, a = term.g, term.inputs
     s = g.shape[2]
     one, other = torch.triu_indices(s, s, device=g.device)
     twice = torch.where(one == other, 1, 2).to(g)[:, None]
-    square, left = None, NOTHING
+    projected = square = None
+    left = NOTHING
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
         reflected_g, reflected_a = common_first(of_g), common_first(of_a)
         h, x = project_outputs(reflected_g, basis), project_inputs(reflected_a, basis)
         if incomplete(basis):
             left = added(left, sample_squares(reflected_g, reflected_a, h, x, basis))
+        if total:
+            projected = plus(projected, add_up(h, x))
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
         square = plus(square, add_up(pairs_h, pairs_x))
     assert square is not None
     square = square.clamp(min=0)  # where positions cancel it is a rounding of their size, of either sign
-    return with_outside(square, left)
+    return projected, with_outside(square, left)
 
 
 def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
@@ -344,6 +361,8 @@ def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
     """A sum over examples, plus that of a block G `[n b o i k]` or of its square."""
     if transformed() or G.device.type != "cpu":
         return plus(sum, _sum_of_squares(G) if squared else G.sum(0))
+    if math.prod(G.shape[1:]) < FEW_ENTRIES:
+        return plus(sum, (G.square() if squared else G).sum(0))  # torch adds these up in pairs, which keeps digits
     if sum is None:
         sum = torch.zeros_like(G[0])
     for of_one in G:  # one pass each, where a sum over a short leading axis is slow

@@ -126,6 +126,10 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
             left_B = not formed and left_as_samples(basis.Q_B, nominal(g.shape[0]) * g.shape[2], single)
             if isinstance(samples, Patches) and not left_A and basis.Q_A.dim() == 3:
                 A: Factor = patch_gram(samples)
+            elif isinstance(samples, Patches) and not left_A and not torch.compiler.is_compiling():
+                blocks = in_blocks(samples, math.prod(samples.shape[1:]))
+                parts = (_gram(block.write(), "nbsmdk,nbsmek->bmde", basis.Q_A, -2) for block in blocks)
+                A = functools.reduce(torch.add, parts)  # type: ignore[arg-type]
             else:
                 written = samples.write() if isinstance(samples, Patches) else samples
                 A = _gram(written, "nbsmdk,nbsmek->bmde", basis.Q_A, -2, left_A)
@@ -348,6 +352,11 @@ def add_rows(ids: Tensor, values: Tensor, size: int) -> Tensor:
 
 def coalesce(term: OneHot) -> OneHot:
     """Each id once an example, with the sum of its gradients, as must be before anything is squared."""
+    n, s, i = term.g.shape
+    if term.size <= s:  # then every id has a row
+        g = term.g.new_zeros(n, term.size, i).scatter_add(1, term.ids[..., None].expand(term.g.shape), term.g)
+        ids = torch.arange(term.size, device=g.device).expand(n, -1)
+        return term._replace(ids=ids, g=g, counted=torch.ones_like(ids, dtype=term.counted.dtype))
     ids, order = term.ids.sort(dim=1)
     g = term.g.gather(1, order[..., None].expand(term.g.shape))
     first = torch.zeros_like(ids[:, :1])

@@ -86,6 +86,7 @@ class Contractions(NamedTuple):
 DEFAULT_CONTRACTIONS = Contractions()
 BLOCK_BYTES = 2**24  # of inputs and output gradients that are projected at a time, in eager mode
 ROWS = 512  # or so many positions, where that is more: beside their product the basis takes little time to read
+CACHE_SPEED = 4  # bytes in cache that are read or written while one of memory is
 FORMED = (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST)
 
 
@@ -350,7 +351,7 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
         name, rest = ("Q_A", rest_A) if side == "a" else ("Q_B", rest_B)
         turns = 1 + rest  # into the basis, and out again for what lies outside
         late.append(Step(f"project G[n] {name}", turns * n * b * k * operations, turns * traffic, side))
-    total = Step("add up", 4 * of_G, 3 * size * of_G * (not cached))
+    total = Step("add up", 4 * of_G, 3 * size * of_G // (CACHE_SPEED if cached else 1))
     return (*first, form, *late, total)
 
 

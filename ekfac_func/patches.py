@@ -14,6 +14,7 @@ from .memory import Rooms, writable
 
 ONEDNN = torch.backends.mkldnn.is_available()
 CHANNELS = 16  # of a block of oneDNN's, without which it takes its slow ways
+WIDE = 16  # of a kernel, from which on patches of a depthwise convolution take less time
 PIXELS = 4  # of the output for each channel, from which on patches take more time than a convolution without them
 
 
@@ -81,6 +82,8 @@ class Patches:
         x, channels = self.x, (self.x.shape[-1], g.shape[3])
         if x.device.type != "cpu" or x.dtype != torch.float32 or not ONEDNN:
             return False
+        if x.shape[2] > 1 and max(channels) < CHANNELS:  # depthwise, or nearly so: products of patches are thin
+            return max(self.kernel) < WIDE
         return min(channels) >= CHANNELS and self.shape[2] >= PIXELS * max(channels)
 
     def total(self) -> Tensor:

@@ -372,6 +372,19 @@ def lookups() -> Case:
     return Case(_lookups, params, batch, frozenset({"words", "places", "kinds", "tied", "one", "turned"}))
 
 
+def few_ids() -> Case:
+    """A table of fewer rows than an example has ids, which is a linear head too."""
+
+    def loss_fn(params: Params, ids: Tensor) -> Tensor:
+        h = F.embedding(ids, params["table"], padding_idx=1).cumsum(0).tanh()
+        return F.linear(h, params["table"]).logsumexp(-1).sum()
+
+    def batch(n: int = N) -> Any:
+        return torch.randint(0, 4, (n, 6))
+
+    return Case(loss_fn, {"table": randn(5, 3)}, batch, frozenset({"table"}))
+
+
 def _dot(params: Params, x: Tensor) -> Tensor:
     """Products by `tensordot` and `inner`, with the matrix on either side."""
     a, b, c, d, e, f, g = params.values()
@@ -729,6 +742,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "experts by ids": lambda: function(_by_ids, {"w": randn(3, 4, 2), "v": randn(3, 2, 4)}, 4, 4, ruled={"w", "v"}),
     "lookups": lookups,
+    "few ids": few_ids,
     "dot": lambda: function(
         _dot,
         {

@@ -1535,14 +1535,14 @@ def _sliced_copy(params: Params, x: Tensor) -> Tensor:
 
 
 def _ids_of_ids(params: Params, x: Tensor) -> Tensor:
-    return torch.bmm(x[:, None], params["w"][IDS][torch.tensor([1, 0, 3, 3])]).sin().sum()
+    return torch.bmm(x[:, None], params["w"][TURNS][torch.tensor([1, 0, 3, 3])]).sin().sum()
 
 
 def _picked_side_by_side(params: Params, x: Tensor) -> Tensor:
-    return F.linear(x, params["w"][IDS].flatten(0, 1)).sin().sum()
+    return F.linear(x, params["w"][TURNS].flatten(0, 1)).sin().sum()
 
 
-IDS = torch.tensor([2, 0, 2, 1])  # as many as there are matrices
+TURNS = torch.tensor([2, 0, 2, 1])  # as many as there are matrices
 
 
 @pytest.mark.parametrize("loss_fn", [_sliced_copy, _ids_of_ids, _picked_side_by_side])

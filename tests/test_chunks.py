@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.measure import peak_allocated
 from ekfac_func import (
+    DIAGONAL,
+    FULL,
     Contractions,
     averaged_intra_batch,
     blocks,
@@ -172,6 +174,27 @@ def test_layers_are_freed_within_the_backward_pass() -> None:
     of_layer = batch.numel() * batch.element_size() / 2**20
     assert peak_allocated(lambda: step.precondition(params, batch, state)) < (12 + 6) * of_layer
     assert peak_allocated(lambda: second_moments(loss_fn, params, batch, state.bases)) < (12 + 6) * of_layer
+
+
+def _turned_conv(params: Params, x: Tensor) -> Tensor:
+    return F.conv_transpose2d(x, params["w"], stride=2, padding=1).tanh().square().sum()
+
+
+def _conv(params: Params, x: Tensor) -> Tensor:
+    return F.conv2d(x, params["w"], padding=2).tanh().square().sum()
+
+
+@pytest.mark.parametrize("choice", [FULL, DIAGONAL, blocks(64)], ids=str)
+@pytest.mark.parametrize("loss_fn", [_conv, _turned_conv])
+def test_the_patches_of_a_batch_are_never_all_there(loss_fn: Any, choice: Any) -> None:
+    size = 31 if loss_fn is _conv else 16
+    params, batch = {"w": torch.randn(16, 16, 4, 4).float()}, torch.randn(16, 16, size, size).float()
+    patches = 16 * (32 * 32) * (16 * 4 * 4) * 4 / 2**20
+    bases, how = {"*": choice}, Contractions(max_bytes=2**20)
+    step = ekfac(loss_fn, damping=1e-2, basis_every=2, bases=bases, contractions=how)
+    state = step.init(params, batch)
+    assert peak_allocated(lambda: step.precondition(params, batch, state)) < 0.7 * patches
+    assert peak_allocated(lambda: second_moments(loss_fn, params, batch, state.bases, contractions=how)) < 0.7 * patches
 
 
 @every_case

@@ -44,7 +44,7 @@ from ekfac_func import contraction as contraction_room
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
-from ekfac_func.orders import contraction, convolves
+from ekfac_func.orders import FORMED, contraction, convolves
 from ekfac_func.patches import Patches
 from ekfac_func.types import Layer, Number, Params
 
@@ -120,10 +120,21 @@ def test_every_order_sums_the_same_moment(name: str) -> None:
             assert len(taken) >= (5 if isinstance(of_layer[0], Factored) else 1)
 
 
-@pytest.mark.parametrize("r", [None, 8])
-def test_gradients_of_a_convolution_without_patches(r: int | None) -> None:
+@pytest.mark.parametrize("order", [*FORMED, Order.PAIRS], ids=str)
+def test_sums_over_many_examples_keep_their_digits(order: Order) -> None:
+    """In float32, where adding one example after another loses more of them the more there are."""
+    a, g = torch.randn(8192, 1, 2, 4, 1).float(), torch.randn(8192, 1, 2, 4).float()
+    basis = Basis(*(torch.linalg.qr(torch.randn(1, 4, 4))[0].float() for _ in range(2)))
+    terms, exact = (Factored(a, g),), (Factored(a.double(), g.double()),)
+    square = exact_squares(exact, Basis(*(Q.double() for Q in basis)))
+    close(exact_squares(terms, basis, contraction(terms, basis, order)).double(), square, 8e-7)
+
+
+@pytest.mark.parametrize(("r", "groups"), [(None, 1), (8, 1), (None, 16)])
+def test_gradients_of_a_convolution_without_patches(r: int | None, groups: int) -> None:
     """In float32 on a CPU, of many pixels and channels: as in float64, where patches are written; compiled too."""
-    case = classifier(nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.Flatten()), 16, 19, 19)
+    first, second = nn.Conv2d(16, 16, 3, groups=groups), nn.Conv2d(16, 16, 3, 2, groups=groups)
+    case = classifier(nn.Sequential(first, nn.ReLU(), second, nn.Flatten()), 16, 19, 19)
     params, batch = case.params, case.batch(5)
     terms = per_example_gradients(case.loss_fn, params, batch).captured.terms
     choices: Any = {} if r is None else {"*": rank(r)}
