@@ -49,7 +49,6 @@ from ekfac_func import (
 from ekfac_func.basis import Choices
 from ekfac_func.train import data as images
 from ekfac_func.train import models
-from ekfac_func.train.data import Examples
 from ekfac_func.train.run import NaturalGradient, TorchOptimizer, Trainer, batches
 from ekfac_func.types import Params
 
@@ -66,8 +65,8 @@ class Task(NamedTuple):
 
     learned: models.Task
     metric: Callable[[Tensor, Tensor, Tensor], Tensor]  # (outputs, inputs, labels) -> [n]
-    train: Examples
-    test: Examples
+    train: images.Examples
+    test: images.Examples
     batch_size: int
     bases: Choices | None = None  # of EKFAC and K-FAC
 

@@ -41,7 +41,9 @@ def timed(call: Call, clock: Clock = time.perf_counter) -> float:
 def interleaved(
     call: Call, baseline: Call, seconds: float, clock: Clock = time.perf_counter, once: bool = True
 ) -> Times:
-    """Both in turn, after a call each to warm up, until so many seconds are spent: 3 times if short, 50 at most.
+    """Both in turn, after a call each to warm up, until so many seconds are spent.
+
+    At most 50 times, and at least 3 if no call takes that long.
 
     once: a first call that took ten times as long is the only one; not where it also compiles.
     """

@@ -76,7 +76,7 @@ def update(
 
 
 class Optimizer(torch.optim.Optimizer):
-    """SOAP as one of `torch.optim`, its arguments as in `update`."""
+    """SOAP as one of `torch.optim`, for one group of parameters. beta, every: as of `update`."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, beta: float, every: int) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "every": every})

@@ -42,7 +42,7 @@ def split(t: Any, most: int | None) -> Sequence[Any]:
 def in_blocks(t: Any, entries: int) -> Sequence[Any]:
     """A tensor or patches in blocks that fit into a CPU's cache in eager mode, else into `MAX_BYTES`.
 
-    entries: what is written for each example.
+    entries: how many are written for each example.
     """
     x = t.x if isinstance(t, Patches) else t
     most = CACHE_BYTES if not torch.compiler.is_compiling() and x.device.type == "cpu" else MAX_BYTES

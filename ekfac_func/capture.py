@@ -160,8 +160,8 @@ def fold(
 
 
 LOOPS = (
-    "loss_fn is run for one example after another, which a graph cannot: describe names the function that vmap does "
-    "not know, or says that the loss branches on values; replace it, or call the step in eager mode"
+    "loss_fn is run for one example after another, which a graph cannot: describe says beside its parameters why; "
+    "replace that, or call the step in eager mode"
 )
 KEPT = (
     "loss_fn used a tensor that it had kept since its layers were found, on tensors without values, as a module does "
@@ -316,7 +316,8 @@ class _Tapping:
         if not self.compiling:
             self.seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), self.by_id)))
             self.copies.begins(func, args)
-            refuse(func, args, kwargs, self.params, self.options.batched)  # for a graph discovery has
+        if not self.compiling or not self.found.open:  # in an open graph discovery has seen every call
+            refuse(func, args, kwargs, self.params, self.options.batched)
         if self.mapping and kwargs.get("memory_format") in CHANNELS_LAST:
             kwargs = {**kwargs, "memory_format": torch.contiguous_format}
         if func == REQUIRES_GRAD and name_of(args[0], self.known) is not None:  # one of a tapped call is a constant

@@ -278,7 +278,7 @@ def _formed_squares(
     so few at a time that it stays in cache.
     """
     first, then = parts.first, parts.then
-    of_G = incomplete(then) and not incomplete(first)  # what lies outside: else it is of the samples
+    of_G = incomplete(then) and not incomplete(first)  # else what lies outside is read from the samples
     entries = math.prod(term.g.shape[1:2] + term.g.shape[3:] + term.a.shape[3:])  # of G[n]
     cached = parts.convolved or entries * term.g.element_size() <= CACHE_BYTES
     formed, square, left = None, None, NOTHING

@@ -168,21 +168,29 @@ def _discover(
     rules, has_aux, batched = how
     loss = functools.partial(loss_fn, *args, **kwargs)
     run = functools.partial(_run, loss, param_specs, example, rules=rules, has_aux=has_aux, eager=values is not None)
-    of = functools.partial(_of_batched if batched else _of_examples, param_specs, values=values)
+
+    def discovered(told: bool) -> Plan:
+        try:
+            of = _of_batched if batched else _of_examples
+            return of(param_specs, functools.partial(run, told=told), values)._replace(told=told)
+        except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
+            if batched and values is None:
+                raise ValueError(
+                    "loss_fn calls torch.autograd.grad, as torch.func.vjp, jacrev and hessian do, which a compiled "
+                    "step with batched=True cannot differentiate: use torch.func.grad or jacfwd in it, or call the "
+                    "step in eager mode"
+                ) from None
+            way = Way.BATCHED if batched else Way.EACH
+            return _unread(param_specs, "torch.autograd.grad", way)._replace(told=told)
+
     try:
-        return of(run)
-    except _SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
-        if batched and values is None:
-            raise ValueError(
-                "loss_fn calls torch.autograd.grad, as torch.func.vjp, jacrev and hessian do, which a compiled step "
-                "with batched=True cannot differentiate: use torch.func.grad or jacfwd in it, or call the step in "
-                "eager mode"
-            ) from None
-        return _unread(param_specs, "torch.autograd.grad", Way.BATCHED if batched else Way.EACH)
+        return discovered(told=True)
+    except Changed:  # another run could go on from what this one has changed
+        raise
     except Exception:
         if values is not None:
             with contextlib.suppress(Exception):  # some models run only where they are not told that they are traced
-                return of(functools.partial(run, told=False))._replace(told=False)
+                return discovered(told=False)
         raise
 
 
@@ -193,14 +201,16 @@ def _of_examples(
     try:
         found = run(None)
     except DATA_DEPENDENT:  # the loss looks at values: nothing is known of it before it runs
-        return _unread(param_specs, "a branch on the values of tensors", Way.LOOPED)
+        return _unread(param_specs, "values that Python reads, or a view that is changed in place", Way.LOOPED)
     except _ChangesData:
         return _unread(param_specs, "a module that is moved or cast", Way.LOOPED)
     except _WithoutContext:
+        if values is None:
+            raise ValueError(WITHOUT_CONTEXT.format(" and take the batch as it is with batched=True")) from None
         found = run(None, plain=True)
         return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
     except RuntimeError as error:
-        for said, why in LOOPED.items():
+        for said, why in UNTRACEABLE.items():
             if values is not None and said in str(error):
                 return _unread(param_specs, why, Way.LOOPED)
         if "meta" not in str(error):
@@ -215,7 +225,11 @@ def _of_examples(
     return Plan(*tapped, way, is_open, found.filled, found.drawn, tuple(found.shared))
 
 
-LOOPED = {
+WITHOUT_CONTEXT = (
+    "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: give it a "
+    "setup_context{}, or call the step in eager mode"
+)
+UNTRACEABLE = {
     "SparseCooTensorWithDimsAndTensorsBackward": "a sparse tensor, whose gradient torch has not of shapes",
     "(aten::set_.source_Tensor)": "a parametrization that it registers",
 }
@@ -241,10 +255,7 @@ def _of_batched(
         ) from error
     except _WithoutContext:
         if values is None:
-            raise ValueError(
-                "loss_fn calls an autograd.Function whose forward takes ctx, which torch.func does not differentiate: "
-                "give it a setup_context, or call the step in eager mode"
-            ) from None
+            raise ValueError(WITHOUT_CONTEXT.format("")) from None
         return _of_batches(param_specs, functools.partial(run, plain=True), 3, 5)
     except Changed:  # a run on the batch itself would change it too
         raise
@@ -325,7 +336,9 @@ def _run(
     plain: by autograd, not by `torch.func`.
     told: the loss is told that it is traced.
     """
-    watch = _Watch(rules, n, skip, Picked(picking), values is None, eager and n is None, plain)
+    watch = _Watch(
+        rules, n, skip, Picked(picking), without_values=values is None, by_masks=eager and n is None, plain=plain
+    )
 
     def observed(params: Params, zero: Tensor) -> Tensor:
         marked = watch.begin(params, zero)
@@ -727,7 +740,7 @@ SHAPES = frozenset(
         *(torch.is_floating_point, torch.is_complex, torch.is_signed, Tensor.detach),
     }
 )
-"""Functions that do not read the values of a tensor, beside its attributes."""
+"""Functions that, as reading an attribute does, ask for the shape of a tensor and the like, or detach it."""
 
 
 def _reads_shape(func: Any) -> bool:

@@ -1,7 +1,7 @@
-"""`x[index]` and `x[index] = value` where `vmap` would have Python read the index: as it takes them.
+"""`x[index]` and `x[index] = value` in calls that `vmap` can run, where Python would have to read the index.
 
-An index has an entry for each axis: an id (a whole number as a 0-d tensor), a list of ids, a mask, or what takes a view
-(a Python number, a slice, `...`, None). Both functions are expansions, as described in `expansions.py`.
+The entries of an index are ids (a whole number as a 0-d tensor), lists of ids, masks, and what takes a view (a Python
+number, a slice, `...`, None). Both functions are expansions, as described in `expansions.py`.
 """
 
 from collections.abc import Callable, Iterable
@@ -101,7 +101,7 @@ def _by_ids(call: Callable[..., Any], x: Tensor, index: Any) -> _Rows | None:
 
 
 def entries_of(index: Any) -> tuple[Any, ...]:
-    """Of `x[index]`, axis by axis."""
+    """The entries of the index of `x[index]`, as a tuple."""
     return index if isinstance(index, tuple) else (index,)
 
 
@@ -119,7 +119,7 @@ def _is_whole(entry: Any) -> bool:
 
 
 def is_mask(entry: Any) -> bool:
-    """Whether an entry of an index is a tensor of truths along its axes."""
+    """Whether an entry of an index is a boolean tensor, which may take several axes."""
     return isinstance(entry, Tensor) and entry.dtype is torch.bool and entry.dim() > 0
 
 

@@ -375,7 +375,7 @@ def ekfac(
         return turns[-1], folded
 
     def refreshed(turn: _Turn, seen: dict[str, LayerSums], count: int, n: int) -> _Carried:
-        """The state with the bases and moments of this step's refresh, if it is one."""
+        """What the step goes on from: bases and moments are new if a refresh is due."""
         started, spans, totals = into_spans(turn.chosen, turn.state, turn.layers, seen, weight_sharing)
         if not turn.refreshing:
             return _Carried(started, spans, totals)
@@ -508,7 +508,7 @@ class _BatchMeans(NamedTuple):
     """What the whole batch said, of all processes."""
 
     loss: Tensor  # [] mean of loss_fn
-    curvature: Tensor  # [] sum of the curvature loss, to be finite
+    curvature: Tensor  # [] sum of the curvature loss, of which only is asked whether it is finite
     n: Number  # examples, or pseudo-examples of a Fisher
     means: Mapping[str, Sums]  # of the gradients of the curvature loss
     slopes: Mapping[str, Mean]  # the mean gradient of loss_fn

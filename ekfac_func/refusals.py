@@ -31,8 +31,8 @@ def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batc
 
 
 def _refuse_batch_statistics(func: Any, given: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-    if any(share(given["input"], p) for p in params.values()):  # weight standardisation, which reads no example
-        return
+    if not torch.compiler.is_dynamo_compiling() and any(share(given["input"], p) for p in params.values()):
+        return  # weight standardisation, which reads no example
     if given.get("training", False) or given.get("running_mean") is None:
         owned = [_named(given.get(key), params) for key in ("weight", "bias")]
         which = " and ".join(name.strip() for name in owned if name) or "no parameters"
@@ -99,7 +99,7 @@ def _named(tensor: Any, params: Mapping[str, Tensor]) -> str:
 
 
 class Changed(RuntimeError):
-    """The loss changes a tensor from outside of it."""
+    """The loss changes a tensor, or puts another into a buffer, that it did not make."""
 
 
 def unless_mutating(
@@ -193,13 +193,13 @@ def buffers_kept(n: int | None) -> Iterator[None]:
                 (module._buffers[name],) = old
             else:
                 del module._buffers[name]
-    if left:
-        module, name = left[0]
-        raise RuntimeError(
-            f"loss_fn puts another tensor into the buffer {name!r} of {type(module).__name__}: if it is a cache that "
-            "the first call fills, call the model once before; else keep it apart from the model, and return it as aux "
-            f"(has_aux=True){_unless_batched(n)}"
-        )
+        if left:  # whatever else the loss raised
+            module, name = left[0]
+            raise Changed(
+                f"loss_fn puts another tensor into the buffer {name!r} of {type(module).__name__}: if it is a cache "
+                "that the first call fills, call the model once before; else keep it apart from the model, and return "
+                f"it as aux (has_aux=True){_unless_batched(n)}"
+            )
 
 
 def _of_a_run(t: Tensor) -> bool:

@@ -211,9 +211,9 @@ def conv_transpose(
             inner, side = [0, 0] * (nd - 1 - axis), d * (k - 1) - p
             x = F.pad(x.unsqueeze(4 + axis), [*inner, 0, s - 1]).flatten(3 + axis, 4 + axis)  # s - 1 zeros after each
             x = F.pad(x, [*inner, side, side + e - (s - 1)])
-        turned = [-1 - axis for axis in range(nd)]  # of inputs and pixels that are turned the kernel is as it was
-        a = _patches(x.flip(turned), weight, 1, dilation, groups)
-        return Factored(a, _pixels(_batched(g, nd).flip(turned), groups))
+        spatial = [-1 - axis for axis in range(nd)]  # inputs and pixels are flipped, in place of the kernel
+        a = _patches(x.flip(spatial), weight, 1, dilation, groups)
+        return Factored(a, _pixels(_batched(g, nd).flip(spatial), groups))
 
     split = (groups, weight.shape[0] // groups, *weight.shape[1:])
     return Call(weight, "bio" + "i" * nd, input, read, bias, split, mixes=_under_the_kernel(weight))

@@ -104,7 +104,7 @@ def gradient_squares(G: Tensor, basis: Basis) -> tuple[Tensor, Tensor | None, Te
 
 
 def mean_outside(mean: Sums, basis: Basis) -> Sums:
-    """The means with the root mean square of the gradient outside of the basis in the coordinates that stand for it."""
+    """The means; the coordinates that stand for all outside of the basis hold the gradient's root mean square there."""
     _, *squares = gradient_squares(mean.gradient[None], basis)
     sizes = mean.projected.shape[1], mean.projected.shape[2]
     return mean._replace(projected=mean.projected + assembled(squares, sizes).sqrt())
@@ -185,7 +185,10 @@ def _replace_last(x: Tensor, last: Tensor, axis: int) -> Tensor:
 
 
 def _rest_inputs(a: Tensor, a_I: Tensor, basis: Basis) -> Tensor:
-    """`a - Q_A Q_A^T a`, `[n b s i k]`, of a and what it is in the basis; a itself where Q_A has no complement."""
+    """`a - Q_A Q_A^T a` of samples `[n b s i k]` or gradients `[n b o i k]`; a itself where Q_A has no complement.
+
+    a_I: a in the basis.
+    """
     return a - turn_inputs(a_I, basis.Q_A.mT) if outside(basis.Q_A) else a
 
 

@@ -84,7 +84,8 @@ class Layer(NamedTuple):
 NO_CALL = "no call"
 """`Layer.hidden_by` of a parameter that a batch does not use. The layer has a rule too if other batches use it.
 
-In a state, a layer has both if its last refresh fell on a batch that did not use it; the next that does refreshes it.
+In a state, a layer has both if its last refresh fell on a batch that did not use it; the next batch that uses it
+refreshes it.
 """
 
 

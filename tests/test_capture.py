@@ -1683,6 +1683,13 @@ def test_a_loss_that_runs_only_where_it_is_not_traced() -> None:
     step = ekfac(loss_fn, damping=1e-2)
     assert step.precondition(params, batch, step.init(params, batch))[0]["w"].any()
 
+    def sloped(params: Params, x: Tensor) -> Tensor:
+        y = loss_fn(params, x)
+        (slope,) = torch.autograd.grad(y, params["w"], create_graph=True)
+        return y + slope.square().sum()
+
+    close(per_example_gradients(sloped, params, batch).dense("w"), loop(sloped, params, batch)[1]["w"])
+
     def failing(params: Params, x: Tensor) -> Tensor:
         raise ValueError("traced" if torch.compiler.is_compiling() else "plain")
 

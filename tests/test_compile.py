@@ -600,7 +600,7 @@ def test_a_loop_over_the_examples_is_no_graph() -> None:
         return F.linear(x, params["w"])[x > 0].square().sum()
 
     params, batch = {"w": torch.randn(4, 4)}, torch.randn(N, 4)
-    with pytest.raises(Exception, match=r"one example after another, which a graph cannot: describe names"):
+    with pytest.raises(Exception, match=r"one example after another, which a graph cannot: describe says"):
         compiled(lambda *given: per_example_gradients(loss_fn, *given).dense("w"), "eager")(params, batch)
 
 

@@ -38,12 +38,11 @@ def test_soap_is_adam_in_the_eigenbasis_of_the_first_gradient() -> None:
 
 
 def test_soap_keeps_its_bases_orthonormal_and_descends() -> None:
-    target = torch.randn(6, 3)
-    params = {"w": torch.zeros(6, 3)}
-    state = soap.init(params)
+    target, w = torch.randn(6, 3), torch.zeros(6, 3, requires_grad=True)
+    optimizer = soap.Optimizer([w], lr=0.02, beta=0.95, every=5)
     for _ in range(200):
-        direction, state = soap.update({"w": params["w"] - target}, state, every=5)
-        params["w"] = params["w"] - 0.02 * direction["w"]
-    assert (params["w"] - target).norm() < 0.1 * target.norm()
-    for side in state.sides["w"]:
+        w.grad = (w - target).detach()
+        optimizer.step()
+    assert (w - target).norm() < 0.1 * target.norm()
+    for side in optimizer.soap.sides["0"]:
         assert torch.allclose(side.Q.T @ side.Q, torch.eye(len(side.Q)), atol=1e-8)

@@ -216,6 +216,31 @@ def test_a_buffer_that_is_moved_to_where_it_is() -> None:
     assert net.seen is seen
 
 
+def test_a_buffer_that_is_filled_once() -> None:
+    """Is refused though another run of the loss would find it filled."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(4))
+            self.filled = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.filled:
+                self.filled, self.seen = True, x.detach().abs()
+            return x * self.seen
+
+    for branches in (False, True):
+        net = Scaled()
+
+        def loss(params: Params, x: Tensor) -> Tensor:
+            y = _of_module(net)(params, x)  # noqa: B023
+            return y if not branches or y > 0 else 2 * y  # noqa: B023
+
+        with pytest.raises(RuntimeError, match="another tensor into the buffer 'seen'"):
+            per_example_gradients(loss, W, torch.randn(5, 4))
+
+
 def test_a_batched_loss_that_changes_a_buffer() -> None:
     """Is refused before anything changes it."""
     net = nn.BatchNorm1d(3)
@@ -361,6 +386,20 @@ def test_what_one_example_cannot_mean(kind: str, compiled: bool) -> None:
         call(W, torch.randn(5, 4))
     with pytest.raises((ValueError, RuntimeError), match=message):
         per_example_gradients(loss, W, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_comes_after_a_derivative_is_refused_too(compiled: bool) -> None:
+    """Which discovery has not seen."""
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        slopes = torch.func.jacrev(lambda x: _linear(params, x).sin())(x)
+        return slopes.square().sum() + F.cross_entropy(_linear(params, x), LABEL, torch.ones(3))
+
+    call = ekfac(loss, damping=1e-2).precondition
+    state = ekfac(lambda p, x: _linear(p, x).sum(), damping=1e-2).init(W, torch.randn(5, 4))
+    with pytest.raises(Exception, match="cross_entropy with weight of shape"):
+        (torch.compile(call, backend="eager", fullgraph=True) if compiled else call)(W, torch.randn(5, 4), state)
 
 
 @pytest.mark.parametrize("lookup", [F.embedding, F.embedding_bag])

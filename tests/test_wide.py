@@ -642,7 +642,7 @@ def test_qr_converges_and_stays_in_place(counted: Counted) -> None:
 
 
 def test_qr_puts_each_column_back_where_it_was() -> None:
-    """From any order of the old eigenvalues, of which one that is turned round is its own inverse."""
+    """Also where the order of the eigenvalues, here a cycle of three, is not its own inverse."""
     C = torch.diag(torch.tensor([1.0, 3.0, 2.0])) + 0.01
     (Q,) = qr(4).solve([C], [torch.eye(3)], False)
     assert torch.equal(Q.abs().argmax(0), torch.arange(3))
