@@ -35,10 +35,7 @@ def check_params(params: Mapping[str, Tensor]) -> None:
                 "leave buffers and indices out of params, and view a complex tensor as real"
             )
         if not torch.compiler.is_compiling() and _overrides(type(p)):
-            raise TypeError(
-                f"params[{name!r}] of shape {tuple(p.shape)} is a {type(p).__name__}, which overrides what torch "
-                "functions do with it, unseen by the rules: pass p.as_subclass(torch.Tensor)"
-            )
+            raise _of_subclass(f"params[{name!r}]", p)
         if p.layout is not torch.strided:
             raise TypeError(f"params[{name!r}] of shape {tuple(p.shape)} is sparse: pass p.to_dense()")
         if p.is_meta:
@@ -96,15 +93,20 @@ def _check_leaf(batch: Batch, leaf: Any) -> None:
             "give examples; for init, which reads their shapes alone, zeros on the device of params will do"
         )
     if not torch.compiler.is_compiling() and _overrides(type(leaf)):
-        raise TypeError(
-            f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is a {type(leaf).__name__}, which overrides "
-            "what torch functions do with it, unseen by the rules: pass as_subclass(torch.Tensor) of it"
-        )
+        raise _of_subclass(f"batch{_where(batch, leaf)}", leaf)
     if leaf.dim() == 0:
         raise ValueError(
             f"batch{_where(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples, "
             "give what is one for all as .expand(n)"
         )
+
+
+def _of_subclass(named: str, t: Tensor) -> TypeError:
+    """The error for a subclass of Tensor that has torch functions of its own."""
+    return TypeError(
+        f"{named} of shape {tuple(t.shape)} is a {type(t).__name__}, which overrides what torch functions do with it, "
+        "unseen by the rules: pass as_subclass(torch.Tensor) of it"
+    )
 
 
 def check_kind_of_state(state: object) -> None:
