@@ -44,7 +44,7 @@ from .subspace import (
     single_sums,
     with_outside,
 )
-from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, outside, turns
+from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, turns
 
 FEW_ENTRIES = 2**15  # of an example, below which a call for each costs more than a sum over a leading axis
 
@@ -69,7 +69,8 @@ def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Su
             return _formed_sums(term, basis, how)
         case (Factored() as term,) if how.order is Order.PAIRS:
             total = gradient(terms)
-            turned, square = _pair_sums(term, basis, how, total=_few_samples(term, basis))
+            by_product = _few_samples(term, basis) and not incomplete(basis)
+            turned, square = _pair_sums(term, basis, how, total=by_product)
             return Sums(total, into_basis(total, basis) if turned is None else turned, square)
     total = gradient(terms)
     return Sums(total, into_basis(total, basis), exact_squares(terms, basis, how))
@@ -174,8 +175,8 @@ def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
 
 
 def _few_samples(term: Factored, basis: Basis) -> bool:
-    """Whether the gradient in the basis takes less work from the projected samples than from the gradient."""
-    return nominal(term.g.shape[0]) * term.g.shape[2] < sum(map(turns, basis)) and not incomplete(basis)
+    """Whether adding up samples is less work than turning the sum of the gradients, into a basis or out of it."""
+    return nominal(term.g.shape[0]) * term.g.shape[2] < sum(map(turns, basis))
 
 
 def _pair_sums(term: Factored, basis: Basis, how: Contraction, total: bool) -> tuple[Tensor | None, Tensor]:
@@ -380,8 +381,7 @@ def _turned_back(total: Tensor, term: Factored, first: Basis, reordered: bool = 
 
     reordered: whether the total's inputs are in the order of `write_fast`.
     """
-    turned = [Q.shape[-1] for Q in first if Q.shape[-1] > 1]
-    if any(outside(Q) for Q in first) or sum(turned) > nominal(term.g.shape[0]) * term.a.shape[2]:
+    if incomplete(first) or _few_samples(term, first):
         return gradient((term,))
     b, _, i, k = term.a.shape[1:]
     total = out_of_basis(total, first, (b, term.g.shape[3], i, k))
