@@ -156,7 +156,7 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
 
 def _of_blocks(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
     """The term of a call on blocks of a layer that ids picked: each is a position of the block that it is."""
-    x, ids = inputs  # [n p]
+    x, ids = inputs[0], inputs[1].to(g.device)  # [n p]; ids may be on the CPU
     term = call.read(x, g)
     assert isinstance(term, Factored)
     blocks = torch.arange(planned.windows[0].size, device=ids.device)

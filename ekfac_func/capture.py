@@ -209,7 +209,7 @@ UNMAPPED = (
     "doesn't match the broadcast shape",
     "under vmap transform is not allowed",
     "Can't detach views in-place",
-    "from the 'SparseCPU' backend",
+    "from the 'Sparse",  # ...CPU' backend, or that of another device
     "inside of vmap for memory_format",
 )
 """Parts of torch's errors for what `vmap` cannot run: an operator, an `autograd.Function`, a write in place."""

@@ -65,6 +65,8 @@ class _Rows(NamedTuple):
         lists = self.ids if isinstance(self.ids, tuple) else (self.ids,)
         own, rest = torch.broadcast_shapes(*(t.shape for t in lists)), self.rows.shape[len(lists) :]
         shape = (*rest[: self.at], *own, *rest[self.at :]) if self.axes else rest
+        if value.dim() == 0:  # which may be on the CPU
+            value = value.to(self.rows.device)
         while value.dim() > len(shape) and value.shape[0] == 1:
             value = value[0]
         if not self.axes:  # as `copy_`, which casts, and may read what it writes

@@ -70,6 +70,7 @@ def of_table(func: Any, args: Any, kwargs: Any, params: Iterable[Tensor]) -> tup
         whole = all(e is Ellipsis or (type(e) is slice and e == slice(None)) for e in rest)
         if not is_list(ids) or not whole or len(rest) > 1:
             return func, args, kwargs
+        ids = ids.to(args[0].device)  # which may be on the CPU, where `F.embedding` takes none
         ids = torch.where(ids < 0, ids + len(args[0]), ids)
     else:
         given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
