@@ -2,7 +2,7 @@
 
     pip install triton && python benchmarks/gpu.py                 # writes runs/gpu.json
     python benchmarks/gpu.py --tiles                               # also other sizes of the kernel's tiles
-    python benchmarks/gpu.py --compiled                            # also inductor, and CUDA graphs
+    python benchmarks/gpu.py --compiled                            # also inductor, and CUDA graphs, for minutes a model
     python benchmarks/gpu.py --device cpu --tiny                   # the script's own logic, on any machine
 
 Three tables. The error of each sum against float64, in units of its largest entry, for float32, TF32 and bfloat16
@@ -65,32 +65,34 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes")
     parser.add_argument("--tiles", action="store_true", help="also other sizes of tiles")
     parser.add_argument("--compiled", action="store_true", help="also compiled steps")
+    parser.add_argument("--models", nargs="*", choices=ON_GPU, default=list(ON_GPU), help="whose steps are timed")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu --tiny checks the script alone")
-    report = measured(options.device, options.tiny, options.tiles, options.compiled, options.repeats)
+    report: dict[str, Any] = {"machine": machine(options.device), "kernel": [], "steps": []}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1))
+    for part, row in measured(**{name: value for name, value in vars(options).items() if name != "out"}):
+        report[part].append(row)
+        options.out.write_text(json.dumps(report, indent=1))  # each time: what an interrupted run measured is not lost
     for rows in (report["kernel"], report["steps"]):
         print(table(rows) + "\n")
     print(json.dumps(report["machine"]), f"\nwrote {options.out}")
 
 
-def measured(device: str, tiny: bool, tiles: bool, compiled: bool, repeats: int) -> dict[str, Any]:
-    """Rows of the kernel and of the steps, and the machine."""
-    shapes, models = (TINY_SHAPES, TINY_ON_GPU) if tiny else (SHAPES, ON_GPU)
-    return {
-        "machine": machine(device),
-        "kernel": [
-            row
-            for name, sizes in shapes.items()
-            for precision in PRECISIONS
-            for row in of_kernel(name, sizes, precision, device, tiles, repeats)
-        ],
-        "steps": [row for name in models for row in of_steps(name, models, device, compiled, repeats)],
-    }
+def measured(
+    device: str, tiny: bool, tiles: bool, compiled: bool, models: list[str], repeats: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of the kernel and of the steps, as soon as each is measured."""
+    shapes, works = (TINY_SHAPES, TINY_ON_GPU) if tiny else (SHAPES, ON_GPU)
+    for name, sizes in shapes.items():
+        for precision in PRECISIONS:
+            for row in of_kernel(name, sizes, precision, device, tiles, repeats):
+                yield "kernel", row
+    for name in models:
+        for row in of_steps(name, works, device, compiled, repeats):
+            yield "steps", row
 
 
 def machine(device: str) -> dict[str, str]:

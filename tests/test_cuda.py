@@ -386,6 +386,33 @@ def test_gradients_are_those_of_the_cpu(name: str) -> None:
         close(found.dense(p).cpu(), expected.dense(p))
 
 
+def test_ids_and_a_number_of_the_cpu() -> None:
+    """As torch takes them beside tensors of a device."""
+    ids, two = torch.tensor([0, 2, 1]), torch.tensor(2.0)
+
+    def loss(params: dict[str, Tensor], example: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = example
+        scale = x.new_zeros(4)
+        scale[y] = two
+        h = torch.einsum("i,bij->bj", x, params["experts"][ids]) + params["positions"][ids]
+        return (h.cos() * scale).sum()
+
+    params = {"experts": torch.randn(3, 4, 4), "positions": torch.randn(5, 4)}
+    batch = torch.randn(6, 4), torch.randint(0, 4, (6,))
+    expected = per_example_gradients(loss, params, batch)
+    found = per_example_gradients(loss, moved(params), moved(batch))
+    for name in params:
+        close(found.dense(name).cpu(), expected.dense(name))
+
+
+@pytest.mark.parametrize("name", ["W1", "W2"])
+def test_a_check_of_the_capture_allows_for_tf32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    w = tiny(name, 4)
+    ekfac(w.loss_fn, damping=1.0).init(w.params, w.batch, check=True)
+
+
 @every_case
 @pytest.mark.parametrize("setting", ["intra_batch", "averaged", "chunks"])
 def test_a_step_is_that_of_the_cpu(name: str, setting: str) -> None:
