@@ -29,7 +29,7 @@ from .kronecker import (
 )
 from .memory import Rooms, scratch, writable
 from .modes import one_by_one, squared, transformed
-from .orders import FORMED, Contraction, Order, contraction, convolves, early
+from .orders import Contraction, Order, contraction, convolves, early
 from .patches import Patches, patches_of
 from .products import matmul
 from .subspace import (
@@ -41,7 +41,7 @@ from .subspace import (
     outside_of_table,
     plus,
     sample_squares,
-    single_sums,
+    single_squares,
     with_outside,
 )
 from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, turns
@@ -54,54 +54,53 @@ def exact_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Su
 
     how: by default the cheapest order.
     """
-    how = contraction(terms, basis) if how is None else how
-    match terms:
-        case (OneHot() as table,):
-            return Sums(gradient(terms), *_table_sums(table, basis))
-        case (Factored() as factored, OneHot() as table):
-            return Sums(gradient(terms), *_tied_sums(factored, table, basis, how))
-        case (Factored() as term,) if how.order is Order.ONE_POSITION:
-            return Sums(gradient(terms), *single_sums(term.g, term.inputs, basis))
-        case (Factored() as term,) if how.order is Order.KERNEL:
-            projected, square = _kernel_sums(term, basis)
-            return Sums(_turned_back(projected, term, basis), projected, square)
-        case (Factored() as term,) if how.order in FORMED:
-            return _formed_sums(term, basis, how)
-        case (Factored() as term,) if how.order is Order.PAIRS:
-            total = gradient(terms)
-            by_product = _few_samples(term, basis) and not incomplete(basis)
-            turned, square = _pair_sums(term, basis, how, total=by_product)
-            return Sums(total, into_basis(total, basis) if turned is None else turned, square)
-    total = gradient(terms)
-    return Sums(total, into_basis(total, basis), exact_squares(terms, basis, how))
+    found = _summed(terms, basis, how, total=True)
+    total = gradient(terms) if found.gradient is None else found.gradient
+    return Sums(total, into_basis(total, basis) if found.projected is None else found.projected, found.square)
 
 
 def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) -> Tensor:
     """The sum over the examples of the square of G in the basis, `[b O I k]`: that of `exact_sums`, by itself."""
+    return _summed(terms, basis, how, total=False).square
+
+
+class _Found(NamedTuple):
+    """Sums over the examples: that of the squares, and those that an order has on its way to it."""
+
+    square: Tensor  # [b O I k]
+    projected: Tensor | None = None  # [b O I k] of G in the basis
+    gradient: Tensor | None = None  # [b o i k] of G
+
+
+def _summed(terms: Terms, basis: Basis, how: Contraction | None, total: bool) -> _Found:
+    """The squares. total: whether the other sums are wanted too, where they cost less than by themselves."""
     how = contraction(terms, basis) if how is None else how
     match terms:
         case (OneHot() as table,):
-            return _table_sums(table, basis)[1]
+            return _of_table(table, basis, total)
         case (Factored() as factored, OneHot() as table):
-            return _tied_sums(factored, table, basis, how)[1]
+            return _of_tied(factored, table, basis, how, total)
         case (Factored() as term,) if how.order is Order.ONE_POSITION:
-            return _single_square(term, basis)
+            return _of_one_position(term, basis, total)
         case (Factored() as term,) if how.order is Order.KERNEL:
-            return _kernel_sums(term, basis)[1]
+            return _by_kernel(term, basis, total)
         case (Factored() as term,) if how.order is Order.PAIRS:
-            return _pair_sums(term, basis, how, total=False)[1]
+            return _by_pairs(term, basis, how, total)
         case (Factored() as term,):
-            return _formed_square(term, basis, how)
+            return _by_forming(term, basis, how, total)
         case (Dense(G=G),):
-            return _dense_squares(G, basis, how)
+            return _Found(_dense_squares(G, basis, how))
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
 
-def _single_square(term: Factored, basis: Basis) -> Tensor:
+def _of_one_position(term: Factored, basis: Basis, total: bool) -> _Found:
+    """Of one position: squares factor."""
+    g, a = term.g, term.inputs
+    h, x = project_outputs(g, basis), project_inputs(a, basis)
+    projected = add_up(h, x) if total else None
     if incomplete(basis):
-        return single_sums(term.g, term.inputs, basis)[1]
-    h, x = project_outputs(term.g, basis), project_inputs(term.inputs, basis)
-    return add_up(_squared(h, basis.Q_B), _squared(x, basis.Q_A))
+        return _Found(add_up(*single_squares(g, a, h, x, basis)), projected)
+    return _Found(add_up(_squared(h, basis.Q_B), _squared(x, basis.Q_A)), projected)
 
 
 def _squared(turned: Tensor, Q: Side) -> Tensor:
@@ -109,14 +108,14 @@ def _squared(turned: Tensor, Q: Side) -> Tensor:
     return squared(turned) if Q.shape[-1] > 1 else turned.square()
 
 
-def _kernel_sums(term: Factored, basis: Basis) -> tuple[Tensor, Tensor]:
+def _by_kernel(term: Factored, basis: Basis, total: bool) -> _Found:
     g, a = term.g, term.inputs
     of_B, of_A = is_matrix(basis.Q_B) and g.shape[1] == 1, is_matrix(basis.Q_A) and a.shape[1] == a.shape[4] == 1
     h = _in_columns(g, basis.Q_B) if of_B else project_outputs(g, basis)
     x = _in_columns(a[..., 0], basis.Q_A)[..., None] if of_A else project_inputs(a, basis)
     projected, square = kernels.projected_sums(h, x)
-    left = sample_squares(g, term.inputs, h, x, basis) if incomplete(basis) else NOTHING
-    return projected, with_outside(square, left)
+    left = sample_squares(g, a, h, x, basis) if incomplete(basis) else NOTHING
+    return _Found(with_outside(square, left), projected, _turned_back(projected, term, basis) if total else None)
 
 
 def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
@@ -147,25 +146,24 @@ def gradient_sums(terms: Terms, basis: Basis, how: Contraction | None = None) ->
     return Sums(total, into_basis(total, basis), None)
 
 
-def _table_sums(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
+def _of_table(table: OneHot, basis: Basis, total: bool) -> _Found:
     ids, h = _once(table, basis)
     square = add_rows(ids, h.square(), table.size)
     if incomplete(basis):
         square = square + outside_of_table(table, basis)
-    return add_rows(ids, h, table.size), square
+    return _Found(square, add_rows(ids, h, table.size) if total else None)
 
 
-def _tied_sums(factored: Factored, table: OneHot, basis: Basis, how: Contraction) -> tuple[Tensor, Tensor]:
+def _of_tied(factored: Factored, table: OneHot, basis: Basis, how: Contraction, total: bool) -> _Found:
     """Of a table T that is a linear layer F too: `sum (F + T)^2`. T and the product F T have one row for each id."""
-    _, projected, square = exact_sums((factored,), basis, how)
-    assert square is not None
+    square, projected, _ = _summed((factored,), basis, how, total)
     ids, h = _once(table, basis)
     turned = Factored(project_inputs(factored.inputs, basis), factored.g)
     cross = 2 * look_up(turned, ids) * h
     square = square + add_rows(ids, h.square() + cross, table.size)
     if incomplete(basis):
         square = square + outside_of_table(table, basis, factored)
-    return projected + add_rows(ids, h, table.size), square
+    return _Found(square, None if projected is None else projected + add_rows(ids, h, table.size))
 
 
 def _once(table: OneHot, basis: Basis) -> tuple[Tensor, Tensor]:
@@ -179,15 +177,13 @@ def _few_samples(term: Factored, basis: Basis) -> bool:
     return nominal(term.g.shape[0]) * term.g.shape[2] < sum(map(turns, basis))
 
 
-def _pair_sums(term: Factored, basis: Basis, how: Contraction, total: bool) -> tuple[Tensor | None, Tensor]:
-    """If total the sum of the gradients in the basis, and that of their squares.
-
-    `sum_n (sum_s g_s a_s)^2 = sum_n sum_st (g_s g_t) (a_s a_t)`, of a pair and its mirror one.
-    """
+def _by_pairs(term: Factored, basis: Basis, how: Contraction, total: bool) -> _Found:
+    """`sum_n (sum_s g_s a_s)^2 = sum_n sum_st (g_s g_t) (a_s a_t)`, of a pair and its mirror one."""
     g, a = term.g, term.inputs
     s = g.shape[2]
     one, other = torch.triu_indices(s, s, device=g.device)
     twice = torch.where(one == other, 1, 2).to(g)[:, None]
+    by_samples = total and _few_samples(term, basis) and not incomplete(basis)
     projected = square = None
     left = NOTHING
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
@@ -195,30 +191,28 @@ def _pair_sums(term: Factored, basis: Basis, how: Contraction, total: bool) -> t
         h, x = project_outputs(reflected_g, basis), project_inputs(reflected_a, basis)
         if incomplete(basis):
             left = added(left, sample_squares(reflected_g, reflected_a, h, x, basis))
-        if total:
+        if by_samples:
             projected = plus(projected, add_up(h, x))
         pairs_h, pairs_x = h[:, :, one] * h[:, :, other] * twice, x[:, :, one] * x[:, :, other]
         square = plus(square, add_up(pairs_h, pairs_x))
     assert square is not None
-    square = square.clamp(min=0)  # where positions cancel it is a rounding of their size, of either sign
-    return projected, with_outside(square, left)
+    square = with_outside(square.clamp(min=0), left)  # where positions cancel: a rounding of their size, of either sign
+    if by_samples or not total:
+        return _Found(square, projected)
+    of_G = gradient((term,))
+    return _Found(square, into_basis(of_G, basis), of_G)
 
 
-def _formed_sums(term: Factored, basis: Basis, how: Contraction) -> Sums:
-    """The gradient and what it is in the basis come from the sum of G[n] as it is formed."""
+def _by_forming(term: Factored, basis: Basis, how: Contraction, total: bool) -> _Found:
+    """The other sums come from that of G[n] as it is formed."""
     if how.operator:
-        return Sums(*_sums_operator(*sums_arguments(term, basis, how), True))
+        return _Found(*_formed_operator(*sums_arguments(term, basis, how), total))
     parts = _split_basis(term, basis, how)
-    formed, square = _formed_squares(term, parts, how, total=True)
-    assert formed is not None
+    formed, square = _formed_squares(term, parts, how, total)
+    if formed is None:
+        return _Found(square)
     reordered = parts.fast and "a" in parts.late
-    return Sums(_turned_back(formed, term, parts.first, reordered), into_basis(formed, parts.then), square)
-
-
-def _formed_square(term: Factored, basis: Basis, how: Contraction) -> Tensor:
-    if how.operator:
-        return _sums_operator(*sums_arguments(term, basis, how), False)[0]
-    return _formed_squares(term, _split_basis(term, basis, how), how)[1]
+    return _Found(square, into_basis(formed, parts.then), _turned_back(formed, term, parts.first, reordered))
 
 
 def sums_arguments(term: Factored, basis: Basis, how: Contraction) -> tuple[Any, ...]:
@@ -233,7 +227,7 @@ def _inputs(x: Tensor, kernel: list[int], *geometry: Any) -> Tensor | Patches:
 
 
 @torch.library.custom_op("ekfac_func::formed_sums", mutates_args=())
-def _sums_operator(
+def _formed_operator(
     g: Tensor,
     x: Tensor,
     kernel: list[int],
@@ -248,31 +242,28 @@ def _sums_operator(
     part: int | None,
     total: bool,
 ) -> list[Tensor]:
-    """The three of `_formed_sums` where total, else the square alone; how an order multiplies depends on no costs."""
+    """The three of `_by_forming` where total, else the square alone; how an order multiplies depends on no costs."""
     term, basis = Factored(_inputs(x, kernel, stride, dilation, last, apart), g), Basis(Q_A, Q_B)
     how = contraction((term,), basis, Order[order])._replace(block=block, part=part)
-    if not total:
-        return [_formed_square(term, basis, how).contiguous()]
-    sums = _formed_sums(term, basis, how)
-    G, projected, square = (t.contiguous() for t in sums if t is not None)
-    return [G, projected.clone() if projected.data_ptr() == G.data_ptr() else projected, square]
+    found = [t.contiguous() for t in _by_forming(term, basis, how, total) if t is not None]
+    if total and found[1].data_ptr() == found[2].data_ptr():  # no two of an operator's results may share memory
+        found[1] = found[1].clone()
+    return found
 
 
-@_sums_operator.register_fake
+@_formed_operator.register_fake
 def _(g: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     *geometry, Q_A, Q_B, _, _, _, total = rest
     _, b, _, i, k = _inputs(x, *geometry).shape
     columns = (d if Q.shape[-1] == 1 else Q.shape[1:-2].numel() * Q.shape[-1] for d, Q in ((g.shape[3], Q_B), (i, Q_A)))
     square = g.new_empty(b, *columns, k)
-    return [g.new_empty(b, g.shape[3], i, k), torch.empty_like(square), square] if total else [square]
+    return [square, torch.empty_like(square), g.new_empty(b, g.shape[3], i, k)] if total else [square]
 
 
-_sums_operator.register_vmap(one_by_one(_sums_operator))
+_formed_operator.register_vmap(one_by_one(_formed_operator))
 
 
-def _formed_squares(
-    term: Factored, parts: SplitBasis, how: Contraction, total: bool = False
-) -> tuple[Tensor | None, Tensor]:
+def _formed_squares(term: Factored, parts: SplitBasis, how: Contraction, total: bool) -> tuple[Tensor | None, Tensor]:
     """The sum of G[n] as it is formed, if wanted, and the sum of its square in the basis and outside of it.
 
     Each product before G[n] reads the basis, so it takes as many examples at a time as memory allows. G[n] is formed of

@@ -104,8 +104,8 @@ def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def squared(own: Tensor) -> Tensor:
-    """The square of a tensor that nobody else reads: in place in eager mode, for `vmap` has no rule for that."""
-    return own.square() if transformed() else own.square_()
+    """The square of a tensor that nobody else reads: in place, unless `vmap` or autograd forbids that."""
+    return own.square() if transformed() or differentiated(own) else own.square_()
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

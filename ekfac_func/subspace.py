@@ -22,7 +22,6 @@ from torch import Tensor
 from .blocking import MAX_BYTES, fitting, nominal, split
 from .kronecker import (
     add_rows,
-    add_up,
     as_samples,
     coalesce,
     common_first,
@@ -56,16 +55,18 @@ def sample_squares(g: Tensor, a: Tensor, g_O: Tensor, a_I: Tensor, basis: Basis)
     return on_i, on_o, both
 
 
-def single_sums(g: Tensor, a: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
-    """Sums over the examples of G and its squares, inside and outside, `[b O I k]`, of one position: squares factor."""
+def single_squares(g: Tensor, a: Tensor, g_O: Tensor, a_I: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """The squares of samples in the basis and, in the coordinate that stands for it, their mean outside.
+
+    Of one position they are the factors of the gradient's squares.
+    """
     c_i, c_o = map(outside, basis)
-    g_O, a_I = project_outputs(g, basis), project_inputs(a, basis)
     h, x = g_O.square(), a_I.square()
     if c_o:
         h = _replace_last(h, _rest_outputs(g, g_O, basis).square().sum(-1, keepdim=True) / c_o, -1)
     if c_i:
         x = _replace_last(x, _rest_inputs(a, a_I, basis).square().sum(-2, keepdim=True) / c_i, -2)
-    return add_up(g_O, a_I), add_up(h, x)
+    return h, x
 
 
 def outside_of_table(table: OneHot, basis: Basis, other: Factored | None = None) -> Tensor:
