@@ -124,15 +124,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
             count = nominal(samples.shape[0]) * samples.shape[2] * samples.shape[4]
             left_A = not formed and left_as_samples(basis.Q_A, count, single, isinstance(samples, Patches))
             left_B = not formed and left_as_samples(basis.Q_B, nominal(g.shape[0]) * g.shape[2], single)
-            if isinstance(samples, Patches) and not left_A and basis.Q_A.dim() == 3:
-                A: Factor = patch_gram(samples)
-            elif isinstance(samples, Patches) and not left_A and not torch.compiler.is_compiling():
-                blocks = in_blocks(samples, math.prod(samples.shape[1:]))
-                parts = (_gram(block.write(), "nbsmdk,nbsmek->bmde", basis.Q_A, -2) for block in blocks)
-                A = functools.reduce(torch.add, parts)  # type: ignore[arg-type]
-            else:
-                written = samples.write() if isinstance(samples, Patches) else samples
-                A = _gram(written, "nbsmdk,nbsmek->bmde", basis.Q_A, -2, left_A)
+            A = _gram_of_inputs(samples, basis.Q_A, left_A)
             B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, left_B)
             n, _, s, _ = g.shape
             used = n * s if counted is None else counted.sum((0, 2)).to(g)
@@ -168,6 +160,22 @@ def _both(C: Factor, D: Factor, Q: Side) -> Factor:
         x = torch.cat([C.x, D.x], 1)
         return Gram(x) if isinstance(Q, Reflections) or x.shape[1] < x.shape[2] else symmetric(x)
     return formed(C) + formed(D)
+
+
+def _gram_of_inputs(a: Tensor | Patches, Q: Side, left: bool) -> Factor:
+    """The second moment of inputs `[n b s i k]`. For a side in blocks patches are written some examples at a time."""
+
+    def gram(a: Tensor) -> Factor:
+        return _gram(a, "nbsmdk,nbsmek->bmde", Q, -2, left)
+
+    if isinstance(a, Tensor):
+        return gram(a)
+    if left:
+        return gram(a.write())
+    if Q.dim() == 3:
+        return patch_gram(a)
+    some = [a] if torch.compiler.is_compiling() else in_blocks(a, math.prod(a.shape[1:]))
+    return functools.reduce(torch.add, (formed(gram(part.write())) for part in some))
 
 
 def _gram(x: Tensor, equation: str, Q: Side, axis: int, left: bool = False) -> Factor:
