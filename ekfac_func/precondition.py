@@ -45,7 +45,7 @@ from .checks import (
     check_state,
 )
 from .contraction import exact_sums, gradient_sums, mean_sums
-from .discovery import checked_options, plan
+from .discovery import Options, checked_options, plan
 from .distributed import Ranks, check_ranks, of_first, total, total_factors
 from .draws import Draws, draws
 from .fisher import Fisher, check_estimator, empirical
@@ -209,7 +209,6 @@ def ekfac(
     if not callable(damping):
         check_positive("damping", damping)
     check_exponent("exponent", exponent)
-    power = exponent.detach() if isinstance(exponent, Tensor) else exponent
     check_count("basis_every", basis_every)
     check_count("moment_every", moment_every)
     check_decay("factor_decay", factor_decay)
@@ -221,9 +220,6 @@ def ekfac(
             f"the {fisher.name} Fisher with batched=True: its loss is of one example, where the batch is taken as it "
             "is, use empirical"
         )
-    carry = second_moment.at_refresh if at_refresh is None else at_refresh
-    curvature_loss = loss_fn if fisher.loss is None else fisher.loss
-    of_curvature = options if fisher.loss is None else options._replace(has_aux=False)
     check_refresh("refresh", refresh)
     check_contractions(contractions)
     if refresh.groups > basis_every:
@@ -233,9 +229,25 @@ def ekfac(
         )
     choices = {} if bases is None else bases
     check_choices(choices)
-    averaged = averages(factor_decay)
     check_ranks(ranks)
     check_of_samples(choices, ranks is not None, basis_every, factor_decay, second_moment, at_refresh)
+    how = _Method(
+        loss_fn=loss_fn,
+        options=options,
+        fisher=fisher,
+        damping=damping,
+        exponent=exponent.detach() if isinstance(exponent, Tensor) else exponent,
+        second_moment=second_moment,
+        at_refresh=second_moment.at_refresh if at_refresh is None else at_refresh,
+        moment_every=moment_every,
+        basis_every=basis_every,
+        refresh=refresh,
+        bases=choices,
+        factor_decay=factor_decay,
+        weight_sharing=weight_sharing,
+        contractions=contractions,
+        ranks=ranks,
+    )
 
     def init(params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State:
         check_params(params)
@@ -243,88 +255,13 @@ def ekfac(
         if check:
             certify(loss_fn, params, batch, options)
         examples = fisher.examples(params, batch)
-        layers = _blaming(fisher, plan, curvature_loss, separate(params), examples, of_curvature).layers
+        layers = _blaming(fisher, plan, how.curvature_loss, separate(params), examples, how.of_curvature).layers
         check_patterns("bases", layers, choices)
         check_patterns("orders", layers, contractions.orders)
         chosen = choose(layers, choices)
         if not torch.compiler.is_compiling():
             warn_of_large(layers, chosen)
-        return initial_state(layers, chosen, params, averaged)
-
-    def turn_of(layers: Mapping[str, Layer], params: Mapping[str, Tensor], state: State) -> _Turn:
-        """What this step does to each layer, by the clocks and by which layers the batch uses."""
-        chosen = choose(list(layers.values()), choices)
-        alike = torch.compiler.is_compiling() or ranks is not None  # every batch must use the same layers
-        if alike:
-            _refuse_changed_use(state, layers)
-        else:
-            state = _met(state, layers, chosen, params, averaged)
-        check_state(
-            state,
-            {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
-            {name: factor_shapes(layer, chosen[name], averaged) for name, layer in layers.items()},
-            params,
-            layers,
-        )
-        refreshing = due(layers, refresh, state.step, basis_every)
-        # in one condition, for each is a guard of Dynamo, which may cost a graph
-        every = len(refreshing) == len(layers) or state.step % moment_every == 0
-        known = tuple(layers.values())
-        late: set[str] = set()
-        idle: set[str] = set()
-        if not alike:
-            late = _unused(state.layers)  # whose last refresh fell on a batch that did not use them
-            idle = {name for name in _unused(known) if not isinstance(chosen[name], Thin)}  # thin ones carry nothing on
-            postponed = {name for name in idle if name in refreshing or name in late}
-            known = tuple(_marked(layer, layer.weight in postponed) for layer in known)
-            refreshing = [name for name in layers if name not in idle and (name in refreshing or name in late)]
-        updating = [name for name in layers if name not in idle and (every or name in refreshing)]
-        estimators = {name: second_moment if name in updating else _unchanged for name in layers}
-        anew = [name for name in refreshing if isinstance(chosen[name], Thin) or name in late]
-        return _Turn(layers, chosen, refreshing, estimators, state, known, anew)
-
-    def sums_in(basis: Basis, turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
-        how = contraction_of(layer.weight, terms, basis, contractions, bytes_each)
-        return turn.estimators[layer.weight].sums(terms, basis, how)
-
-    def observe(turn: _Turn, n: int, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
-        """Sums in a basis that stays; factors for one that is to change, and the terms themselves if there is room."""
-        name, basis = layer.weight, turn.state.bases[layer.weight]
-        if isinstance(turn.chosen[name], Thin):
-            return LayerSums(terms=(terms,))
-        if name in turn.refreshing:
-            factors = factor_sums(terms, basis, weight_sharing, averaged or ranks is not None)
-            room = chunk_size is None or bytes_each * n <= budget(contractions, bytes_each * chunk_size)
-            return LayerSums(factors=factors, terms=(terms,) if room or torch.compiler.is_compiling() else ())
-        samples = (terms,) if of_samples(terms, basis, n) else ()
-        return LayerSums(sums_in(basis, turn, layer, terms, bytes_each), terms=samples)
-
-    def of_samples(terms: Terms, basis: Basis, n: int) -> bool:
-        """Whether the samples of a layer are rescaled, not its gradient."""
-        return ranks is None and rescales_samples(terms, basis, n)
-
-    def in_bases(
-        bases: Mapping[str, Basis], turn: _Turn, n: int, seen: dict[str, LayerSums], bytes_each: int
-    ) -> tuple[dict[str, Sums], dict[str, Terms]]:
-        """The sums of each layer, and the samples of layers that are rescaled as samples. Empties seen on the way."""
-        sums: dict[str, Sums] = {}
-        samples: dict[str, Terms] = {}
-        for name, layer in turn.layers.items():
-            of_layer, basis = seen.pop(name), bases[name]
-            terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
-            sums[name] = of_layer.sums or sums_in(basis, turn, layer, terms, bytes_each)
-            if of_samples(terms, basis, n):
-                samples[name] = terms
-        return sums, samples
-
-    def natural_of(layer: Layer, slope: Mean, moment: Moment, basis: Basis, added: Tensor, span: Span) -> Tensor:
-        """The rescaled gradient of a layer, `[b o i k]`. added: its damping."""
-        sizes = in_span(layer.sizes, span)
-        natural = expand_span(rescaled(slope, moment, basis, added, power, sizes), span)
-        if fisher.loss is None or span == (None, None):
-            return natural
-        outside = slope.gradient - expand_span(into_span(slope.gradient, span), span)  # of the data's loss
-        return natural + outside * added**power
+        return initial_state(layers, chosen, params, how.averaged)
 
     @torch.no_grad()
     def precondition(params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]:
@@ -334,157 +271,53 @@ def ekfac(
         in_transform = not torch.compiler.is_compiling() and depth() > 0
         if in_transform:  # which may be forward mode
             params, batch, state = _constant((dict(params), batch, state))
-        stepped = step(params, batch, state, count)
+        stepped = _step(how, params, batch, state, count)
         return _constant(stepped) if in_transform else stepped
-
-    def step(params: Mapping[str, Tensor], batch: Batch, state: State, count: int) -> tuple[Params, State, Info]:
-        """count: examples of the batch."""
-        examples = fisher.examples(params, batch)
-        leaf = pytree.tree_leaves(examples)[0]
-        n = leaf.shape[0]
-        in_one = chunk_size is None or torch.compiler.is_compiling()
-        before = None if in_one else draws([leaf, *params.values()])
-        known = state.layers if ranks is None else ()
-        read = functools.partial(fold, curvature_loss, params, examples, of_curvature, known=known)
-
-        turn, folded = first_pass(read, params, state, n)
-        with no_autocast(leaf.device):
-            carried = refreshed(turn, folded.kept, count, n)
-        if before is not None:
-            second_pass(read, before, turn, carried.state.bases, folded.kept)
-        data = None
-        if fisher.loss is not None:
-            data = fold(loss_fn, params, batch, options, lambda layers: read_gradient, add_gradients)
-        with no_autocast(leaf.device):
-            return finish(params, turn, carried, means_of(turn, carried, folded, data, count, n, params))
-
-    def first_pass(
-        read: Callable[..., Folded], params: Mapping[str, Tensor], state: State, n: int
-    ) -> tuple[_Turn, Folded]:
-        """What the step does to each layer, and what it reads of the layer's terms for that."""
-        turns: list[_Turn] = []  # of each attempt, the last one counts
-
-        def begin(layers: dict[str, Layer]) -> Reading:
-            turns.append(turn_of(layers, params, state))
-            return functools.partial(observe, turns[-1], n)
-
-        def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
-            return add_layer_sums(turns[-1].state, layer, some, others)
-
-        folded = _blaming(fisher, read, begin, add)
-        return turns[-1], folded
-
-    def refreshed(turn: _Turn, seen: dict[str, LayerSums], count: int, n: int) -> _Carried:
-        """What the step goes on from: bases and moments are new if a refresh is due."""
-        started, spans, totals = into_spans(turn.chosen, turn.state, turn.layers, seen, weight_sharing)
-        if not turn.refreshing:
-            return _Carried(started, spans, totals)
-        sums = total_factors({name: seen[name].factors or () for name in turn.refreshing}, ranks, count / n)
-        means = {name: mean_factors(of_layer) for name, of_layer in sums.items()}
-        new, kept, samples = _refresh(started, means, factor_decay, second_moment, carry, refresh, turn, ranks)
-        return _Carried(new, spans, totals, kept, samples)
-
-    def second_pass(
-        read: Callable[..., Folded],
-        before: Draws,
-        turn: _Turn,
-        bases: Mapping[str, Basis],
-        seen: dict[str, LayerSums],
-    ) -> None:
-        """Sum up the layers whose terms could not stay until their bases were there, with the same random numbers."""
-        again = [name for name in turn.layers if seen[name].sums is None and not seen[name].terms]
-
-        def missing(layer: Layer, terms: Terms, bytes_each: int) -> Sums | None:
-            return sums_in(bases[layer.weight], turn, layer, terms, bytes_each) if layer.weight in again else None
-
-        if again:
-            before.repeat()
-            kept = read(lambda layers: missing, add_if_any).kept
-            seen |= {name: LayerSums(kept.pop(name)) for name in again}
-
-    def means_of(
-        turn: _Turn,
-        carried: _Carried,
-        folded: Folded,
-        data: Folded | None,
-        count: int,
-        n: int,
-        params: Mapping[str, Tensor],
-    ) -> _BatchMeans:
-        """What the batch said, of all processes. count: of its examples; n: of what the curvature loss made of them."""
-        bases, spans, totals = carried.state.bases, carried.spans, carried.totals
-        sums, samples = in_bases(bases, turn, n, folded.kept, folded.bytes_each)
-        curvature = folded.losses.sum()
-        of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
-        if ranks is None:
-            count = n
-        elif count != n:  # of processes that may have made more pseudo-examples of an example than others
-            share = count / n
-            sums, curvature = pytree.tree_map_only(Tensor, lambda t: t * share, (sums, curvature))
-        sums, curvature, n_all, count_all, of_data = total((sums, curvature, n, count, of_data), ranks)
-        means, slopes = {}, {}
-        for name in turn.layers:
-            new = turn.estimators[name].sums in (exact_sums, gradient_sums)
-            means[name] = mean_sums(sums.pop(name), count_all, own=new)
-            slope = totals[name] / n_all if name in totals else means[name].gradient
-            slopes[name] = Mean(slope, means[name].projected, samples.get(name), n_all)
-        if data is None:
-            return _BatchMeans(curvature / count_all, curvature, n_all, means, slopes, folded.aux)
-        loss, slopes = _of_data(data.layers, of_data, turn.layers, bases, spans, params)
-        return _BatchMeans(loss, curvature, n_all, means, slopes, data.aux)
-
-    def finish(
-        params: Mapping[str, Tensor], turn: _Turn, carried: _Carried, observed: _BatchMeans
-    ) -> tuple[Params, State, Info]:
-        """The new moments, the natural gradient, and the old state in place of the new one where it is not finite."""
-        layers, bases, slopes = turn.layers, carried.state.bases, observed.slopes
-        moments = _updated(turn, carried.state, observed)
-        dampings = _dampings(damping, moments, bases, layers)
-        natural_in = {
-            name: natural_of(layer, slopes[name], moments[name], bases[name], dampings[name], carried.spans[name])
-            for name, layer in layers.items()
-        }
-        natural = unpack_all(layers.values(), natural_in, params)  # where the cast to half precision can overflow
-        new = State(turn.state.step + 1, carried.state.factors, bases, moments, turn.known)
-        new = out_of_spans(new, turn.state, turn.chosen)
-        of_thin = [moments[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
-        unseen = [*of_thin, *carried.samples, *_learned(new, turn.state)]
-        good = _all_finite([observed.loss, observed.curvature, *natural.values(), *unseen])
-        # without a moment in any layer, after a first step that was skipped, there is no natural gradient
-        good = good & torch.stack([moment.weight for moment in moments.values()]).any()
-        nothing = observed.loss.new_zeros(())
-        natural = {name: where(good, p, nothing) for name, p in natural.items()}
-        used = torch.stack([dampings[name] for name in layers])
-        info = Info(
-            observed.loss,
-            unpack_all(layers.values(), {name: slope.gradient for name, slope in slopes.items()}, params),
-            ~good,
-            good.new_zeros((), dtype=torch.int64) if carried.kept is None else torch.where(good, carried.kept, 0),
-            used if callable(damping) else used[0],
-            observed.aux,
-        )
-        return natural, _choose(good, new, turn.state), info
 
     return EKFAC(init, precondition)
 
 
-def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of the curvature loss; a note to its errors, which speak of loss_fn, says whose loss that is."""
-    if fisher.loss is None or torch.compiler.is_compiling():
-        return function(*args)
-    try:
-        return function(*args)
-    except Exception as error:
-        if any("loss_fn" in said for said in (str(error), *getattr(error, "__notes__", ()))):
-            error.add_note(
-                f"The loss_fn of this error is the curvature loss of the {fisher.name} Fisher, not that of ekfac."
-            )
-        raise
+class _Method(NamedTuple):
+    """The arguments of `ekfac`, checked."""
+
+    loss_fn: LossFn | LossAuxFn
+    options: Options  # of its capture
+    fisher: Fisher
+    damping: Number | Damping
+    exponent: Number
+    second_moment: SecondMoment
+    at_refresh: AtRefresh
+    moment_every: int
+    basis_every: int
+    refresh: Refresh
+    bases: Choices
+    factor_decay: Number
+    weight_sharing: WeightSharing
+    contractions: Contractions
+    ranks: Ranks | None
+
+    @property
+    def curvature_loss(self) -> LossFn | LossAuxFn:
+        """Whose gradients make the factors and the moment."""
+        return self.loss_fn if self.fisher.loss is None else self.fisher.loss
+
+    @property
+    def of_curvature(self) -> Options:
+        """Of the capture of the curvature loss."""
+        return self.options if self.fisher.loss is None else self.options._replace(has_aux=False)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the state carries an average of the factors."""
+        return averages(self.factor_decay)
 
 
 class _Turn(NamedTuple):
     """What a step does to each layer."""
 
+    params: Mapping[str, Tensor]
+    examples: int  # of the batch
+    n: int  # of what the curvature loss is differentiated on: these, or pseudo-examples of a Fisher
     layers: Mapping[str, Layer]
     chosen: dict[str, Choice]
     refreshing: list[str]
@@ -515,6 +348,53 @@ class _BatchMeans(NamedTuple):
     aux: Any
 
 
+def _step(
+    how: _Method, params: Mapping[str, Tensor], batch: Batch, state: State, count: int
+) -> tuple[Params, State, Info]:
+    """`EKFAC.precondition`. count: examples of the batch."""
+    examples = how.fisher.examples(params, batch)
+    leaf = pytree.tree_leaves(examples)[0]
+    n = leaf.shape[0]
+    in_one = how.options.chunk_size is None or torch.compiler.is_compiling()
+    before = None if in_one else draws([leaf, *params.values()])
+    known = state.layers if how.ranks is None else ()
+    read = functools.partial(fold, how.curvature_loss, params, examples, how.of_curvature, known=known)
+    turns: list[_Turn] = []  # of each attempt, the last one counts
+
+    def begin(layers: dict[str, Layer]) -> Reading:
+        turns.append(_turn_of(how, params, state, layers, count, n))
+        return functools.partial(_observe, how, turns[-1])
+
+    def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
+        return add_layer_sums(turns[-1].state, layer, some, others)
+
+    folded = _blaming(how.fisher, read, begin, add)
+    turn = turns[-1]
+    with no_autocast(leaf.device):
+        carried = _refreshed(how, turn, folded.kept)
+    if before is not None:
+        _second_pass(how, turn, carried.state.bases, folded.kept, read, before)
+    data = None
+    if how.fisher.loss is not None:
+        data = fold(how.loss_fn, params, batch, how.options, lambda layers: read_gradient, add_gradients)
+    with no_autocast(leaf.device):
+        return _finish(how, turn, carried, _means_of(how, turn, carried, folded, data))
+
+
+def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of the curvature loss; a note to its errors, which speak of loss_fn, says whose loss that is."""
+    if fisher.loss is None or torch.compiler.is_compiling():
+        return function(*args)
+    try:
+        return function(*args)
+    except Exception as error:
+        if any("loss_fn" in said for said in (str(error), *getattr(error, "__notes__", ()))):
+            error.add_note(
+                f"The loss_fn of this error is the curvature loss of the {fisher.name} Fisher, not that of ekfac."
+            )
+        raise
+
+
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
 """The estimator of a step between two updates."""
 
@@ -540,6 +420,41 @@ def initial_state(
         factors[layer.weight] = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
         second_moments[layer.weight] = Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
     return State(0, factors, bases, second_moments, layers)
+
+
+def _turn_of(
+    how: _Method, params: Mapping[str, Tensor], state: State, layers: Mapping[str, Layer], count: int, n: int
+) -> _Turn:
+    """What this step does to each layer, by the clocks and by which layers the batch uses."""
+    chosen = choose(list(layers.values()), how.bases)
+    alike = torch.compiler.is_compiling() or how.ranks is not None  # every batch must use the same layers
+    if alike:
+        _refuse_changed_use(state, layers)
+    else:
+        state = _met(state, layers, chosen, params, how.averaged)
+    check_state(
+        state,
+        {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
+        {name: factor_shapes(layer, chosen[name], how.averaged) for name, layer in layers.items()},
+        params,
+        layers,
+    )
+    refreshing = due(layers, how.refresh, state.step, how.basis_every)
+    # in one condition, for each is a guard of Dynamo, which may cost a graph
+    every = len(refreshing) == len(layers) or state.step % how.moment_every == 0
+    known = tuple(layers.values())
+    late: set[str] = set()
+    idle: set[str] = set()
+    if not alike:
+        late = _unused(state.layers)  # whose last refresh fell on a batch that did not use them
+        idle = {name for name in _unused(known) if not isinstance(chosen[name], Thin)}  # thin ones carry nothing on
+        postponed = {name for name in idle if name in refreshing or name in late}
+        known = tuple(_marked(layer, layer.weight in postponed) for layer in known)
+        refreshing = [name for name in layers if name not in idle and (name in refreshing or name in late)]
+    updating = [name for name in layers if name not in idle and (every or name in refreshing)]
+    estimators = {name: how.second_moment if name in updating else _unchanged for name in layers}
+    anew = [name for name in refreshing if isinstance(chosen[name], Thin) or name in late]
+    return _Turn(params, count, n, layers, chosen, refreshing, estimators, state, known, anew)
 
 
 def _refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:
@@ -596,37 +511,123 @@ def _met(
     )
 
 
-def _refresh(
-    state: State,
-    means: Mapping[str, Means],
-    decay: Number,
-    estimator: SecondMoment,
-    carry: AtRefresh,
-    how: Refresh,
-    turn: _Turn,
-    ranks: Ranks | None,
-) -> tuple[State, Tensor, list[Tensor]]:
+def _observe(how: _Method, turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
+    """Sums in a basis that stays; factors for one that is to change, and the terms themselves if there is room."""
+    name, basis = layer.weight, turn.state.bases[layer.weight]
+    if isinstance(turn.chosen[name], Thin):
+        return LayerSums(terms=(terms,))
+    if name in turn.refreshing:
+        factors = factor_sums(terms, basis, how.weight_sharing, how.averaged or how.ranks is not None)
+        size = how.options.chunk_size
+        room = size is None or bytes_each * turn.n <= budget(how.contractions, bytes_each * size)
+        return LayerSums(factors=factors, terms=(terms,) if room or torch.compiler.is_compiling() else ())
+    samples = (terms,) if _of_samples(how, turn, terms, basis) else ()
+    return LayerSums(_sums_in(how, turn, basis, layer, terms, bytes_each), terms=samples)
+
+
+def _sums_in(how: _Method, turn: _Turn, basis: Basis, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
+    order = contraction_of(layer.weight, terms, basis, how.contractions, bytes_each)
+    return turn.estimators[layer.weight].sums(terms, basis, order)
+
+
+def _of_samples(how: _Method, turn: _Turn, terms: Terms, basis: Basis) -> bool:
+    """Whether the samples of a layer are rescaled, not its gradient."""
+    return how.ranks is None and rescales_samples(terms, basis, turn.n)
+
+
+def _refreshed(how: _Method, turn: _Turn, seen: dict[str, LayerSums]) -> _Carried:
+    """What the step goes on from: bases and moments are new if a refresh is due."""
+    started, spans, totals = into_spans(turn.chosen, turn.state, turn.layers, seen, how.weight_sharing)
+    if not turn.refreshing:
+        return _Carried(started, spans, totals)
+    of_layers = {name: seen[name].factors or () for name in turn.refreshing}
+    sums = total_factors(of_layers, how.ranks, turn.examples / turn.n)
+    means = {name: mean_factors(of_layer) for name, of_layer in sums.items()}
+    state, kept, samples = _refresh(how, turn, started, means)
+    return _Carried(state, spans, totals, kept, samples)
+
+
+def _refresh(how: _Method, turn: _Turn, state: State, means: Mapping[str, Means]) -> tuple[State, Tensor, list[Tensor]]:
     """The state with factors of this batch, their bases and the moments in them; `kept` and `samples` of `_Carried`.
 
     Layers without factors stay as they are.
     """
-    averaged = averages(decay)
     factors, second_moments = dict(state.factors), dict(state.second_moments)
     samples: list[Tensor] = []
     for name, mean in means.items():
         check_samples(name, mean, state.bases[name])
-        if not averaged and isinstance(turn.chosen[name], Rank | Compact):
+        if not how.averaged and isinstance(turn.chosen[name], Rank | Compact):
             samples += pytree.tree_leaves((mean.A, mean.B))
         else:
-            factors[name] = average_factors(state.factors[name], mean, decay)
-    used = {name: factors[name] if averaged else mean for name, mean in means.items()}
-    new, kept = of_first(refresh_bases(used, state.bases, how, state.step == 0, turn.anew), ranks)
+            factors[name] = average_factors(state.factors[name], mean, how.factor_decay)
+    used = {name: factors[name] if how.averaged else mean for name, mean in means.items()}
+    new, kept = of_first(refresh_bases(used, state.bases, how.refresh, state.step == 0, turn.anew), how.ranks)
     for name, basis in new.items():
         moment = state.second_moments[name]
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
-        second_moments[name] = carry_over(estimator, carry, moment, state.bases[name], basis, product)
+        second_moments[name] = carry_over(how.second_moment, how.at_refresh, moment, state.bases[name], basis, product)
     state = replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments)
     return state, kept, samples
+
+
+def _second_pass(
+    how: _Method,
+    turn: _Turn,
+    bases: Mapping[str, Basis],
+    seen: dict[str, LayerSums],
+    read: Callable[..., Folded],
+    before: Draws,
+) -> None:
+    """Sum up the layers whose terms could not stay until their bases were there, with the same random numbers."""
+    again = [name for name in turn.layers if seen[name].sums is None and not seen[name].terms]
+
+    def missing(layer: Layer, terms: Terms, bytes_each: int) -> Sums | None:
+        basis = bases[layer.weight]
+        return _sums_in(how, turn, basis, layer, terms, bytes_each) if layer.weight in again else None
+
+    if again:
+        before.repeat()
+        kept = read(lambda layers: missing, add_if_any).kept
+        seen |= {name: LayerSums(kept.pop(name)) for name in again}
+
+
+def _means_of(how: _Method, turn: _Turn, carried: _Carried, folded: Folded, data: Folded | None) -> _BatchMeans:
+    """What the batch said, of all processes. data: what was read of loss_fn, where the curvature loss is another."""
+    n, count = turn.n, turn.examples
+    sums, samples = _in_bases(how, turn, carried.state.bases, folded)
+    curvature = folded.losses.sum()
+    of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
+    if how.ranks is None:
+        count = n
+    elif count != n:  # of processes that may have made more pseudo-examples of an example than others
+        share = count / n
+        sums, curvature = pytree.tree_map_only(Tensor, lambda t: t * share, (sums, curvature))
+    sums, curvature, n_all, count_all, of_data = total((sums, curvature, n, count, of_data), how.ranks)
+    means, slopes = {}, {}
+    for name in turn.layers:
+        new = turn.estimators[name].sums in (exact_sums, gradient_sums)
+        means[name] = mean_sums(sums.pop(name), count_all, own=new)
+        slope = carried.totals[name] / n_all if name in carried.totals else means[name].gradient
+        slopes[name] = Mean(slope, means[name].projected, samples.get(name), n_all)
+    if data is None:
+        return _BatchMeans(curvature / count_all, curvature, n_all, means, slopes, folded.aux)
+    loss, slopes = _of_data(turn, carried, data.layers, of_data)
+    return _BatchMeans(loss, curvature, n_all, means, slopes, data.aux)
+
+
+def _in_bases(
+    how: _Method, turn: _Turn, bases: Mapping[str, Basis], folded: Folded
+) -> tuple[dict[str, Sums], dict[str, Terms]]:
+    """The sums of each layer, and the samples of layers that are rescaled as samples. Empties what was read."""
+    sums: dict[str, Sums] = {}
+    samples: dict[str, Terms] = {}
+    for name, layer in turn.layers.items():
+        of_layer, basis = folded.kept.pop(name), bases[name]
+        terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
+        sums[name] = of_layer.sums or _sums_in(how, turn, basis, layer, terms, folded.bytes_each)
+        if _of_samples(how, turn, terms, basis):
+            samples[name] = terms
+    return sums, samples
 
 
 def _updated(turn: _Turn, state: State, observed: _BatchMeans) -> dict[str, Moment]:
@@ -642,12 +643,7 @@ def _updated(turn: _Turn, state: State, observed: _BatchMeans) -> dict[str, Mome
 
 
 def _of_data(
-    own: Mapping[str, Layer],
-    sums: tuple[Mapping[str, Tensor], Tensor, Number],
-    layers: Mapping[str, Layer],
-    bases: Mapping[str, Basis],
-    spans: Mapping[str, Span],
-    params: Mapping[str, Tensor],
+    turn: _Turn, carried: _Carried, own: Mapping[str, Layer], sums: tuple[Mapping[str, Tensor], Tensor, Number]
 ) -> tuple[Tensor, dict[str, Mean]]:
     """The mean of loss_fn, and its gradient in the layers of the curvature loss.
 
@@ -655,11 +651,56 @@ def _of_data(
     """
     gradients, loss, n = sums
     means = {name: gradient / n for name, gradient in gradients.items()}
-    exact = {name: p.new_empty(0, dtype=statistics_dtype(p)) for name, p in params.items()}
+    exact = {name: p.new_empty(0, dtype=statistics_dtype(p)) for name, p in turn.params.items()}
     tree = unpack_all(own.values(), means, exact)
-    packed = {name: pack(layer, tree) for name, layer in layers.items()}
-    slopes = {name: Mean(M, into_basis(into_span(M, spans[name]), bases[name]), None, n) for name, M in packed.items()}
+    slopes = {}
+    for name, layer in turn.layers.items():
+        M = pack(layer, tree)
+        projected = into_basis(into_span(M, carried.spans[name]), carried.state.bases[name])
+        slopes[name] = Mean(M, projected, None, n)
     return loss / n, slopes
+
+
+def _finish(how: _Method, turn: _Turn, carried: _Carried, observed: _BatchMeans) -> tuple[Params, State, Info]:
+    """The new moments, the natural gradient, and the old state in place of the new one where it is not finite."""
+    layers, bases, slopes, params = turn.layers, carried.state.bases, observed.slopes, turn.params
+    moments = _updated(turn, carried.state, observed)
+    dampings = _dampings(how.damping, moments, bases, layers)
+    natural_in = {
+        name: _natural_of(how, layer, slopes[name], moments[name], dampings[name], carried)
+        for name, layer in layers.items()
+    }
+    natural = unpack_all(layers.values(), natural_in, params)  # where the cast to half precision can overflow
+    new = State(turn.state.step + 1, carried.state.factors, bases, moments, turn.known)
+    new = out_of_spans(new, turn.state, turn.chosen)
+    of_thin = [moments[name].value for name in layers if isinstance(turn.chosen[name], Thin)]
+    unseen = [*of_thin, *carried.samples, *_learned(new, turn.state)]
+    good = _all_finite([observed.loss, observed.curvature, *natural.values(), *unseen])
+    # without a moment in any layer, after a first step that was skipped, there is no natural gradient
+    good = good & torch.stack([moment.weight for moment in moments.values()]).any()
+    nothing = observed.loss.new_zeros(())
+    natural = {name: where(good, p, nothing) for name, p in natural.items()}
+    used = torch.stack([dampings[name] for name in layers])
+    info = Info(
+        observed.loss,
+        unpack_all(layers.values(), {name: slope.gradient for name, slope in slopes.items()}, params),
+        ~good,
+        good.new_zeros((), dtype=torch.int64) if carried.kept is None else torch.where(good, carried.kept, 0),
+        used if callable(how.damping) else used[0],
+        observed.aux,
+    )
+    return natural, _choose(good, new, turn.state), info
+
+
+def _natural_of(how: _Method, layer: Layer, slope: Mean, moment: Moment, added: Tensor, carried: _Carried) -> Tensor:
+    """The rescaled gradient of a layer, `[b o i k]`. added: its damping."""
+    basis, span = carried.state.bases[layer.weight], carried.spans[layer.weight]
+    sizes = in_span(layer.sizes, span)
+    natural = expand_span(rescaled(slope, moment, basis, added, how.exponent, sizes), span)
+    if how.fisher.loss is None or span == (None, None):
+        return natural
+    outside = slope.gradient - expand_span(into_span(slope.gradient, span), span)  # of the data's loss
+    return natural + outside * added**how.exponent
 
 
 def _constant(tree: Any) -> Any:
