@@ -18,12 +18,10 @@ from .basis import (
 from .compare import (
     ESTIMATORS,
     Estimator,
-    Record,
     Seen,
     compare,
     own_coordinates,
     split_batch,
-    summarise,
     whole_batch,
 )
 from .contraction import exact_squares, exact_sums, gradient_sums
@@ -36,6 +34,7 @@ from .optim import EKFACOptimizer, set_grads
 from .orders import COSTS, Contraction, Contractions, Cost, Order
 from .per_example import PerExampleGradients, per_example_gradients, second_moments
 from .precondition import EKFAC, Damping, ekfac
+from .records import Record, summarise
 from .reference import DenseBlocks, fisher_blocks, ggn_blocks
 from .refreshes import Refresh, adaptive, eigh, qr, staggered
 from .rules import RULES, SUA, Call, Rule, Rules

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from ..compare import Record, summarise
+from ..records import Record, summarise
 from .plots import TITLES
 from .run import Study, middle
 

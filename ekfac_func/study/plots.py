@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..compare import Record, summarise
+from ..records import Record, summarise
 from .run import Study, batch_sizes, middle
 
 SCATTERED = ("intra_batch", "kfac", "running 0.9", "sua kfac", "diagonal")

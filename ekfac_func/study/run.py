@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 from torch.func import functional_call
 
-from ..compare import ESTIMATORS, Estimator, Record, Seen, compare
+from ..compare import ESTIMATORS, Estimator, Seen, compare
 from ..fisher import exact, sampled
+from ..records import Record
 from ..second_moment import averaged_intra_batch, keep, kfac, reset, transport
 from ..train.data import Data, Examples
 from ..train.models import Task, loss_of, make
