@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_count
-from .types import Basis, Layer, Reflections, Side, outside
+from .types import Basis, Factors, Layer, Moment, Reflections, Side, outside
 
 LARGE = 8192  # dimensions of a basis, above which a warning says what it takes
 PRIME, FIRST = 2_097_143, 1_234_567  # the cube of PRIME is an int64; from FIRST on cubes modulo it have no order
@@ -109,6 +109,11 @@ def compact(samples: int) -> Compact:
     """
     check_count("samples", samples)
     return Compact(samples)
+
+
+def full(layer: Layer) -> Blocks:
+    """The whole of both sides, but that the rows of a lookup table are diagonal."""
+    return Blocks(outputs=1 if layer.table else None)
 
 
 Choice = Blocks | Rank | Thin | Compact
@@ -221,6 +226,13 @@ def moment_shape(layer: Layer, choice: Choice) -> tuple[int, int, int, int]:
 def identity(layer: Layer, choice: Choice, like: Tensor) -> Basis:
     """The basis before the first refresh: the parameters' own coordinates; of a side of some rank any columns."""
     return Basis(*(_start(shape, like, choice) for shape in shapes(layer, choice)))
+
+
+def start(layer: Layer, choice: Choice, zero: Tensor, averaged: bool) -> tuple[Factors, Basis, Moment]:
+    """What the state has of a layer before the first refresh: zero statistics, and `identity`."""
+    A, B = factor_shapes(layer, choice, averaged)
+    factors = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
+    return factors, identity(layer, choice, zero), Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
 
 
 def empty(layer: Layer, choice: Choice, like: Tensor) -> Basis:

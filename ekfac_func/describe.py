@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import basis as eigenbasis
-from .basis import FULL, Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
+from .basis import Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
 from .capture import Captured, shapes
 from .checks import check_batch, check_decay, check_params
 from .discovery import checked_options
@@ -107,8 +107,7 @@ def _given(layer: Layer, terms: Terms, chosen: Choice, p: Tensor) -> tuple[Terms
     if not isinstance(chosen, Thin):
         return terms, eigenbasis.empty(layer, chosen, p)
     terms, span = compress(terms)
-    layer = layer._replace(sizes=in_span(layer.sizes, span))
-    return terms, eigenbasis.empty(layer, FULL._replace(outputs=1 if layer.table else None), p)
+    return terms, eigenbasis.empty(in_span(layer, span), eigenbasis.full(layer), p)
 
 
 def _row(

@@ -24,9 +24,9 @@ from .basis import (
     counts,
     factor_shapes,
     fills_up,
-    identity,
     moment_shape,
     real,
+    start,
     warn_of_large,
 )
 from .capture import Folded, Reading, fold, joined, separate
@@ -81,7 +81,6 @@ from .types import (
     NO_CALL,
     Basis,
     Batch,
-    Factors,
     Info,
     Layer,
     LossAuxFn,
@@ -412,13 +411,9 @@ def initial_state(
     """Identity bases and zero statistics."""
     factors, bases, second_moments = {}, {}, {}
     for layer in layers:
-        p = params[layer.weight]
+        name, p = layer.weight, params[layer.weight]
         zero = torch.zeros((), dtype=statistics_dtype(p), device=p.device)
-        choice = chosen[layer.weight]
-        bases[layer.weight] = identity(layer, choice, zero)
-        A, B = factor_shapes(layer, choice, averaged)
-        factors[layer.weight] = Factors(zero.new_zeros(A), zero.new_zeros(B), zero)
-        second_moments[layer.weight] = Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
+        factors[name], bases[name], second_moments[name] = start(layer, chosen[name], zero, averaged)
     return State(0, factors, bases, second_moments, layers)
 
 
@@ -695,7 +690,7 @@ def _finish(how: _Method, turn: _Turn, carried: _Carried, observed: _BatchMeans)
 def _natural_of(how: _Method, layer: Layer, slope: Mean, moment: Moment, added: Tensor, carried: _Carried) -> Tensor:
     """The rescaled gradient of a layer, `[b o i k]`. added: its damping."""
     basis, span = carried.state.bases[layer.weight], carried.spans[layer.weight]
-    sizes = in_span(layer.sizes, span)
+    sizes = in_span(layer, span).sizes
     natural = expand_span(rescaled(slope, moment, basis, added, how.exponent, sizes), span)
     if how.fisher.loss is None or span == (None, None):
         return natural

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .basis import Choice, Choices, Compact, Thin
+from .basis import Choice, Choices, Compact, Thin, full, start
 from .capture import joined
 from .kronecker import WeightSharing, as_samples, averages, factor_sums, gradient
 from .passes import LayerSums
 from .refreshes import scaled
 from .second_moment import AtRefresh, SecondMoment, reset
-from .types import Basis, Factored, Factors, Layer, Moment, Number, OneHot, State, Terms
+from .types import Factored, Layer, Number, OneHot, State, Terms
 
 
 def check_of_samples(
@@ -106,11 +106,11 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return coordinates.reshape(b, n, s, -1).movedim(0, 1), Q
 
 
-def in_span(sizes: tuple[int, int, int, int], span: Span) -> tuple[int, int, int, int]:
-    """`b o i k` of a layer in a span."""
-    b, o, i, k = sizes
+def in_span(layer: Layer, span: Span) -> Layer:
+    """The layer of the coordinates in a span, in which its basis is full."""
+    b, o, i, k = layer.sizes
     i, o = (dim if U is None else U.shape[-1] for dim, U in zip((i, o), span, strict=True))
-    return b, o, i, k
+    return layer._replace(sizes=(b, o, i, k))
 
 
 def expand_span(M: Tensor, span: Span) -> Tensor:
@@ -144,15 +144,8 @@ def into_spans(
         whole = joined(seen[name].terms)
         given, spans[name] = compress(whole)
         totals[name] = gradient(whole)
-        b, o, i, k = in_span(layer.sizes, spans[name])
-        zero = state.second_moments[name].weight.new_zeros(())
-        Q_A = torch.eye(i, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
-        if layer.table:
-            Q_B = zero.new_ones(b, o, 1, 1)
-        else:
-            Q_B = torch.eye(o, dtype=zero.dtype, device=zero.device).repeat(b, 1, 1)
-        factors[name] = Factors(torch.zeros_like(Q_A), torch.zeros_like(Q_B), zero)
-        bases[name], moments[name] = Basis(Q_A, Q_B), Moment(zero.new_zeros(b, o, i, k), zero)
+        small, zero = in_span(layer, spans[name]), state.second_moments[name].weight.new_zeros(())
+        factors[name], bases[name], moments[name] = start(small, full(layer), zero, averaged=True)
         seen[name] = LayerSums(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
     return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
 
