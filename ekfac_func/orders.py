@@ -232,10 +232,8 @@ def _cheapest(possible: tuple[Order, ...], given: tuple[int, ...], cost: Cost) -
     A side that is not one matrix costs little and is projected before G[n]; two sides with complements go together.
     """
     sizes = Sizes(*given)  # type: ignore[arg-type]  # a plain tuple, for Dynamo's constants
-    no_matrix, rest = (
-        {side for side, is_so in zip("ag", of_sides, strict=True) if is_so}
-        for of_sides in ((not sizes.matrix_A, not sizes.matrix_B), (sizes.rest_A, sizes.rest_B))
-    )
+    no_matrix = {side for side, is_matrix in (("a", sizes.matrix_A), ("g", sizes.matrix_B)) if not is_matrix}
+    rest = {side for side, has_rest in (("a", sizes.rest_A), ("g", sizes.rest_B)) if has_rest}
 
     def sensible(order: Order) -> bool:
         first = set(early(order))

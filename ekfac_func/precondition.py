@@ -70,13 +70,7 @@ from .refreshes import EIGH, Refresh, check_refresh, check_samples, due, refresh
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, carry_over, intra_batch, keep
 from .spans import Span, check_of_samples, expand_span, in_span, into_span, into_spans, out_of_spans
-from .subspace import (
-    Mean,
-    incomplete,
-    mean_outside,
-    rescale,
-    rescales_samples,
-)
+from .subspace import Mean, incomplete, mean_outside, rescale, rescales_samples
 from .types import (
     NO_CALL,
     Basis,
@@ -748,7 +742,7 @@ def rescaled(
 
 def _learned(new: State, old: State) -> list[Tensor]:
     """The tensors that a step changes in the state, but for the bases: these are finite in any case."""
-    written = [new.second_moments[name].value for name in new.second_moments]
+    written = [moment.value for moment in new.second_moments.values()]
     for name, factors in new.factors.items():
         if factors is not old.factors[name]:
             written += [factors.A, factors.B]
