@@ -388,17 +388,6 @@ def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-_unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
-"""The estimator of a step between two updates."""
-
-
-def _spectrum(moment: Moment, basis: Basis, layer: Layer) -> Spectrum:
-    value = moment.value
-    if fills_up(basis, layer):
-        value = torch.where(real(basis, layer), value, 0)
-    return Spectrum(value, moment.weight, counts(basis, value), math.prod(layer.sizes))
-
-
 def initial_state(
     layers: tuple[Layer, ...], chosen: Mapping[str, Choice], params: Mapping[str, Tensor], averaged: bool = True
 ) -> State:
@@ -409,6 +398,10 @@ def initial_state(
         zero = torch.zeros((), dtype=statistics_dtype(p), device=p.device)
         factors[name], bases[name], second_moments[name] = start(layer, chosen[name], zero, averaged)
     return State(0, factors, bases, second_moments, layers)
+
+
+_unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
+"""The estimator of a step between two updates."""
 
 
 def _turn_of(
@@ -707,6 +700,13 @@ def _dampings(
     else:
         ruled = dict.fromkeys(layers, damping)
     return {name: _as_scalar(ruled[name], moments[name].weight) for name in layers}
+
+
+def _spectrum(moment: Moment, basis: Basis, layer: Layer) -> Spectrum:
+    value = moment.value
+    if fills_up(basis, layer):
+        value = torch.where(real(basis, layer), value, 0)
+    return Spectrum(value, moment.weight, counts(basis, value), math.prod(layer.sizes))
 
 
 def _as_scalar(damping: Number, like: Tensor) -> Tensor:
