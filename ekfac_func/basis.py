@@ -235,15 +235,9 @@ def start(layer: Layer, choice: Choice, zero: Tensor, averaged: bool) -> tuple[F
     return factors, identity(layer, choice, zero), Moment(zero.new_zeros(moment_shape(layer, choice)), zero.clone())
 
 
-def empty(layer: Layer, choice: Choice, like: Tensor) -> Basis:
-    """A basis of the right shapes, for what reads no values."""
-
-    def side_of(shape: tuple[int, ...]) -> Side:
-        if _reflects(shape, choice):
-            return _start(shape, like, choice)
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-    return Basis(*map(side_of, shapes(layer, choice)))
+def without_values(layer: Layer, choice: Choice) -> Basis:
+    """A basis of the right shapes, on the device without memory."""
+    return identity(layer, choice, torch.empty(0, dtype=torch.float32, device="meta"))
 
 
 def _reflects(shape: tuple[int, ...], choice: Choice) -> bool:

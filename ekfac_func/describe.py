@@ -102,12 +102,12 @@ def describe(
     return rows
 
 
-def _given(layer: Layer, terms: Terms, chosen: Choice, p: Tensor) -> tuple[Terms, Basis]:
+def _given(layer: Layer, terms: Terms, chosen: Choice) -> tuple[Terms, Basis]:
     """The terms that the moment is summed of, and the basis; of a thin layer both in the span of the samples."""
     if not isinstance(chosen, Thin):
-        return terms, eigenbasis.empty(layer, chosen, p)
+        return terms, eigenbasis.without_values(layer, chosen)
     terms, span = compress(terms)
-    return terms, eigenbasis.empty(in_span(layer, span), eigenbasis.full(layer), p)
+    return terms, eigenbasis.without_values(in_span(layer, span), eigenbasis.full(layer))
 
 
 def _row(
@@ -115,12 +115,12 @@ def _row(
 ) -> Row:
     b, o, i, k = layer.sizes
     terms = captured.terms[layer.weight]
-    how = contraction_of(layer.weight, *_given(layer, terms, chosen, p), contractions, captured.bytes_each)
+    how = contraction_of(layer.weight, *_given(layer, terms, chosen), contractions, captured.bytes_each)
     A, B = factor_shapes(layer, chosen, averaged)
     Q_A, Q_B = eigenbasis.shapes(layer, chosen)
     size = statistics_dtype(p).itemsize
     factors = size * (math.prod(A) + math.prod(B))
-    basis = size * sum(t.numel() for t in pytree.tree_leaves(eigenbasis.empty(layer, chosen, p)))
+    basis = size * sum(t.numel() for t in pytree.tree_leaves(eigenbasis.without_values(layer, chosen)))
     moment = size * math.prod(moment_shape(layer, chosen))
     head = (layer.weight, layer.bias, layer.rule, layer.hidden_by, b, sum(map(positions, terms)), i, o, k)
     return Row(*head, A, B, Q_A, Q_B, factors, basis, moment, how)
