@@ -4,7 +4,7 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,6 @@ from .basis import (
     fills_up,
     moment_shape,
     real,
-    start,
     warn_of_large,
 )
 from .capture import Folded, Reading, fold, joined, separate
@@ -70,9 +69,9 @@ from .refreshes import EIGH, Refresh, check_refresh, check_samples, due, refresh
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, carry_over, intra_batch, keep
 from .spans import Span, check_of_samples, expand_span, in_span, into_span, into_spans, out_of_spans
+from .states import initial_state, marked, refuse_changed_use, unused, with_first_uses
 from .subspace import Mean, incomplete, mean_outside, rescale, rescales_samples
 from .types import (
-    NO_CALL,
     Basis,
     Batch,
     Info,
@@ -388,18 +387,6 @@ def _blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-def initial_state(
-    layers: tuple[Layer, ...], chosen: Mapping[str, Choice], params: Mapping[str, Tensor], averaged: bool = True
-) -> State:
-    """Identity bases and zero statistics."""
-    factors, bases, second_moments = {}, {}, {}
-    for layer in layers:
-        name, p = layer.weight, params[layer.weight]
-        zero = torch.zeros((), dtype=statistics_dtype(p), device=p.device)
-        factors[name], bases[name], second_moments[name] = start(layer, chosen[name], zero, averaged)
-    return State(0, factors, bases, second_moments, layers)
-
-
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
 """The estimator of a step between two updates."""
 
@@ -411,9 +398,9 @@ def _turn_of(
     chosen = choose(list(layers.values()), how.bases)
     alike = torch.compiler.is_compiling() or how.ranks is not None  # every batch must use the same layers
     if alike:
-        _refuse_changed_use(state, layers)
+        refuse_changed_use(state, layers)
     else:
-        state = _met(state, layers, chosen, params, how.averaged)
+        state = with_first_uses(state, layers, chosen, params, how.averaged)
     check_state(
         state,
         {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
@@ -428,69 +415,15 @@ def _turn_of(
     late: set[str] = set()
     idle: set[str] = set()
     if not alike:
-        late = _unused(state.layers)  # whose last refresh fell on a batch that did not use them
-        idle = {name for name in _unused(known) if not isinstance(chosen[name], Thin)}  # thin ones carry nothing on
+        late = unused(state.layers)  # whose last refresh fell on a batch that did not use them
+        idle = {name for name in unused(known) if not isinstance(chosen[name], Thin)}  # thin ones carry nothing on
         postponed = {name for name in idle if name in refreshing or name in late}
-        known = tuple(_marked(layer, layer.weight in postponed) for layer in known)
+        known = tuple(marked(layer, layer.weight in postponed) for layer in known)
         refreshing = [name for name in layers if name not in idle and (name in refreshing or name in late)]
     updating = [name for name in layers if name not in idle and (every or name in refreshing)]
     estimators = {name: how.second_moment if name in updating else _unchanged for name in layers}
     anew = [name for name in refreshing if isinstance(chosen[name], Thin) or name in late]
     return _Turn(params, count, n, layers, chosen, refreshing, estimators, state, known, anew)
-
-
-def _refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:
-    """Refuse a batch that uses other layers than the state has seen.
-
-    Without a call a layer is read as a parameter without a rule, and what the state knows of it is lost.
-    """
-    for old in state.layers:
-        new = layers.get(old.weight)
-        if new is None or (old.rule is None) == (new.rule is None):
-            continue
-        if (old if old.rule is None else new).hidden_by == NO_CALL:
-            raise ValueError(
-                f"loss_fn {'does not use' if new.rule is None else 'uses'} the layer {old.weight!r}, which it "
-                f"{'used' if new.rule is None else 'did not use'} when state was made: in a compiled step, and with "
-                "ranks, let it use each layer in every call or in none; one process takes it in eager mode"
-            )
-
-
-def _unused(layers: Iterable[Layer]) -> set[str]:
-    """The layers that a batch does not use; of a state's, those that its last refresh passed over for that."""
-    return {layer.weight for layer in layers if layer.rule is not None and layer.hidden_by == NO_CALL}
-
-
-def _marked(layer: Layer, unused: bool) -> Layer:
-    return layer if layer.rule is None else layer._replace(hidden_by=NO_CALL if unused else None)
-
-
-def _met(
-    state: State,
-    layers: Mapping[str, Layer],
-    chosen: Mapping[str, Choice],
-    params: Mapping[str, Tensor],
-    averaged: bool,
-) -> State:
-    """The state, in which a layer starts anew when the first call uses it: nothing is known of it until then."""
-    without = {layer.weight for layer in state.layers if layer.rule is None and layer.hidden_by == NO_CALL}
-    met = {name: layer for name, layer in layers.items() if layer.rule is not None and name in without}
-    if not met:
-        return state
-    start = initial_state(tuple(met.values()), chosen, params, averaged)
-    joined_now = {layer.bias for layer in met.values()} & without  # biases that were layers of their own
-
-    def renewed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        return {**{name: of_layer for name, of_layer in old.items() if name not in joined_now}, **new}
-
-    known = {layer.weight: layer for layer in state.layers}
-    return State(
-        state.step,
-        renewed(state.factors, start.factors),
-        renewed(state.bases, start.bases),
-        renewed(state.second_moments, start.second_moments),
-        tuple(renewed(known, {name: _marked(layer, True) for name, layer in met.items()}).values()),
-    )
 
 
 def _observe(how: _Method, turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:

@@ -28,10 +28,11 @@ from .kronecker import (
     times,
     unpack_all,
 )
-from .precondition import initial_state, rescaled
+from .precondition import rescaled
 from .reference import exact_block
 from .refreshes import refresh_bases
 from .rules import Rules
+from .states import initial_state
 from .subspace import Mean
 from .types import Basis, Batch, Layer, LossFn, Moment, Params, State, Sums, Terms, batch_size
 
