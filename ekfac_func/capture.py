@@ -315,7 +315,7 @@ class _Tapping:
             func, args, kwargs = of_table(func, args, kwargs, self.fixed.values())
         if not self.compiling:
             self.seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), self.by_id)))
-            self.copies.begins(func, args)
+        self.copies.begins(func, args)
         if not self.compiling or not self.found.open:  # in an open graph discovery has seen every call
             refuse(func, args, kwargs, self.params, self.options.batched)
         if self.mapping and kwargs.get("memory_format") in CHANNELS_LAST:
@@ -327,7 +327,7 @@ class _Tapping:
             own = self.looping and func in expansions.COPIES and name_of(args[0], self.known) is None
             output = expansions.expanded(func, args, kwargs, self.handle, self.as_written or own)
         if output is not NotImplemented:
-            if func in expansions.COPIES and not self.compiling:
+            if func in expansions.COPIES:
                 self.copies.add(output, *args)
             self.copies.ends(func)
             return output
@@ -336,7 +336,7 @@ class _Tapping:
         if func in self.options.rules:
             return self.layer(func, args, kwargs)
         output = self.instead.get(func, func)(*args, **kwargs)
-        if func in COPIED and func in self.instead and args and not self.compiling:
+        if func in COPIED and func in self.instead and args:
             self.copies.add(output, args[0])
         return output
 

@@ -32,7 +32,7 @@ def _holders(t: Tensor) -> int:
 
 
 class Copies:
-    """The copies of one run of a loss."""
+    """The copies of one run of a loss; in a graph, where nothing can be asked of a tensor's memory, none are noted."""
 
     def __init__(self) -> None:
         self.pairs: list[_Pair] = []
@@ -41,6 +41,8 @@ class Copies:
 
     def add(self, copy: Tensor, base: Tensor, index: Any = None) -> None:
         """Note that copy was made of base."""
+        if torch.compiler.is_dynamo_compiling():
+            return
         own, of = innermost(copy), innermost(base)
         if not (own.is_inference() or of.is_inference()):  # which nobody changes
             self.pairs.append(_Pair(weakref.ref(copy), own, of, (own._version, of._version), index, _holders(own)))
@@ -50,6 +52,8 @@ class Copies:
 
         Python runs `x[id] += v` as three calls in a row: a copy is read, changed in place, and written back.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return
         last, self.last = self.last, None
         if args and isinstance(args[0], Tensor) and not innermost(args[0]).is_inference():
             self.last = weakref.ref(args[0]), innermost(args[0])._version
