@@ -44,7 +44,7 @@ from .made import own_of_each
 from .modes import innermost, no_autocast, share, transformed
 from .refusals import refuse, refuse_changed
 from .rules import RULES
-from .tap import LOOKUPS, Tap, beneath, name_of, of_table, readings, traced, unfused, with_ids
+from .tap import LOOKUPS, Tap, beneath, name_of, of_table, output_of, readings, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, batch_size, statistics_dtype
 
 
@@ -272,10 +272,7 @@ def _replacing(found: Plan, batched: bool) -> tuple[Functions, Functions, Functi
 
 
 class _Tapping:
-    """One run of a loss under the tap, call by call.
-
-    It counts calls, and expands them, as `discovery._Watch` does: what one does the other has to do.
-    """
+    """One run of a loss under the tap, call by call."""
 
     def __init__(
         self,
@@ -288,7 +285,8 @@ class _Tapping:
         free: Params,
         n: int | None,
     ) -> None:
-        self.found, self.options, self.calls, self.probe, self.n = found, options, calls, probe, n
+        self.found, self.calls, self.probe, self.n = found, calls, probe, n
+        self.rules, self.batched = options.rules, options.batched
         self.instead, self.of_tapped, self.of_cast = replacing
         self.params = {**fixed, **free}
         self.fixed, self.free = fixed, free
@@ -317,24 +315,16 @@ class _Tapping:
             self.seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), self.by_id)))
         self.copies.begins(func, args)
         if not self.compiling or not self.found.open:  # in an open graph discovery has seen every call
-            refuse(func, args, kwargs, self.params, self.options.batched)
+            refuse(func, args, kwargs, self.params, self.batched)
         if self.mapping and kwargs.get("memory_format") in CHANNELS_LAST:
             kwargs = {**kwargs, "memory_format": torch.contiguous_format}
         if func == REQUIRES_GRAD and name_of(args[0], self.known) is not None:  # one of a tapped call is a constant
             return True
-        output = NotImplemented
-        if func not in self.instead:
-            own = self.looping and func in expansions.COPIES and name_of(args[0], self.known) is None
-            output = expansions.expanded(func, args, kwargs, self.handle, self.as_written or own)
-        if output is not NotImplemented:
-            if func in expansions.COPIES:
-                self.copies.add(output, *args)
-            self.copies.ends(func)
-            return output
-        if func in views.VIEWS:
-            return self.view(func, args, kwargs)
-        if func in self.options.rules:
-            return self.layer(func, args, kwargs)
+        own_view = self.looping and func in expansions.COPIES and name_of(args[0], self.known) is None
+        return output_of(self, func, args, kwargs, self.as_written or own_view or func in self.instead)
+
+    def other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function that has no rule and gives no view."""
         output = self.instead.get(func, func)(*args, **kwargs)
         if func in COPIED and func in self.instead and args:
             self.copies.add(output, args[0])
@@ -363,14 +353,13 @@ class _Tapping:
             self.gathered.extend(views.Gathered(part, ids, name) for part in parts)
         return output
 
-    def layer(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def layer(self, at: int, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a function that has a rule, with a probe where the plan has one."""
-        k, at = len(self.calls), self.counted
-        self.counted += 1
+        k = len(self.calls)
         if k == len(self.found.calls) or self.found.calls[k].at != at:
             return self.instead.get(func, func)(*args, **kwargs)
         planned = self.found.calls[k]
-        reads = readings(self.options.rules, func, args, kwargs)
+        reads = readings(self.rules, func, args, kwargs)
         read = reads[planned.reading] if planned.reading < len(reads) else None
         name = None if read is None else name_of(read.weight, self.known)
         bias = None if read is None or read.bias is None else name_of(read.bias, self.known)

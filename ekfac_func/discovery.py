@@ -55,7 +55,20 @@ from .modes import depth, innermost, share
 from .picked import READS, Picked, has_tensors
 from .refusals import Changed, buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
 from .rules import Rules
-from .tap import LOOKUPS, Tap, assigned, beneath, called, of_table, readings, traced, unchecked, unfused, with_ids
+from .tap import (
+    LOOKUPS,
+    Tap,
+    assigned,
+    beneath,
+    called,
+    of_table,
+    output_of,
+    readings,
+    traced,
+    unchecked,
+    unfused,
+    with_ids,
+)
 from .types import NO_CALL, Batch, Layer, LossAuxFn, LossFn, Params, batch_size
 from .views import View
 
@@ -485,10 +498,7 @@ def _unlogged() -> contextlib.AbstractContextManager[None]:
 
 
 class _Watch:
-    """Watches one run of a loss: what it does with its parameters, call by call.
-
-    Its calls are counted, and expanded, as `capture._Tapping` does: what one does the other has to do.
-    """
+    """Watches one run of a loss: what it does with its parameters, call by call."""
 
     def __init__(
         self,
@@ -526,8 +536,9 @@ class _Watch:
         """The output of a call of a torch function."""
         return self.made.call(self.noted, func, args, kwargs) if self.n is None else self.noted(func, args, kwargs)
 
-    def before_call(self, func: Any, args: Any, kwargs: Any, inner: bool) -> None:
-        """Note what a call says about the loss, before it runs. inner: it is within a transform of the loss's own."""
+    def before_call(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note what a call says about the loss, before it runs."""
+        inner = self.inner()
         refuse(func, args, kwargs, self.params, self.n is not None)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
@@ -547,45 +558,48 @@ class _Watch:
             raise DataDependentOutputException(torch.ops.aten.index_put.default)
         self.found.nested |= (func in OPEN or func in IN_GRAPHS) and inner
 
+    def inner(self) -> bool:
+        """Whether a transform of the loss's own is under way."""
+        return depth() != self.level
+
     def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a call, and note which parameters it uses, and how."""
         batched = self.n is not None
         # in a batch rows in another order would be taken for other examples'
         if func in LOOKUPS and not batched and F.embedding in self.rules:
             func, args, kwargs = of_table(func, args, kwargs, self.params.values())
-        inner = depth() != self.level
-        self.before_call(func, args, kwargs, inner)
-        output = expansions.expanded(func, args, kwargs, self.handle, batched)
-        if output is not NotImplemented:
-            if func in expansions.FOR_VMAP:  # not all its calls are handed over
-                self.note(func, (args, kwargs))
-            if func in expansions.COPIES:
-                self.copies.add(output, *args)
-            self.copies.ends(func)
-            return output
-        if func in views.VIEWS:
-            output = func(*(at_constant_masks(func, args) if self.by_masks else args), **kwargs)
-            if func in views.MAY_COPY and args:
-                self.found.shared.append(share(output, args[0]))
-            if not self.follow(func, args, output):
-                self.note(func, args[:1])
-            return output
-        why = ""
-        if func in self.rules:
-            at, self.counted = self.counted, self.counted + 1
-            why = self.skip.get(at, "")
-            # inside a transform of the user's own the output of a call is not all that the loss sees of it
-            output = NotImplemented if at in self.skip or inner else self.use(at, func, args, kwargs)
-            if output is not NotImplemented:
-                return output
+        self.before_call(func, args, kwargs)
+        output = output_of(self, func, args, kwargs, batched)
+        if func in expansions.FOR_VMAP:  # not all the calls of its expansion are handed over
+            self.note(func, (args, kwargs))
+        return output
+
+    def view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function of `views.VIEWS`; what it shows of a parameter is known from then on."""
+        output = func(*(at_constant_masks(func, args) if self.by_masks else args), **kwargs)
+        if func in views.MAY_COPY and args:
+            self.found.shared.append(share(output, args[0]))
+        if not self.follow(func, args, output):
+            self.note(func, args[:1])
+        return output
+
+    def layer(self, at: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function that has a rule."""
+        # inside a transform of the user's own the output of a call is not all that the loss sees of it
+        apart = at in self.skip or self.inner()
+        output = NotImplemented if apart else self.use(at, func, args, kwargs)
+        return self.other(func, args, kwargs, self.skip.get(at, "")) if output is NotImplemented else output
+
+    def other(self, func: Any, args: Any, kwargs: Any, why: str = "") -> Any:
+        """The output of a call that is no layer's, and why, where a rule would have read it."""
         self.note(func, (args, kwargs), why)
         output = self.call(func, args, kwargs)
-        if func in COPIED and args and not batched:
+        if func in COPIED and args and self.n is None:
             self.copies.add(output, args[0])
         if func == DATA:  # the same memory, with a version of its own
             of = [name for name, p in self.params.items() if share(output, p)]
             self.given.extend((name, output, output._version) for name in of)
-            if not of and not batched:
+            if not of and self.n is None:
                 self.copies.add(output, output)
         return output
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch.backends import mha
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
 
+from . import expansions
+from .copies import Copies
 from .indexing import entries_of, is_list
 from .rules import Call, Rules
-from .views import Gathered
+from .views import VIEWS, Gathered
 
 
 class Tap(TorchFunctionMode):
@@ -55,6 +57,45 @@ def beneath(tap: Tap) -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
+
+
+class Watcher(Protocol):
+    """What discovery and capture each do with the calls of a loss."""
+
+    rules: Rules
+    counted: int  # calls of functions that have a rule
+    copies: Copies
+
+    def handle(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of any torch function."""
+
+    def view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function of `VIEWS`."""
+
+    def layer(self, at: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function that has a rule; at: how many calls of such came before."""
+
+    def other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of any other function."""
+
+
+def output_of(watcher: Watcher, func: Any, args: Any, kwargs: Any, batched: bool) -> Any:
+    """The output of a call, in one way for both: a plan names calls by their number, as discovery counted them.
+
+    batched: without the expansions that `vmap` needs.
+    """
+    output = expansions.expanded(func, args, kwargs, watcher.handle, batched)
+    if output is not NotImplemented:
+        if func in expansions.COPIES:
+            watcher.copies.add(output, *args)
+        watcher.copies.ends(func)
+        return output
+    if func in VIEWS:
+        return watcher.view(func, args, kwargs)
+    if func not in watcher.rules:
+        return watcher.other(func, args, kwargs)
+    at, watcher.counted = watcher.counted, watcher.counted + 1
+    return watcher.layer(at, func, args, kwargs)
 
 
 LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select)
