@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .discovery import Plan
-from .layout import Along, Tapped, Window
+from .layout import Along, Spec, Tapped, Use, Window
 from .patches import Patches
 from .rules import Call
 from .types import Factored, Layer, OneHot, Params, Terms, statistics_dtype
@@ -36,7 +36,7 @@ class Arrivals:
         self.missing = set(range(len(found.calls)))
         self.uses: dict[str, list[int]] = {}
         for k, planned in enumerate(found.calls):
-            self.uses.setdefault(planned.weight, []).append(k)
+            self.uses.setdefault(planned.use.weight, []).append(k)
         dense = [name for name, layer in self.layers.items() if layer.rule is None]
         sizes = {name: math.prod(self.layers[name].sizes) for name in dense}
         self.bytes_each = sum(size * statistics_dtype(params[name]).itemsize for name, size in sizes.items())
@@ -50,8 +50,9 @@ class Arrivals:
                 leaves = [_examples_first(x, along, self.n) for x, along in zip(leaves, planned.along[1:], strict=True)]
                 inputs[k] = pytree.tree_unflatten(leaves, tree)
             sizes = [math.prod(x.shape[1:]) * x.element_size() for x in pytree.tree_leaves(inputs[k])]
-            size = sum(sizes) + math.prod(output_shape(planned, 1)) * planned.output.dtype.itemsize
-            self.bytes_each += size * (planned.windows[0].size if planned.by_ids else 1)  # written for every block
+            use, outputs = planned.use, math.prod(output_shape(planned, 1))
+            size = sum(sizes) + outputs * use.output.dtype.itemsize
+            self.bytes_each += size * (use.windows[0].size if use.by_ids else 1)  # written for every block
 
     def arrived(self, k: int, g: Tensor) -> None:
         """Take the gradient w.r.t. the output of a call; one before the start is of a pass for what has no rule."""
@@ -60,25 +61,24 @@ class Arrivals:
         planned = self.planned[k]
         self.gradients[k] = g if planned.along is None else _examples_first(g, planned.along[0], self.n)
         self.missing.remove(k)
-        uses = self.uses[planned.weight]
+        uses = self.uses[planned.use.weight]
         if self.missing.isdisjoint(uses):
-            layer = self.layers[planned.weight]
+            layer = self.layers[planned.use.weight]
             terms = _added([_placed(self._term(j), self.planned[j], layer, self.params) for j in uses])
             self.take(layer, terms, self.bytes_each)
 
     def _term(self, k: int) -> Factored | OneHot:
-        call, x, g, planned = self.calls[k], self.inputs[k], self.gradients.pop(k), self.planned[k]
+        call, x, g, use = self.calls[k], self.inputs[k], self.gradients.pop(k), self.planned[k].use
         self.calls[k] = self.inputs[k] = None
-        if planned.by_ids:
-            return _of_blocks(call, x, g, planned)
+        if use.by_ids:
+            return _of_blocks(call, x, g, use.windows[0].size)
         term = call.read(x, g)
-        _check_term(term, planned)
+        _check_term(term, use)
         return term
 
     def probes(self) -> list[Tensor]:
         """Zeros in the shapes of the outputs."""
-        of = [(planned.output, output_shape(planned, self.n)) for planned in self.planned]
-        return [torch.zeros(shape, dtype=output.dtype, device=output.device) for output, shape in of]
+        return [_zeros(planned.use.output, output_shape(planned, self.n)) for planned in self.planned]
 
     def deliver(self, inputs: list[Any], gradients: list[Any]) -> None:
         """Deliver all gradients at once."""
@@ -91,35 +91,41 @@ class Arrivals:
         """Zeros for what the loss does not depend on; then drop every reference, for a tap can live on in a cycle."""
         for k in sorted(self.missing):
             planned = self.planned[k]
-            shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.output.shape)
-            self.arrived(k, torch.zeros(shape, dtype=planned.output.dtype, device=planned.output.device))
+            shape = output_shape(planned, self.n) if planned.along is not None else (self.n, *planned.use.output.shape)
+            self.arrived(k, _zeros(planned.use.output, shape))
         del self.take
         self.inputs = []
 
 
-def _check_term(term: Any, planned: Tapped) -> None:
+def _zeros(like: Spec, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def _check_term(term: Any, use: Use) -> None:
     """Refuse what a rule gave that is no term, or not on the axes that the rule named."""
     if isinstance(term, OneHot):
         return
     if not isinstance(term, Factored):
         raise TypeError(
-            f"the rule of a call of {planned.weight!r} gave a {type(term).__name__}: let its term return Factored(a, g)"
+            f"the rule of a call of {use.weight!r} gave a {type(term).__name__}: let its term return Factored(a, g)"
         )
-    b, o, i = (window.length for window in planned.windows)
+    b, o, i = (window.length for window in use.windows)
     a, g = tuple(term.a.shape), tuple(term.g.shape)
     if len(a) != 5 or len(g) != 4 or a[:3] != g[:3] or (a[1], a[3], g[3]) != (b, i, o):
         raise ValueError(
-            f"the rule of a call of {planned.weight!r} gave a of shape {a} and g of shape {g}: let its term return "
+            f"the rule of a call of {use.weight!r} gave a of shape {a} and g of shape {g}: let its term return "
             f"a [n b s i k] and g [n b s o], of the letters that it gave the weight's axes b = {b}, i = {i}, o = {o}"
         )
 
 
 def output_shape(call: Tapped, n: int | None) -> tuple[int, ...]:
+    """Of the output of a call; n: the examples of a batched loss, None of a loss of one example."""
+    shape = call.use.output.shape
     if call.along is None:
-        return tuple(call.output.shape)
+        return tuple(shape)
     assert n is not None
     axis, entries = call.along[0].axis, call.along[0].entries  # Dynamo of 2.11 unpacks no constant tuple
-    return (*call.output.shape[:axis], n * entries, *call.output.shape[axis + 1 :])
+    return (*shape[:axis], n * entries, *shape[axis + 1 :])
 
 
 def _examples_first(t: Tensor, along: Along, n: int) -> Tensor:
@@ -131,13 +137,13 @@ def _examples_first(t: Tensor, along: Along, n: int) -> Tensor:
 def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Params) -> Factored | OneHot:
     """The term of a call on the axes of its whole layer, in the dtype of statistics, the bias as the last input."""
     dtype = statistics_dtype(params[layer.weight])
-    b, o, i = planned.windows
+    b, o, i = planned.use.windows
     one = layer.bias is not None
     if isinstance(term, OneHot):
         g = F.pad(_within(term.g.to(dtype), i, -1), [0, one])
         return OneHot(term.ids + o.start, o.size, g, term.counted)
     a, g, x, counted = term.a.to(dtype), term.g.to(dtype), term.x, term.counted
-    last = float(planned.biased)  # 1 where the call added the bias
+    last = float(planned.bias is not None)  # 1 where the call added the bias
     if b.length < b.size:
         counted = _within(torch.ones_like(g[..., 0], dtype=torch.bool), b, 1)
     g = _within(_within(g, o, 3), b, 1)
@@ -154,14 +160,13 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
     return Factored(a, g, x, counted)
 
 
-def _of_blocks(call: Call, inputs: Any, g: Tensor, planned: Tapped) -> Factored:
+def _of_blocks(call: Call, inputs: Any, g: Tensor, blocks: int) -> Factored:
     """The term of a call on blocks of a layer that ids picked: each is a position of the block that it is."""
     x, ids = inputs[0], inputs[1].to(g.device)  # [n p]; ids may be on the CPU
     term = call.read(x, g)
     assert isinstance(term, Factored)
-    blocks = torch.arange(planned.windows[0].size, device=ids.device)
-    ids = torch.where(ids < 0, ids + len(blocks), ids)
-    counted = blocks[None, :, None] == ids[:, None]  # [n b p]
+    ids = torch.where(ids < 0, ids + blocks, ids)
+    counted = torch.arange(blocks, device=ids.device)[None, :, None] == ids[:, None]  # [n b p]
     counted = counted.repeat_interleave(term.g.shape[2], dim=2)
     a, g = (t.flatten(1, 2)[:, None] for t in (term.inputs, term.g))  # [n 1 (p s) ...]
     return Factored(torch.where(counted[..., None, None], a, 0), torch.where(counted[..., None], g, 0), None, counted)

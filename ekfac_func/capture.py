@@ -290,7 +290,6 @@ class _Tapping:
         self.instead, self.of_tapped, self.of_cast = replacing
         self.params = {**fixed, **free}
         self.fixed, self.free = fixed, free
-        self.biases = {layer.weight: layer.bias for layer in found.layers}
         self.compiling = torch.compiler.is_compiling()
         self.looping = found.way is Way.LOOPED
         self.mapping = not (options.batched or self.looping)
@@ -356,19 +355,19 @@ class _Tapping:
     def layer(self, at: int, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a function that has a rule, with a probe where the plan has one."""
         k = len(self.calls)
-        if k == len(self.found.calls) or self.found.calls[k].at != at:
+        if k == len(self.found.calls) or self.found.calls[k].use.at != at:
             return self.instead.get(func, func)(*args, **kwargs)
-        planned = self.found.calls[k]
+        planned, use = self.found.calls[k], self.found.calls[k].use
         reads = readings(self.rules, func, args, kwargs)
-        read = reads[planned.reading] if planned.reading < len(reads) else None
+        read = reads[use.reading] if use.reading < len(reads) else None
         name = None if read is None else name_of(read.weight, self.known)
         bias = None if read is None or read.bias is None else name_of(read.bias, self.known)
         if read is not None and not self.compiling:
             held = (read.weight,) if bias is None else (read.weight, read.bias)
             args, kwargs = without_gradient((args, kwargs), *held)
-        cast = torch.is_autocast_enabled(self.params[planned.weight].device.type)
+        cast = torch.is_autocast_enabled(self.params[use.weight].device.type)
         output = (self.of_cast if cast else self.of_tapped).get(func, func)(*args, **kwargs)
-        named = name == planned.weight or (self.compiling and name is None)  # a view by `w.T`
+        named = name == use.weight or (self.compiling and name is None)  # a view by `w.T`
         # two tuples, for Dynamo
         if read is None or not named or tuple(output.shape) != output_shape(planned, self.n):
             raise StalePlan(
@@ -376,17 +375,16 @@ class _Tapping:
                 "that discovery saw: let the loss call the same layers whatever device, mode or values it meets"
             )
         if not self.compiling:
-            added = self.biases[planned.weight] if planned.biased else None
-            if bias != added:
+            if bias != planned.bias:
                 raise StalePlan(
-                    f"call {k} of a layer, of {planned.weight!r}, adds the parameter {bias!r} where discovery saw "
-                    f"{added!r}: let the loss call the same layers whatever device, mode or values it meets"
+                    f"call {k} of a layer, of {use.weight!r}, adds the parameter {bias!r} where discovery saw "
+                    f"{planned.bias!r}: let the loss call the same layers whatever device, mode or values it meets"
                 )
             self.seen.append((read.letters, read.split, bias, read.table, output.dtype))
             if torch.is_grad_enabled():
                 leaves = map(innermost, pytree.tree_leaves(read.input))
-                self.inputs.extend((planned.weight, x, x._version) for x in leaves)
-        self.calls.append(with_ids(read, self.gathered, planned.weight) if planned.by_ids else read)
+                self.inputs.extend((use.weight, x, x._version) for x in leaves)
+        self.calls.append(with_ids(read, self.gathered, use.weight) if use.by_ids else read)
         # a function of a rule of the user's own may need its output, which a change in place would not let alone
         return self.probe(k, output if func in RULES else output.clone())
 
@@ -436,7 +434,7 @@ def _tapped(
     found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
 ) -> tuple[Folded, list[Any]]:
     layers = {layer.weight: layer for layer in found.layers}
-    tapped = {call.weight for call in found.calls}
+    tapped = {call.use.weight for call in found.calls}
     uncalled = {layer.weight for layer in found.layers if layer.rule is not None} - tapped
     owned = {name for weight in tapped | uncalled for name in (weight, layers[weight].bias)}
     fixed = {name: p for name, p in params.items() if name in owned}

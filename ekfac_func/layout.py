@@ -63,20 +63,6 @@ class Window(NamedTuple):
     size: int
 
 
-class Tapped(NamedTuple):
-    """A call of a layer. Constants only."""
-
-    at: int  # how many calls of functions that have a rule came before
-    reading: int  # which of its rule's readings
-    weight: str
-    output: Spec  # of one example; in a batched loss of a batch, whose axis of examples is open
-    along: tuple[Along, ...] | None  # in a batched loss: of the output, and of each tensor of the input
-    windows: tuple[Window, Window, Window]  # of b, o, i
-    swapped: bool  # o and i are the layer's i and o
-    biased: bool  # the call adds the layer's bias
-    by_ids: bool  # ids, beside its input, say which block of the layer each block of the call is
-
-
 class Groups(NamedTuple):
     """The axes of a parameter that a call has on b, o, i and k: size and stride of each, in their order."""
 
@@ -90,20 +76,29 @@ class Groups(NamedTuple):
 
 
 class Use(NamedTuple):
-    """A call of a layer, as one run of discovery sees it."""
+    """A call of a layer, as one run of discovery sees it. Constants only."""
 
-    at: int
-    reading: int
+    at: int  # how many calls of functions that have a rule came before
+    reading: int  # which of its rule's readings
     weight: str
     bias: str | None
     func: str
     table: bool
     groups: Groups
-    windows: tuple[Window, Window, Window]
-    by_ids: bool
+    windows: tuple[Window, Window, Window]  # of b, o, i
+    by_ids: bool  # ids, beside its input, say which block of the layer each block of the call is
     mixes: tuple[int, ...]
-    output: Spec
+    output: Spec  # of one example; in a batched loss of a batch, whose axis of examples is open
     inputs: tuple[Spec, ...]
+
+
+class Tapped(NamedTuple):
+    """A use that is tapped, and what its layer and the other runs of discovery say of it. Constants only."""
+
+    use: Use
+    along: tuple[Along, ...] | None  # in a batched loss: of the output, and of each tensor of the input
+    swapped: bool  # o and i are the layer's i and o
+    bias: str | None  # of the layer, if the call adds it
 
 
 @dataclass
@@ -216,17 +211,7 @@ def arrange(
             hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else unseen]
             layers.append(dense_layer(name, param.shape, " + ".join(hidden)))
     calls = [
-        Tapped(
-            use.at,
-            use.reading,
-            use.weight,
-            use.output,
-            place,
-            use.windows,
-            use.groups != tapped[use.weight],
-            use.bias is not None and biases[use.weight] is not None,
-            use.by_ids,
-        )
+        Tapped(use, place, use.groups != tapped[use.weight], None if use.bias is None else biases[use.weight])
         for use, place in zip(found.uses, places, strict=True)
         if use.weight in tapped
     ]
