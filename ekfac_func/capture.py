@@ -252,23 +252,30 @@ CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)  # `vmap` lays no 
 WAYS = {"SUMMED": summed, "EACH": each, "LOOPED": looped, "BATCHED": batched}  # by name, for Dynamo hashes no enum
 
 
-def _replacing(found: Plan, batched: bool) -> tuple[Functions, Functions, Functions]:
-    """What is called in place of torch functions: in any call, in a tapped one, and in a tapped one under autocast."""
+class Replaced(NamedTuple):
+    """What is called in place of torch functions."""
+
+    anywhere: Functions
+    tapped: Functions  # in calls that are tapped
+    cast: Functions  # in those under autocast
+
+
+def _replaced(found: Plan, batched: bool) -> Replaced:
     mapped = transformed()
     if torch.compiler.is_compiling():
         if batched:  # `found.way is Way.BATCHED` would be a guard that Dynamo cannot check
-            return OPEN_BATCHED, {}, {}
-        return EXACT | MAPPED | (OPEN | IN_GRAPHS if found.open else {}), OPEN_LAYERS, OPEN_LAYERS
+            return Replaced(OPEN_BATCHED, {}, {})
+        return Replaced(EXACT | MAPPED | (OPEN | IN_GRAPHS if found.open else {}), OPEN_LAYERS, OPEN_LAYERS)
     if batched:
-        return {}, {} if mapped else EAGER_LAYERS, {}
+        return Replaced({}, {} if mapped else EAGER_LAYERS, {})
     if found.way is Way.LOOPED:
-        return EXACT, EXACT, EXACT
+        return Replaced(EXACT, EXACT, EXACT)
     if found.way is Way.EACH or mapped:  # by a `vmap` of the caller's own
-        return EXACT | MAPPED, {}, {}
+        return Replaced(EXACT | MAPPED, {}, {})
     if not found.open:
-        return EXACT | MAPPED, EAGER_LAYERS, {}
+        return Replaced(EXACT | MAPPED, EAGER_LAYERS, {})
     # of a convolution with a bias `vmap` makes calls that autocast does not cast, or in part
-    return EXACT | MAPPED | OPEN, EAGER_LAYERS | OF_CHANNELS, OPEN_LAYERS
+    return Replaced(EXACT | MAPPED | OPEN, EAGER_LAYERS | OF_CHANNELS, OPEN_LAYERS)
 
 
 class _Tapping:
@@ -278,7 +285,7 @@ class _Tapping:
         self,
         found: Plan,
         options: Options,
-        replacing: tuple[Functions, Functions, Functions],
+        replaced: Replaced,
         calls: list[Any],
         probe: Probe,
         fixed: Params,
@@ -287,7 +294,7 @@ class _Tapping:
     ) -> None:
         self.found, self.calls, self.probe, self.n = found, calls, probe, n
         self.rules, self.batched = options.rules, options.batched
-        self.instead, self.of_tapped, self.of_cast = replacing
+        self.replaced = replaced
         self.params = {**fixed, **free}
         self.fixed, self.free = fixed, free
         self.compiling = torch.compiler.is_compiling()
@@ -320,12 +327,12 @@ class _Tapping:
         if func == REQUIRES_GRAD and name_of(args[0], self.known) is not None:  # one of a tapped call is a constant
             return True
         own_view = self.looping and func in expansions.COPIES and name_of(args[0], self.known) is None
-        return output_of(self, func, args, kwargs, self.as_written or own_view or func in self.instead)
+        return output_of(self, func, args, kwargs, self.as_written or own_view or func in self.replaced.anywhere)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a function that has no rule and gives no view."""
-        output = self.instead.get(func, func)(*args, **kwargs)
-        if func in COPIED and func in self.instead and args:
+        output = self.replaced.anywhere.get(func, func)(*args, **kwargs)
+        if func in COPIED and func in self.replaced.anywhere and args:
             self.copies.add(output, args[0])
         return output
 
@@ -334,7 +341,7 @@ class _Tapping:
         name = name_of(args[0], self.known) if len(args) > 0 else None
         if self.compiling and name is not None:
             views.fix((args[1:], kwargs))
-        output = (func if name is not None else self.instead.get(func, func))(*args, **kwargs)
+        output = (func if name is not None else self.replaced.anywhere.get(func, func))(*args, **kwargs)
         if func in views.MAY_COPY and args and not self.compiling:
             at, self.reshaped = self.reshaped, self.reshaped + 1
             if at < len(self.found.shared) and self.found.shared[at] != share(output, args[0]):
@@ -356,7 +363,7 @@ class _Tapping:
         """The output of a function that has a rule, with a probe where the plan has one."""
         k = len(self.calls)
         if k == len(self.found.calls) or self.found.calls[k].use.at != at:
-            return self.instead.get(func, func)(*args, **kwargs)
+            return self.replaced.anywhere.get(func, func)(*args, **kwargs)
         planned, use = self.found.calls[k], self.found.calls[k].use
         reads = readings(self.rules, func, args, kwargs)
         read = reads[use.reading] if use.reading < len(reads) else None
@@ -366,7 +373,7 @@ class _Tapping:
             held = (read.weight,) if bias is None else (read.weight, read.bias)
             args, kwargs = without_gradient((args, kwargs), *held)
         cast = torch.is_autocast_enabled(self.params[use.weight].device.type)
-        output = (self.of_cast if cast else self.of_tapped).get(func, func)(*args, **kwargs)
+        output = (self.replaced.cast if cast else self.replaced.tapped).get(func, func)(*args, **kwargs)
         named = name == use.weight or (self.compiling and name is None)  # a view by `w.T`
         # two tuples, for Dynamo
         if read is None or not named or tuple(output.shape) != output_shape(planned, self.n):
@@ -405,7 +412,7 @@ def _watched(
 ) -> tuple[Probed, list[Any], list[list[Any]]]:
     """The loss under the tap, the list in which a run leaves its calls, and the list of what each run has seen."""
     compiling, mapped = torch.compiler.is_compiling(), transformed()  # the parameters too may be of several
-    instead, of_tapped, of_cast = _replacing(found, options.batched)
+    replaced = _replaced(found, options.batched)
     fills = found.fills or (found.draws and options.randomness == "different")
     calls: list[Any] = []
     ways: list[list[Any]] = []
@@ -413,8 +420,8 @@ def _watched(
     def probed(probe: Probe, fixed: Params, free: Params, example: Any, n: int | None = None) -> tuple[Tensor, Run]:
         calls.clear()
         own = own_of_each((example, fixed, free) if mapped else example) if fills else {}
-        replacing = {**instead, **own}, of_tapped, of_cast
-        run = _Tapping(found, options, replacing, calls, probe, fixed, free, n)
+        here = replaced._replace(anywhere={**replaced.anywhere, **own})
+        run = _Tapping(found, options, here, calls, probe, fixed, free, n)
         with contextlib.nullcontext() if compiling else traced(found.told), unfused(), beneath(Tap(run.handle)):
             loss = loss_fn({name: run.params[name] for name in names}, example)
         run.check()
