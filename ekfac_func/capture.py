@@ -442,10 +442,8 @@ def _tapped(
 ) -> tuple[Folded, list[Any]]:
     layers = {layer.weight: layer for layer in found.layers}
     tapped = {call.use.weight for call in found.calls}
-    uncalled = {layer.weight for layer in found.layers if layer.rule is not None} - tapped
-    owned = {name for weight in tapped | uncalled for name in (weight, layers[weight].bias)}
-    fixed = {name: p for name, p in params.items() if name in owned}
-    free = {name: p for name, p in params.items() if name not in owned}
+    free = {name: p for name, p in params.items() if name in layers and layers[name].rule is None}
+    fixed = {name: p for name, p in params.items() if name not in free}
     device = pytree.tree_leaves(batch)[0].device
     if found.cuts and free and transformed():  # one transform within another, which it is not of
         raise RuntimeError(
@@ -473,11 +471,11 @@ def _tapped(
         dense, run = way(probed, arrivals, fixed, free, examples, options.randomness)
         arrivals.finish()
         for name, layer in layers.items():
-            if name in uncalled:
-                take(layer, uncounted(layer, n, params[name]), arrivals.bytes_each)
-            elif name not in tapped:
+            if name in free:
                 G = dense[name].to(statistics_dtype(params[name]))
                 take(layer, (Dense(G.reshape(n, *layer.sizes)),), arrivals.bytes_each)
+            elif name not in tapped:  # no call of this batch uses it
+                take(layer, uncounted(layer, n, params[name]), arrivals.bytes_each)
         parts.append((run.losses, run.aux))
         bytes_each = arrivals.bytes_each
     losses, aux = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
