@@ -119,16 +119,15 @@ def fold(
     known: layers that parameters were in earlier batches, for those that this batch does not use; in eager mode alone.
     """
     params = separate(params)
-
-    def tapped(found: Plan) -> tuple[Folded, list[Any]]:
-        found = found if torch.compiler.is_compiling() else as_known(found, known)
-        return _tapped(found, loss_fn, params, batch, options, begin, add)
-
     if torch.compiler.is_compiling():
         found = plan(loss_fn, params, batch, options)
         if found.way is Way.LOOPED:
             raise RuntimeError(LOOPS)
-        return tapped(found)[0]
+        return _tapped(found, loss_fn, params, batch, options, begin, add)[0]
+
+    def tapped(found: Plan) -> tuple[Folded, list[Any]]:
+        return _tapped(as_known(found, known), loss_fn, params, batch, options, begin, add)
+
     check_inference_mode()
     plans, key = _memo(loss_fn), _key(loss_fn, params, batch, options)
     leaves = pytree.tree_leaves((params, batch))
