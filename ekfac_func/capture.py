@@ -36,7 +36,7 @@ from .batching import (
 )
 from .checks import check_inference_mode, check_loss
 from .copies import Copies
-from .discovery import DATA_DEPENDENT, REQUIRES_GRAD, Options, Plan, Way, as_known, plan, without_gradient
+from .discovery import Options, Plan, Way, as_known, plan
 from .draws import Draws, draws, host_draws, undrawn
 from .graphs import IN_GRAPHS
 from .layout import spec
@@ -46,6 +46,7 @@ from .refusals import refuse, refuse_changed
 from .rules import RULES
 from .tap import LOOKUPS, Tap, beneath, name_of, of_table, output_of, readings, traced, unfused, with_ids
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, batch_size, statistics_dtype
+from .watch import DATA_DEPENDENT, REQUIRES_GRAD, without_gradient
 
 
 class Captured(NamedTuple):

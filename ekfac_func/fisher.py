@@ -18,12 +18,12 @@ from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, 
 from torch.utils import _pytree as pytree
 
 from .checks import check_count, check_function
-from .discovery import DATA_DEPENDENT
 from .draws import undrawn
 from .layout import Flat, filled, specs
 from .second_moment import SecondMoment
 from .tap import unchecked
 from .types import Batch, LossFn, Params, batch_size, statistics_dtype
+from .watch import DATA_DEPENDENT
 
 Model = Callable[[Params, Any], Any]
 """(params, example) -> output of one example, a tensor or a tree of tensors"""
