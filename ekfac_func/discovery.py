@@ -228,28 +228,31 @@ def _unread(param_specs: Mapping[str, Spec], why: str, way: Way) -> Plan:
 
 def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], few: int, more: int) -> Plan:
     """The plan of a batched loss, by runs on two batch sizes: an axis of examples grows with their number."""
-    one, two = run(few), run(more)
-    if len(one.lookups) == len(two.lookups):
-        picking = {k for k, (x, y) in enumerate(zip(one.lookups, two.lookups, strict=True)) if x != y}
-    else:
-        picking = set(range(max(len(one.lookups), len(two.lookups))))
-    if picking:
-        one, two = run(few, {}, picking), run(more, {}, picking)
     skip: dict[int, str] = {}  # calls that are differentiated as they are; without them others may be a layer's
+    picking: set[int] = set()  # lookups that are along the examples
+
+    def both() -> tuple[Observed, Observed]:
+        return run(few, skip, picking), run(more, skip, picking)
+
+    one, two = both()
+    counts = len(one.lookups), len(two.lookups)
+    picking |= {k for k in range(max(counts)) if counts[0] != counts[1] or one.lookups[k] != two.lookups[k]}
+    if picking:
+        one, two = both()
     while True:
         if [use.at for use in one.uses] != [use.at for use in two.uses]:
             raise ValueError(
                 "loss_fn calls other layers for another batch size or other examples: with batched=True it may not"
             )
         places = {x.at: places_of(x, y, few, more) for x, y in zip(one.uses, two.uses, strict=True)}
-        more_skipped = {at: "" for at, place in places.items() if place is None}  # on what all examples share
-        more_skipped |= {at: "on rows that values picked" for at in one.asked if at in one.picked | two.picked}
-        more_skipped |= {at: "after values were read" for at, asked in one.asked.items() if asked != two.asked.get(at)}
-        if not more_skipped:
+        given_up = {at: "" for at, place in places.items() if place is None}  # on what all examples share
+        given_up |= {at: "on rows that values picked" for at in one.asked if at in one.picked | two.picked}
+        given_up |= {at: "after values were read" for at, asked in one.asked.items() if asked != two.asked.get(at)}
+        if not given_up:
             tapped = arrange(param_specs, one, [places[use.at] for use in one.uses])
             return Plan(*tapped, Way.BATCHED, cuts=one.cuts)
-        skip |= more_skipped
-        one, two = run(few, skip, picking), run(more, skip, picking)
+        skip |= given_up
+        one, two = both()
 
 
 def _refuse_compiled(found: Observed) -> None:
