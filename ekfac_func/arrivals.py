@@ -37,9 +37,8 @@ class Arrivals:
         self.uses: dict[str, list[int]] = {}
         for k, planned in enumerate(found.calls):
             self.uses.setdefault(planned.use.weight, []).append(k)
-        dense = [name for name, layer in self.layers.items() if layer.rule is None]
-        sizes = {name: math.prod(self.layers[name].sizes) for name in dense}
-        self.bytes_each = sum(size * statistics_dtype(params[name]).itemsize for name, size in sizes.items())
+        dense = [layer for layer in found.layers if layer.rule is None]
+        self.bytes_each = sum(math.prod(x.sizes) * statistics_dtype(params[x.weight]).itemsize for x in dense)
 
     def start(self, inputs: list[Any]) -> None:
         """inputs: of the calls; they are taken out of this list."""

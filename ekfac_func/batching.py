@@ -185,7 +185,7 @@ def avg_pool1d(
     count_include_pad: bool = True,
 ) -> Tensor:
     """`F.avg_pool1d`, of images of one row."""
-    kernel, pads = (*(each(v, (0,)) for v in (kernel_size, padding)),)
+    kernel, pads = each(kernel_size, (0,)), each(padding, (0,))
     strides = kernel if stride is None else each(stride, (0,))
     rows = (1, *kernel), (1, *strides), (0, *pads)
     return avg_pool2d(input.unsqueeze(-2), *rows, ceil_mode, count_include_pad).squeeze(-2)

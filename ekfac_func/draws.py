@@ -13,10 +13,14 @@ from torch import Tensor
 _WITH_STATES = ("cuda", "mps", "xpu")
 
 
+Kept = tuple[Callable[[Any], Any], Any]
+"""(how the state of a generator is set, what it was)"""
+
+
 class Draws(NamedTuple):
     """The states of the random number generators before a pass, so that another pass can draw the same numbers."""
 
-    states: list[tuple[Callable[[Any], Any], Any]]  # how each is set, and what it was
+    states: list[Kept]
     recorded: bool = False  # a CUDA graph is being recorded, in which the states of devices cannot be read
 
     def repeat(self) -> None:
@@ -38,7 +42,7 @@ class Draws(NamedTuple):
 
 def host_draws() -> Draws:
     """The states of Python's and numpy's generators, whose draws are the same for all examples of a batch."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    states: list[Kept] = [(random.setstate, random.getstate())]
     if numpy := sys.modules.get("numpy"):
         states.append((numpy.random.set_state, numpy.random.get_state()))
     return Draws(states)
@@ -46,10 +50,7 @@ def host_draws() -> Draws:
 
 def draws(tensors: Iterable[Tensor]) -> Draws:
     """The states of torch's generators, on the CPU and where these tensors are, and of Python's and numpy's."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        *host_draws().states,
-    ]
+    states: list[Kept] = [(torch.set_rng_state, torch.get_rng_state()), *host_draws().states]
     devices = {t.device for t in tensors if t.device.type in _WITH_STATES}
     recorded = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
     for d in () if recorded else devices:

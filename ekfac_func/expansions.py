@@ -121,11 +121,12 @@ def scaled_dot_product_attention(
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = _additive(~attn_mask, query)
-    blind = None if attn_mask is None else (attn_mask == -torch.inf).all(-1, keepdim=True)
-    if attn_mask is not None and blind is not None:
-        attn_mask = torch.where(blind, 0, attn_mask)
-    weights = _softmax_scores(query, key, attn_mask, scale)
-    weights = weights if blind is None else torch.where(blind, 0, weights)
+    if attn_mask is None:
+        weights = _softmax_scores(query, key, None, scale)
+    else:
+        blind = (attn_mask == -torch.inf).all(-1, keepdim=True)
+        weights = _softmax_scores(query, key, torch.where(blind, 0, attn_mask), scale)
+        weights = torch.where(blind, 0, weights)
     return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
 
 

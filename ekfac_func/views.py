@@ -161,8 +161,8 @@ SAME = frozenset(
 )
 RESHAPES = frozenset(
     {
-        *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, torch.unflatten),
-        *(Tensor.ravel, torch.ravel),
+        *(getattr(of, name) for of in (Tensor, torch) for name in ("reshape", "flatten", "ravel")),
+        *(Tensor.view, torch.unflatten),
     }
 )
 MAY_COPY = (SAME | RESHAPES) - {Tensor.clone}
