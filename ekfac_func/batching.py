@@ -330,7 +330,7 @@ def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 
 
 Functions = dict[Callable[..., Any], Callable[..., Any]]
-"""Torch functions, and what is called in place of each; `capture.Replaced` says which table holds when."""
+"""Torch functions, and what is called in place of each; `tapping.Replaced` says which table holds when."""
 
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
