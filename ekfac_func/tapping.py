@@ -117,7 +117,7 @@ class _Tapping:
         """The output of any torch function."""
         if self.by_ids and func in LOOKUPS:
             if of_table(func, args, kwargs, self.free.values())[0] is not func:
-                self.counted += 1  # as discovery does
+                self.counted += 1  # discovery counts it as a call of F.embedding
             func, args, kwargs = of_table(func, args, kwargs, self.fixed.values())
         if not self.compiling:
             self.seen.append((func, torch.is_grad_enabled(), *_params_of((args, kwargs), self.by_id)))
