@@ -1,5 +1,6 @@
 """A basis is always finite and orthonormal, whatever the factor and the eigensolver."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ekfac_func import basis as eigenbasis
 from ekfac_func.kronecker import symmetric
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
 
-from .cases import CASES, N, make
+from .cases import N, every_case_and_table, make
 from .oracles import close, close_trees, same_bits
 
 HARD = Path(__file__).parent / "data" / "hard_factors.pt"
@@ -162,21 +163,20 @@ def test_eigenvectors_from_samples(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("estimator", [intra_batch, kfac], ids=["intra_batch", "kfac"])
-@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
-@pytest.mark.parametrize("name", CASES)
+@every_case_and_table
 def test_a_step_from_samples(name: str, rules: Any, estimator: SecondMoment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever a nominal batch, here of one example, has fewer samples than a side has dimensions."""
-    if rules is not RULES and "conv" not in name:
-        return
+    """Where a factor is left as its samples, however many, the step is that where each is multiplied out."""
     case = make(name)
     batch = case.batch(N)
     step = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, rules=rules)
     initial = step.init(case.params, batch)
-    natural, state, _ = step.precondition(case.params, batch, initial)
-    monkeypatch.setattr("ekfac_func.blocking.NOMINAL_N", 1)
-    found, new, info = step.precondition(case.params, batch, initial)
-    assert info.kept_bases == 0
-    close_trees(found, natural, 1e-8)
+    found = {}
+    for few in (0, math.inf):
+        monkeypatch.setattr("ekfac_func.kronecker.FEW", few)
+        found[few] = step.precondition(case.params, batch, initial)
+        assert found[few][2].kept_bases == 0
+    (natural, state, _), (other, new, _) = found.values()
+    close_trees(other, natural, 1e-8)
     close_trees(new.factors, state.factors, 1e-12)
 
 
