@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.func import functional_call
 
 from ekfac_func import describe, ekfac, per_example_gradients
@@ -154,16 +155,19 @@ def test_batch_statistics_by_choice(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_equals_eager_and_further_batch_sizes_cost_no_graph(backend: str) -> None:
+    """One for the first batch size, one for all others."""
     net, params, batch = coupled("2d")
     step = ekfac(with_buffers(net), damping=1e-2, batched=True, has_aux=True)
     state = step.init(params, batch)
     compiled = torch.compile(step.precondition, fullgraph=True, backend=backend)
+    counters.clear()
     for n in (6, 5, 4):
         part = batch[0][:n], batch[1][:n]
         natural, _, info = step.precondition(params, part, state)
         found, _, report = compiled(params, part, state)
         close_trees(found, natural, 1e-8)
         close_trees(report, info, 1e-8)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("name", COUPLED)
