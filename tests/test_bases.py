@@ -1,6 +1,7 @@
 """How much of a basis is kept, and what the samples of its factors are, by choice."""
 
 import fnmatch
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -160,6 +161,58 @@ def test_weight_sharing_with_sua(sharing: Any) -> None:
     close(state.factors["w"].B[0], B)
     product = g.shape[2] * torch.outer(torch.linalg.eigvalsh(B), torch.linalg.eigvalsh(A))
     close(state.second_moments["w"].value[0], product[..., None].expand(3, 2, 4))
+
+
+def patches(x: Tensor, groups: int = 1, dilation: int = 1, last: float = 1.0) -> Tensor:
+    """What a kernel of 2 x 2 sees of an image that is padded already, `[b s i]`, and a one for the bias."""
+    a = F.unfold(x[None], 2, dilation)[0].unflatten(0, (groups, -1)).mT
+    return torch.cat([a, torch.full((*a.shape[:2], 1), last)], 2)
+
+
+def conv(x: Tensor, params: Params, **options: Any) -> Tensor:
+    return F.conv2d(x[None], params["w"], params["b"], **options)
+
+
+def around(x: Tensor) -> Tensor:
+    return F.pad(x[None], (1, 1, 1, 1), mode="circular")[0]
+
+
+CALLED: dict[str, Callable[[Params, Tensor], list[tuple[Tensor, Tensor]]]] = {  # inputs [b s i] and output of each call
+    "groups": lambda p, x: [(patches(x, 2), conv(x, p, groups=2))],
+    "dilation": lambda p, x: [(patches(x, dilation=2), conv(x, p, dilation=2))],
+    "same": lambda p, x: [(patches(F.pad(x, (0, 1, 0, 1))), conv(x, p, padding="same"))],
+    "circular": lambda p, x: [(patches(around(x)), conv(around(x), p))],
+    "twice": lambda p, x: [(patches(x), conv(x, p)), (patches(x.cos()), conv(x.cos(), p))],
+    "once without its bias": lambda p, x: [
+        (patches(x), conv(x, p)),
+        (patches(x.cos(), last=0.0), conv(x.cos(), {**p, "b": None})),  # type: ignore[dict-item]
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", CALLED)
+def test_samples_of_each_kind_of_call(kind: str) -> None:
+    """Groups apart, padding and dilation those of the call, each call of a layer; their number is that of K-FAC."""
+    params, x = {"w": torch.randn(4, 1 if kind == "groups" else 2, 2, 2), "b": torch.randn(4)}, torch.randn(N, 2, 4, 4)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return torch.stack([y.cos().sum() for _, y in CALLED[kind](params, x)]).sum()
+
+    step = ekfac(loss_fn, damping=1e-2, second_moment=kfac)
+    _, state, _ = step.precondition(params, x, step.init(params, x))
+    samples, slopes = [], []
+    for example in x:
+        calls = CALLED[kind]({name: p.clone().requires_grad_() for name, p in params.items()}, example)
+        inputs, outputs = zip(*calls, strict=True)
+        gs = torch.autograd.grad(torch.stack([y.cos().sum() for y in outputs]).sum(), outputs)
+        samples.append(torch.cat(inputs, 1))
+        slopes.append(torch.cat([g[0].flatten(1).unflatten(0, (len(samples[0]), -1)).mT for g in gs], 1))
+    a, g = torch.stack(samples), torch.stack(slopes)  # [n b s i], [n b s o]
+    A, B = (torch.einsum("nbsd,nbse->bde", t, t) / N / t.shape[2] for t in (a, g))
+    close(state.factors["w"].A, A)
+    close(state.factors["w"].B, B)
+    product = a.shape[2] * torch.einsum("bO,bI->bOI", torch.linalg.eigvalsh(B), torch.linalg.eigvalsh(A))
+    close(state.second_moments["w"].value[..., 0], product)
 
 
 def test_the_inputs_of_every_call_are_samples_where_one_has_its_own() -> None:
