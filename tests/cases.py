@@ -1,6 +1,6 @@
 """One table of small nets, one a feature. A new layer type or a new kind of use adds a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -873,10 +873,15 @@ every_case = pytest.mark.parametrize("name", CASES)
 # whose layers are others by the table SUA
 SPATIAL = {"pairs of pixels", "batch norm eval", "group norm", "instance norm", "in place"}
 SPATIAL |= {name for name in CASES if "conv" in name and not name.startswith("transposed")}
-every_case_and_table = pytest.mark.parametrize(
-    ("name", "rules"),
-    [pytest.param(name, RULES, id=name) for name in CASES]
-    + [pytest.param(name, {**RULES, **SUA}, id=f"{name}-sua") for name in CASES if name in SPATIAL],
-)
+
+
+def and_table(names: Collection[str]) -> Any:
+    """Cases by the usual table, and by SUA's where that reads them otherwise."""
+    of_names = [pytest.param(name, RULES, id=name) for name in names]
+    of_names += [pytest.param(name, {**RULES, **SUA}, id=f"{name}-sua") for name in names if name in SPATIAL]
+    return pytest.mark.parametrize(("name", "rules"), of_names)
+
+
+every_case_and_table = and_table(CASES)
 BATCHED = [name for name in CASES if name not in LOOPED]
 every_batched_case = pytest.mark.parametrize("name", BATCHED)

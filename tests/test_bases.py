@@ -33,8 +33,7 @@ from .cases import N, make
 from .oracles import blocks as dense_blocks
 from .oracles import close, close_trees, loop, side
 
-CHOICES = {
-    "full": {},
+CHOICES = {  # those of full bases are in test_estimators.py
     "diagonal": {"*": DIAGONAL},
     "diagonal inputs": {"*": Blocks(inputs=1)},
     "diagonal outputs": {"*": Blocks(outputs=1)},

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ekfac_func import (
     FULL,
-    RULES,
-    SUA,
     SecondMoment,
     compact,
     ekfac,

@@ -16,7 +16,6 @@ from ekfac_func import (
     EKFAC,
     FULL,
     RULES,
-    SUA,
     Refresh,
     SecondMoment,
     State,
@@ -54,7 +53,7 @@ from ekfac_func.orders import Order, contraction
 from ekfac_func.subspace import rescale, rescales_samples
 from ekfac_func.types import Basis, Dense, Factored, Layer, Params, Reflections, outside
 
-from .cases import Case, N, make
+from .cases import Case, N, and_table, make
 from .oracles import blocks as dense_blocks
 from .oracles import close, close_trees, loop, same_bits, side
 
@@ -97,12 +96,9 @@ def whole(state: State, layer: Layer) -> tuple[Tensor, Tensor, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+@and_table(KINDS)
 def test_rank_against_an_explicit_complement(name: str, r: int, rules: Any) -> None:
     """Moment and natural gradient, also in a stale basis and for a power of the moment."""
-    if rules is not RULES and not name.startswith("conv"):
-        return
     case = make(name)
     batches = [case.batch(N) for _ in range(2)]
     step = ekfac(case.loss_fn, damping=1e-2, exponent=-0.7, bases={"*": rank(r)}, basis_every=2, rules=rules)
@@ -126,12 +122,9 @@ def test_rank_against_an_explicit_complement(name: str, r: int, rules: Any) -> N
 
 
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
+@and_table(KINDS)
 def test_the_mean_gradient_outside_of_a_rank(name: str, r: int, rules: Any) -> None:
     """Estimators that read it: what it has outside counts as much as inside, and is not taken for zero."""
-    if rules is not RULES and not name.startswith("conv"):
-        return
     case = make(name)
     batches = [case.batch(N) for _ in range(2)]
     settings: dict[str, Any] = {"damping": 1e-2, "bases": {"*": rank(r)}, "basis_every": 2, "rules": rules}
@@ -369,8 +362,7 @@ def test_what_a_refresh_carries_on_of_a_rank(estimator: SecondMoment, at_refresh
 THIN = ["mlp", "positions", "conv", "conv groups", "not views", "ids", "tied padded", "experts", "several groups"]
 
 
-@pytest.mark.parametrize("rules", [RULES, {**RULES, **SUA}], ids=["", "sua"])
-@pytest.mark.parametrize("name", THIN)
+@and_table(THIN)
 def test_thin_is_the_full_basis(name: str, rules: Any) -> None:
     """For one example, for examples that repeat and for more than a side has dimensions; of each weight sharing."""
     case = make(name)
