@@ -391,8 +391,8 @@ def test_factors_are_a_bias_corrected_average_over_refreshes() -> None:
 
 
 @every_case
-def test_factors_are_means_over_examples_and_positions(name: str) -> None:
-    """Mean against sum: twice the same batch has the same factors, basis and moments."""
+def test_twice_the_same_batch_has_the_same_factors_and_natural_gradient(name: str) -> None:
+    """All are means over the examples, not sums."""
     case = make(name)
     batch = case.batch(N)
     double = torch.utils._pytree.tree_map(lambda t: torch.cat([t, t]), batch)
