@@ -377,17 +377,18 @@ def test_trees_that_do_not_match() -> None:
         one.update(params, chain(momentum(0.9), learning_rate(0.1)).init(params), params, report(params))
 
 
+def cross_entropy(model: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
 def net_and_loss() -> tuple[Any, Callable[[Any, Any], Tensor], Any]:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        x, y = batch
-        return F.cross_entropy(model(x), y)
-
-    return net, loss, [(torch.randn(20, 4), torch.randint(0, 3, (20,))) for _ in range(STEPS)]
+    return net, cross_entropy, [(torch.randn(20, 4), torch.randint(0, 3, (20,))) for _ in range(STEPS)]
 
 
 def functional(net: nn.Module) -> Callable[[Params, Any], Tensor]:
+    """`cross_entropy` of one example, as a function of parameters."""
     return lambda p, e: F.cross_entropy(functional_call(net, p, (e[0][None],)), e[1][None])
 
 
@@ -555,11 +556,6 @@ def test_the_optimizer_skips_compiles_and_takes_a_closure() -> None:
         optimizer.load_state_dict(number.state_dict())
 
 
-def cross_entropy(model: Any, batch: Any) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(model(x), y)
-
-
 def test_copies_of_the_optimizer_go_on_with_the_same_bits() -> None:
     net, _, batches = net_and_loss()
     optimizer = EKFACOptimizer(
@@ -594,7 +590,7 @@ def test_the_defaults_of_the_optimizer() -> None:
     net, _, batches = net_and_loss()
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
 
-    step = ekfac(functools.partial(cross_entropy_of, net), **optim.DEFAULTS)
+    step = ekfac(functional(net), **optim.DEFAULTS)
     natural = step.precondition(params, batches[0], step.init(params, batches[0]))[0]
     plain = EKFACOptimizer(net, cross_entropy, momentum=0.0)
     twin = pickle.loads(pickle.dumps(plain))
@@ -607,11 +603,6 @@ def test_the_defaults_of_the_optimizer() -> None:
     assert last < 0.97 * first
     assert EKFACOptimizer(net, cross_entropy, damping=0.1).options == {}
     assert EKFACOptimizer(net, cross_entropy, exponent=-1.0).options == {"exponent": -1.0, "basis_every": 10}
-
-
-def cross_entropy_of(net: nn.Module, params: Params, example: Any) -> Tensor:
-    x, y = example
-    return F.cross_entropy(functional_call(net, params, (x[None],)), y[None])
 
 
 def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones() -> None:
@@ -652,11 +643,16 @@ def test_a_state_that_does_not_fit_says_how_to_start_anew() -> None:
     optimizer.step(batches[0])
     net.float()
     batch = batches[1][0].float(), batches[1][1]
-    with pytest.raises(TypeError, match=r"state has a second moment of dtype torch\.float64") as raised:
+    message = (
+        r"state has a second moment of dtype torch\.float64 for the layer '0\.weight', params of dtype torch\.float32"
+    )
+    with pytest.raises(TypeError, match=message) as raised:
         optimizer.step(batch)
     assert raised.value.__notes__ == ["The state is that of the optimizer: set its ekfac_state to None to start anew."]
     optimizer.ekfac_state = None
+    before = [p.clone() for p in net.parameters()]
     optimizer.step(batch)
+    assert all((p != old).any() and p.dtype is torch.float32 for p, old in zip(net.parameters(), before, strict=True))
 
 
 def test_all_parameters_of_the_model_are_in_the_groups_by_default() -> None:
@@ -758,16 +754,13 @@ def test_the_optimizer_takes_the_batch_as_it_is() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
     _, loss, batches = net_and_loss()
 
-    def losses(model: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
     def losses_fn(params: Params, batch: Any) -> Tensor:
         buffers = {name: b.clone() for name, b in net.named_buffers()}
         return F.cross_entropy(functional_call(net, {**params, **buffers}, (batch[0],)), batch[1], reduction="none")
 
     with pytest.raises(ValueError, match="batched=True"):
         EKFACOptimizer(net, loss, lr=0.1, damping=1e-2).step(batches[0])
-    optimizer = EKFACOptimizer(net, losses, lr=0.1, damping=1e-2, batched=True)
+    optimizer = EKFACOptimizer(net, each_loss, lr=0.1, damping=1e-2, batched=True)
     step = ekfac(losses_fn, damping=1e-2, batched=True)
     for batch in batches[:2]:
         params = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -829,20 +822,6 @@ def test_a_scaled_loss() -> None:
     expected, _, _ = step.precondition(params, batches[0], step.init(params, batches[0]))
     found, _, _ = loud.precondition(params, batches[0], loud.init(params, batches[0]))
     close_trees(scaled(found, 65536), expected, 1e-8)
-
-
-def test_a_model_moved_to_another_dtype() -> None:
-    net, loss, batches = net_and_loss()
-    optimizer = EKFACOptimizer(net, loss)
-    optimizer.step(batches[0])
-    net.float()
-    batch = pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, batches[1])
-    with pytest.raises(TypeError, match=r"dtype torch.float64 for the layer .0.weight., params of dtype torch.float32"):
-        optimizer.step(batch)
-    optimizer.ekfac_state = None
-    before = [p.clone() for p in net.parameters()]
-    optimizer.step(batch)
-    assert all((p != old).any() and p.dtype is torch.float32 for p, old in zip(net.parameters(), before, strict=True))
 
 
 def test_errors_of_the_optimizer() -> None:
