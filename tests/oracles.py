@@ -36,6 +36,11 @@ def same_bits(x: Any, y: Any) -> None:
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(xs, ys, strict=True))
 
 
+def stack(*trees: Any) -> Any:
+    """Trees of one structure as a tree of stacked tensors."""
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
 def examples(batch: Any) -> Iterable[Any]:
     n = pytree.tree_leaves(batch)[0].shape[0]
     return (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(n))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _pytree as pytree
 
 from ekfac_func import (
     DIAGONAL,
@@ -32,6 +32,7 @@ from ekfac_func.types import Params
 from .cases import N, make
 from .oracles import blocks as dense_blocks
 from .oracles import close, close_trees, loop, side
+from .watching import Largest
 
 CHOICES = {  # those of full bases are in test_estimators.py
     "diagonal": {"*": DIAGONAL},
@@ -280,20 +281,8 @@ def test_a_large_vocabulary_in_little_memory() -> None:
     state = step.init(params, ids)
     with Largest() as largest:
         _, state, _ = step.precondition(params, ids, state)
-    assert largest.numel == 50_000 * 256
-    assert sum(t.nbytes for t in torch.utils._pytree.tree_leaves(state) if isinstance(t, Tensor)) < 60e6
-
-
-class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return made
+    assert largest.entries == 50_000 * 256
+    assert sum(t.nbytes for t in pytree.tree_leaves(state) if isinstance(t, Tensor)) < 60e6
 
 
 def test_a_tied_table_counts_each_use_by_its_share() -> None:

@@ -47,8 +47,7 @@ from ekfac_func.patches import Patches
 from ekfac_func.types import LossFn, Params
 
 from .cases import BATCHED, N, classifier, make
-from .oracles import close, close_trees, loop
-from .test_step import stack
+from .oracles import close, close_trees, loop, stack
 
 ESTIMATORS = [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac]
 

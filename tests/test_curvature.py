@@ -36,7 +36,7 @@ from ekfac_func.types import Params, State
 
 from .cases import SPATIAL, Case, make
 from .oracles import blocks as entries
-from .oracles import close, close_trees, side
+from .oracles import close, close_trees, side, stack
 
 DAMPING = 0.03
 CHOICES: dict[str, dict[str, Any]] = {
@@ -251,16 +251,14 @@ def test_half_precision() -> None:
 def test_vmap_over_states() -> None:
     case = make("mlp")
     states = [stepped(case, case.batch(5)) for _ in range(3)]
-    stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *states)
+    stacked = stack(*states)
     tree = {key: torch.randn_like(p) for key, p in case.params.items()}
 
     def solved(state: State) -> Any:
         inverse = curvature(state).damped(DAMPING).power(-1)
         return inverse @ tree, inverse.logdet(), inverse.diagonal()
 
-    close_trees(
-        torch.vmap(solved)(stacked), torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *map(solved, states))
-    )
+    close_trees(torch.vmap(solved)(stacked), stack(*map(solved, states)))
 
 
 def test_a_state_says_its_layers_after_a_checkpoint(tmp_path: Any) -> None:
@@ -397,7 +395,7 @@ def test_scipy_of_a_scalar_and_of_nothing() -> None:
 def test_eigenvalues_of_stacked_states(how: str) -> None:
     case = make("mlp")
     states = [stepped(case, case.batch(9), **CHOICES[how]) for _ in range(2)]
-    stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *states)
+    stacked = stack(*states)
     found = torch.vmap(lambda state: curvature(state).eigenvalues())(stacked)
     for k, state in enumerate(states):
         close_trees({name: v[k] for name, v in found.items()}, curvature(state).eigenvalues())

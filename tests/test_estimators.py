@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_func import (
     DIAGONAL,
@@ -50,6 +49,7 @@ from ekfac_func.types import Layer, Number, Params
 
 from .cases import Case, N, classifier, every_case, every_case_and_table, make
 from .oracles import blocks, close, close_trees, loop, side
+from .watching import Largest
 
 
 def dense_blocks(case: Case, batch: Any, layers: Iterable[Layer]) -> dict[str, Tensor]:
@@ -169,22 +169,10 @@ def test_no_more_gradients_exist_than_the_budget_allows() -> None:
         largest = {}
         for max_bytes in (2**17, 2**30):
             how = contraction((term,), basis, order, max_bytes)
-            with Written() as written:
+            with Largest() as written:
                 exact_sums((term,), basis, how)
-            largest[max_bytes] = written.largest
+            largest[max_bytes] = written.nbytes
         assert largest[2**17] <= 2**17 < largest[2**30], order
-
-
-class Written(TorchDispatchMode):
-    """The bytes of the largest tensor that an operator makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and not func.is_view:
-            self.largest = max(self.largest, made.nbytes)
-        return made
 
 
 @pytest.mark.parametrize(
@@ -395,7 +383,7 @@ def test_twice_the_same_batch_has_the_same_factors_and_natural_gradient(name: st
     """All are means over the examples, not sums."""
     case = make(name)
     batch = case.batch(N)
-    double = torch.utils._pytree.tree_map(lambda t: torch.cat([t, t]), batch)
+    double = pytree.tree_map(lambda t: torch.cat([t, t]), batch)
     step = ekfac(case.loss_fn, damping=1e-2)
     once = step.precondition(case.params, batch, step.init(case.params, batch))
     twice = step.precondition(case.params, double, step.init(case.params, double))
@@ -427,7 +415,7 @@ def natural_of(case: Case, params: Params, batch: Any, **options: Any) -> Params
 def test_the_order_of_the_batch_and_chunks_do_not_matter(name: str) -> None:
     case = make(name)
     batch = case.batch(N)
-    turned = torch.utils._pytree.tree_map(lambda t: t.flip(0), batch)
+    turned = pytree.tree_map(lambda t: t.flip(0), batch)
     expected = natural_of(case, case.params, batch)
     close_trees(natural_of(case, case.params, turned), expected, 1e-7)
     close_trees(natural_of(case, case.params, batch, chunk_size=4), expected, 1e-7)

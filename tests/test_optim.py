@@ -64,7 +64,7 @@ from ekfac_func.types import Info, Layer, Params
 
 from .cases import Case, N, make
 from .oracles import blocks, close, close_trees, loop, same_bits
-from .test_step import NoHostRead
+from .watching import NoHostRead
 
 TIGHT = 1e-12
 STEPS = 7

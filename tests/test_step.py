@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac_func import (
     EKFAC,
@@ -35,7 +34,8 @@ from ekfac_func import (
 from ekfac_func.types import Params
 
 from .cases import LOOPED, Case, N, classifier, every_batched_case, every_case, make
-from .oracles import close, close_trees, loop, same_bits
+from .oracles import close, close_trees, loop, same_bits, stack
+from .watching import Largest, NoHostRead
 
 ESTIMATORS = pytest.mark.parametrize(
     "estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac], ids=lambda e: e.name
@@ -256,10 +256,6 @@ def at(tree: Any, k: int) -> Any:
     return pytree.tree_map(lambda t: t[k], tree)
 
 
-def stack(*trees: Any) -> Any:
-    return pytree.tree_map(lambda *t: torch.stack(t), *trees)
-
-
 @every_batched_case
 def test_the_three_vmaps(name: str) -> None:
     """Over damping, over stacked states, and over an ensemble of stacked params and states."""
@@ -400,16 +396,6 @@ def test_a_loop_over_the_examples_within_a_vmap_of_the_callers_own(name: str) ->
         close_trees(at(natural, k), damped(damping), 1e-8)
 
 
-class NoHostRead(TorchDispatchMode):
-    """Every operator through which the host could read a value of the device raises."""
-
-    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_linalg_eigh", "unique")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(f"aten.{read}" in str(func) for read in self.READS), f"{func} reads back to the host"
-        return func(*args, **(kwargs or {}))
-
-
 @ESTIMATORS
 def test_a_step_without_a_refresh_does_not_read_back(estimator: SecondMoment) -> None:
     case = make("conv groups")
@@ -422,29 +408,16 @@ def test_a_step_without_a_refresh_does_not_read_back(estimator: SecondMoment) ->
         bool(torch.ones(()) > 0)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operator makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
-@pytest.mark.parametrize("estimator", [intra_batch, averaged_intra_batch(0.9), running_average(0.9), kfac])
+@ESTIMATORS
 def test_one_position_forms_no_gradient_of_an_example(estimator: SecondMoment) -> None:
     n, o, i = 32, 48, 40
     params, batch = {"w": torch.randn(o, i)}, torch.randn(n, i)
     step = ekfac(lambda p, x: F.linear(x, p["w"]).cos().sum(), damping=1e-2, second_moment=estimator)
     initial = step.init(params, batch)
-    with LargestTensor() as largest:
+    with Largest() as largest:
         step.precondition(params, batch, initial)
         per_example_gradients(lambda p, x: F.linear(x, p["w"]).cos().sum(), params, batch).norms()
-    assert 0 < largest.elements <= max(o * i, o * o, n * o, n * i)
+    assert 0 < largest.entries <= max(o * i, o * o, n * o, n * i)
 
 
 def test_channels_last_and_buffers() -> None:

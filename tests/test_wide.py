@@ -55,7 +55,7 @@ from ekfac_func.types import Basis, Dense, Factored, Layer, Params, Reflections,
 
 from .cases import Case, N, and_table, make
 from .oracles import blocks as dense_blocks
-from .oracles import close, close_trees, loop, same_bits, side
+from .oracles import close, close_trees, loop, same_bits, side, stack
 
 # one of each kind of term: one position, pairs, many, groups, dense, ids, tied, stacks
 KINDS = ["mlp", "positions", "pairs of positions", "conv", "conv groups", "not views", "ids", "tied padded", "experts"]
@@ -788,7 +788,7 @@ def test_vmap_over_states_of_every_refresh(name: str) -> None:
     for options in ({"refresh": adaptive(0.1)}, {"refresh": qr()}, {"bases": {"*": rank(2)}}, {"bases": {"*": thin}}):
         step = ekfac(case.loss_fn, damping=1e-2, **options)
         states = [step.precondition(case.params, case.batch(N), step.init(case.params, batch))[1] for _ in range(2)]
-        stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *zip(params, states, strict=True))
+        stacked = stack(*zip(params, states, strict=True))
         together = torch.vmap(lambda p, s, step=step: step.precondition(p, batch, s)[0])(*stacked)
         for at, state in enumerate(states):
             alone = step.precondition(params[at], batch, state)[0]
