@@ -635,6 +635,16 @@ def frozen() -> Case:
     return Case(case.loss_fn, params, case.batch, frozenset({"2.weight"}))
 
 
+def wide(n: int = 6, s: int = 1, i: int = 40, o: int = 30) -> tuple[Any, Params, Any]:
+    """A layer wider than its batch has samples: its loss, parameters and a batch."""
+    params = {"w": torch.randn(o, i) / i**0.5, "b": torch.randn(o)}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"], params["b"]).cos().square().sum()
+
+    return loss_fn, params, torch.randn(n, s, i)
+
+
 def image(*features: nn.Module, channels: int, pixels: int) -> Case:
     return classifier(head(channels, pixels, *features), 4, 6, 6)
 

@@ -1,5 +1,6 @@
-"""A basis is always finite and orthonormal, whatever the factor and the eigensolver."""
+"""How a basis is found: finite and orthonormal whatever the factor and the eigensolver, by every kind of refresh."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,25 +10,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ekfac_func import (
+    EKFAC,
     FULL,
+    Refresh,
     SecondMoment,
+    State,
+    adaptive,
+    averaged_intra_batch,
+    blocks,
     compact,
+    eigh,
     ekfac,
     expand,
     intra_batch,
     kfac,
+    qr,
     rank,
     reduce,
     refreshes,
+    staggered,
     thin,
 )
 from ekfac_func import basis as eigenbasis
 from ekfac_func.kronecker import symmetric
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
 
-from .cases import N, every_case_and_table, make
+from .cases import Case, N, every_case_and_table, make, wide
 from .oracles import close, close_trees, same_bits
 
 HARD = Path(__file__).parent / "data" / "hard_factors.pt"
@@ -62,6 +73,24 @@ def assert_orthonormal(Q: Tensor) -> None:
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype).expand_as(Q)
     assert torch.isfinite(Q).all()
     assert (Q.mT @ Q - eye).abs().max() < 100 * torch.finfo(Q.dtype).eps
+
+
+class Counted:
+    """An eigensolver that counts the matrices that it solves."""
+
+    def __init__(self) -> None:
+        self.solved: list[tuple[int, torch.dtype]] = []
+
+    def __call__(self, C: Tensor) -> Any:
+        self.solved += [(C.shape[-1], C.dtype)] * C.shape[:-2].numel()
+        return torch.linalg.eigh(C)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    solver = Counted()
+    monkeypatch.setattr(refreshes, "eigensolver", solver)
+    return solver
 
 
 def refresh(C: Tensor) -> tuple[Basis, int]:
@@ -179,15 +208,8 @@ def test_a_step_from_samples(name: str, rules: Any, estimator: SecondMoment, mon
 
 
 @pytest.mark.parametrize("factor_decay", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
-def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, counted: Counted) -> None:
     """Of 400 inputs and 5 examples; an average of factors has more, and is solved whole. Compiled as eager."""
-    solved = []
-
-    def solver(C: Tensor) -> tuple[Tensor, Tensor]:
-        solved.append(C.shape[-1])
-        return torch.linalg.eigh(C)
-
-    monkeypatch.setattr(refreshes, "eigensolver", solver)
     params = {"w": torch.randn(4, 400) / 20}
     step = ekfac(lambda p, x: (p["w"] @ x).cos().sum(), damping=1e-2, factor_decay=factor_decay, basis_every=2)
     state = step.init(params, torch.randn(5, 400))
@@ -196,8 +218,9 @@ def test_a_wide_layer_solves_no_more_than_its_samples(factor_decay: float, monke
         batch = torch.randn(n, 400)
         close_trees(fast(params, batch, state)[0], step.precondition(params, batch, state)[0], 1e-7)
         _, state, _ = step.precondition(params, batch, state)
-    assert (400 in solved) == (factor_decay > 0)
-    assert (5 in solved) == (factor_decay == 0)
+    sizes = {d for d, _ in counted.solved}
+    assert (400 in sizes) == (factor_decay > 0)
+    assert (5 in sizes) == (factor_decay == 0)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
@@ -325,3 +348,195 @@ def test_extreme_gradients_in_float32(scale: float) -> None:
     assert info.kept_bases == 0
     for value in (natural["w"], state.second_moments["w"].value, state.bases["w"].Q_A):
         assert torch.isfinite(value).all()
+
+
+def run(step: EKFAC, case: Case, batches: list[Any], compiled: bool = False) -> list[State]:
+    precondition = step.precondition
+    if compiled:
+        precondition = torch.compile(precondition, fullgraph=True, backend="eager")
+    states = [step.init(case.params, batches[0])]
+    for batch in batches:
+        states.append(precondition(case.params, batch, states[-1])[1])
+    return states
+
+
+def off_diagonal(C: Tensor, Q: Tensor) -> float:
+    D = Q.mT @ C @ Q
+    return float((D - torch.diag_embed(D.diagonal(dim1=-2, dim2=-1))).norm() / D.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigh_in_a_dtype(dtype: torch.dtype, counted: Counted) -> None:
+    case = make("conv groups")
+    batch = case.batch(40)
+    _, state = run(ekfac(case.loss_fn, damping=1e-2, refresh=eigh(dtype)), case, [batch])
+    assert {of for _, of in counted.solved} == {dtype}
+    for name, (Q_A, _) in state.bases.items():
+        assert off_diagonal(state.factors[name].A, Q_A) < (1e-5 if dtype is torch.float32 else 1e-12)
+
+
+def test_qr_converges_and_stays_in_place(counted: Counted) -> None:
+    """From an eigh at the first step; to the eigenvectors of a factor that holds still, each where it was."""
+    case = make("mlp")
+    first, then = case.batch(60), case.batch(60)
+    step = ekfac(case.loss_fn, damping=1e-2, refresh=qr(iterations=3))
+    states = run(step, case, [first, *[then] * 80])
+    assert len(counted.solved) == 4
+    for name in states[-1].bases:
+        for Q, C in zip(states[-1].bases[name], states[-1].factors[name][:2], strict=True):
+            close(Q.mT @ Q, torch.eye(Q.shape[-1]).expand_as(Q))
+            assert off_diagonal(C, Q) < 1e-5
+    still = run(step, case, [first] * 3)
+    for name in still[1].bases:
+        for old, new, C in zip(still[1].bases[name], still[3].bases[name], still[3].factors[name][:2], strict=True):
+            values = torch.linalg.eigvalsh(C)
+            full_rank = values[0] > 1e-9 * values[0, -1]
+            close((old * new).sum(-2).abs()[0, full_rank], torch.ones(int(full_rank.sum())))
+
+
+def test_qr_puts_each_column_back_where_it_was() -> None:
+    """Also where the order of the eigenvalues, here a cycle of three, is not its own inverse."""
+    C = torch.diag(torch.tensor([1.0, 3.0, 2.0])) + 0.01
+    (Q,) = qr(4).solve([C], [torch.eye(3)], False)
+    assert torch.equal(Q.abs().argmax(0), torch.arange(3))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_adaptive_solves_what_the_old_basis_does_not_diagonalise(compiled: bool, counted: Counted) -> None:
+    case = make("mlp")
+    batch = case.batch(60)
+    other = case.batch(60)
+    step = ekfac(case.loss_fn, damping=1e-2, refresh=adaptive(0.05))
+    torch._dynamo.utils.counters.clear()
+    states = run(step, case, [batch, batch], compiled)
+    assert len(counted.solved) == 4
+    same_bits(states[1].bases, states[2].bases)
+    solved = 0
+    new = step.precondition(case.params, other, states[2])[1]
+    for name, basis in states[2].bases.items():
+        for Q, now, C in zip(basis, new.bases[name], new.factors[name][:2], strict=True):
+            stale = off_diagonal(C, Q) > 0.05
+            solved += stale
+            assert stale == (not torch.equal(Q, now))
+            assert off_diagonal(C, now) <= 0.05
+    assert 0 < solved == len(counted.solved) - 4
+
+
+@pytest.mark.parametrize("choice", [FULL, rank(3), compact(6)], ids=str)
+@pytest.mark.parametrize("how", [eigh(torch.float64), adaptive(0.0, torch.float64)], ids=lambda how: how.name)
+def test_a_state_in_float32_of_what_is_solved_in_float64(how: Refresh, choice: Any, counted: Counted) -> None:
+    loss_fn, params, batch = wide()
+    params, batch = {name: p.float() for name, p in params.items()}, batch.float()
+    step = ekfac(loss_fn, damping=1e-2, refresh=how, bases={"*": choice})
+    _, state, _ = step.precondition(params, batch, step.init(params, batch))
+    made = step.precondition(params, batch, state)
+    assert made[2].kept_bases == 0
+    assert {of for _, of in counted.solved} == {torch.float64}
+    assert {t.dtype for t in pytree.tree_leaves(made[:2]) if isinstance(t, Tensor)} == {torch.float32}
+
+
+def test_adaptive_solves_no_wide_layer_again(counted: Counted) -> None:
+    """Whose factors would else be left to a problem in the span of their samples."""
+    loss_fn, params, batch = wide()
+    step = ekfac(loss_fn, damping=1e-2, refresh=adaptive(0.05))
+    _, state, _ = step.precondition(params, batch, step.init(params, batch))
+    assert [d for d, _ in counted.solved] == [41, 30]
+    step.precondition(params, batch, state)
+    assert len(counted.solved) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of", [eigh(), qr(), adaptive(0.0)], ids=["eigh", "qr", "adaptive"])
+def test_staggered(of: Refresh, compiled: bool) -> None:
+    """All layers at the first step, then each of them once in basis_every steps, no step all; few graphs."""
+    case = make("deep")
+    batches = [case.batch(20) for _ in range(20)]
+    step = ekfac(
+        case.loss_fn, damping=1e-1, second_moment=averaged_intra_batch(0.5), basis_every=6, refresh=staggered(3, of)
+    )
+    torch._dynamo.utils.counters.clear()
+    states = run(step, case, batches, compiled)
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    fresh: dict[int, set[str]] = {}
+    for t, (old, new) in enumerate(itertools.pairwise(states)):
+        fresh[t] = {name for name in new.bases if not torch.equal(old.factors[name].A, new.factors[name].A)}
+        changed = {name for name in new.bases if not torch.equal(old.bases[name].Q_A, new.bases[name].Q_A)}
+        assert changed <= fresh[t]
+        assert all(new.second_moments[name].weight > 0.49 for name in new.bases)
+    assert fresh[0] == set(case.params) - {name for name in case.params if name.endswith("bias")}
+    for t in range(1, 20):
+        assert fresh[t] == fresh[t % 6 or 6]
+        assert (len(fresh[t]) > 0) == (t % 2 == 0)
+    assert fresh[2] | fresh[4] | fresh[6] == fresh[0]
+    assert sum(len(fresh[t]) for t in (2, 4, 6)) == len(fresh[0])
+    assert max(len(fresh[t]) for t in (2, 4, 6)) <= 3
+
+
+@pytest.mark.slow
+def test_number_of_graphs_of_staggered_refreshes() -> None:
+    """The first step, none, and one for each group; one more once the step number is not a constant."""
+    case = make("mlp")
+    batches = [case.batch(20) for _ in range(20)]
+    step = ekfac(case.loss_fn, damping=1e-1, basis_every=4, refresh=staggered(2))
+    torch._dynamo.utils.counters.clear()
+    states = run(step, case, batches, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+    for old, new in zip(states, run(step, case, batches), strict=True):
+        close_trees(old.factors, new.factors, 1e-8)
+
+
+def test_a_group_with_nothing_to_rotate_beside_a_compact_layer() -> None:
+    params = {"w": torch.randn(20, 20), "s": torch.randn(())}
+    batch = torch.randn(4, 20)
+    step = ekfac(
+        lambda p, x: F.linear(x, p["w"]).cos().sum() * p["s"],
+        damping=1e-1,
+        basis_every=2,
+        refresh=staggered(2),
+        bases={"w": compact(4)},
+    )
+    state = step.init(params, batch)
+    for _ in range(3):
+        _, state, info = step.precondition(params, batch, state)
+        assert info.kept_bases == 0
+
+
+def test_staggered_groups_are_even() -> None:
+    sizes = [("a", (1, 100, 100, 1)), ("b", (1, 80, 80, 1)), ("c", (1, 80, 60, 1)), ("d", (2, 50, 60, 1))]
+    groups = refreshes._grouped(tuple(sizes), 2)
+    cost = [sum(b * (o**3 + i**3) for name, (b, o, i, _) in sizes if name in group) for group in groups]
+    assert max(cost) < 1.3 * min(cost)
+
+
+@pytest.mark.parametrize("refresh", [eigh(torch.float32), qr(2), adaptive(0.0), staggered(2)], ids=lambda r: r.name)
+def test_every_refresh_keeps_what_it_cannot_solve(refresh: Refresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make("conv groups")
+    batches = [case.batch(N) for _ in range(2)]
+    step = ekfac(case.loss_fn, damping=1e-2, refresh=refresh, basis_every=2, bases={"0.*": blocks(3)})
+    state = step.init(case.params, batches[0])
+    _, good, info = step.precondition(case.params, batches[0], state)
+    assert info.kept_bases == 0
+    monkeypatch.setattr(refreshes, "eigensolver", lambda C: (C, C * torch.nan))
+    monkeypatch.setattr(torch.linalg, "qr", lambda C, _=torch.linalg.qr: _(C * torch.nan))
+    good = State(2, good.factors, good.bases, good.second_moments)
+    natural, state, info = step.precondition(case.params, batches[1], good)
+    assert info.kept_bases > 0
+    same_bits(state.bases, good.bases)
+    assert all(p.isfinite().all() for p in natural.values())
+
+
+def test_what_is_no_refresh() -> None:
+    loss_fn, _, _ = wide()
+    for make_one, message in (
+        (lambda: qr(0), "iterations=0"),
+        (lambda: adaptive(1.0), "tolerance=1.0"),
+        (lambda: adaptive("much"), "tolerance='much'"),  # type: ignore[arg-type]
+        (lambda: staggered(5), "groups=5.*2 to 4"),
+        (lambda: eigh(torch.int64), "dtype=torch.int64"),
+        (lambda: ekfac(loss_fn, damping=1.0, refresh=staggered(3), basis_every=2), "basis_every >= 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_one()
+    with pytest.raises(TypeError, match=r"refresh=.*eigh\(\)"):
+        ekfac(loss_fn, damping=1.0, refresh=eigh)  # type: ignore[arg-type]
