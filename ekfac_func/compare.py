@@ -136,7 +136,11 @@ def compare(
         are captured anew at every step.
     batches: the data, batch by batch, of any sizes; their captures are held in memory.
     damping: added to every second moment and to the dense Fisher, in loss^2 / parameter^2.
-    estimators: by name, `Estimator` or `SecondMoment` values, also your own.
+    estimators: by name, `Estimator` or `SecondMoment` values, also your own. `ESTIMATORS`, the default, are
+        `intra_batch`, `kfac`, `centred` (less the square of the batch's mean) and, by rules `SUA`, `sua` and `sua
+        kfac`, with a new basis for each batch; `averaged 0.9`, `running 0.9` and `running 0.99`, with one every 5
+        batches; `diagonal`, in the parameters' own coordinates; `split`, a basis from one half of the batch and the
+        moment from the other; `first basis` and `first basis kfac`, in the basis of the first batch.
     reference: the Fisher that all are judged against, whichever theirs is.
     step_sizes: tried along each natural gradient, for most of the time that `compare` takes; () leaves that out.
     dense_limit: the natural gradient of the dense damped Fisher is the target where a layer's coordinates or the

@@ -22,18 +22,29 @@ from .types import Basis, Batch, Layer, LossAuxFn, LossFn, Number, Terms, statis
 
 
 class Row(NamedTuple):
-    """One parameter, or a weight with the bias that is its last input. Letters as in `kronecker.py`, sizes in bytes."""
+    """One parameter, or a weight with the bias that is its last input.
+
+    name, bias: of the weight, and of the bias that is joined to it.
+    rule: the torch functions that a rule read; None where gradients are taken as they are.
+    hidden_by: then what kept it from a rule: torch functions, or that no call shows its use.
+    b, s, i, o, k: independent blocks, positions that share the weight, inputs with the bias, outputs, kernel offsets
+        left unrotated.
+    factor_A, factor_B, basis_A, basis_B: shapes, as the state has them. There is no factor of thin and compact bases,
+        and none of `rank(r)` without an average.
+    factor_bytes, basis_bytes, moment_bytes: what of the state is this layer's.
+    contraction: how its second moment is summed, each product with its operations and bytes.
+    """
 
     name: str
     bias: str | None
-    rule: str | None  # the torch functions that a rule read; None where gradients are taken as they are
-    hidden_by: str | None  # then what kept it from a rule: torch functions, or that no call shows its use
+    rule: str | None
+    hidden_by: str | None
     b: int
     s: int
     i: int
     o: int
     k: int
-    factor_A: tuple[int, ...]  # as the state has it; none if thin or compact, or of some rank without an average
+    factor_A: tuple[int, ...]
     factor_B: tuple[int, ...]
     basis_A: tuple[int, ...]
     basis_B: tuple[int, ...]

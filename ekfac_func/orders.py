@@ -35,7 +35,11 @@ from .types import Basis, Dense, Factored, OneHot, Terms, constants, is_matrix, 
 
 
 class Order(enum.Enum):
-    """What is done in turn. `ONE_POSITION` is for a weight that an example uses once, `KERNEL` for CUDA devices."""
+    """What is done in turn, as each value says; a and g are the inputs and output gradients of a layer.
+
+    `ONE_POSITION` is for a weight that an example uses once, `KERNEL` for CUDA devices, `IDS` for lookup tables and
+    `AS_GIVEN` for gradients that no rule read.
+    """
 
     ONE_POSITION = "project a and g, multiply the squares"
     PAIRS = "project a and g, multiply pairs of positions"

@@ -15,28 +15,47 @@ from .truth import Truth
 class Record(NamedTuple):
     """One estimator on one layer after one batch, against the reference Fisher F over all the data.
 
-    Norms are Frobenius norms over the layer's blocks; `layer` "all" is the whole model as block-diagonal. The exact
-    moment is that of all the data in the estimator's own basis. A ratio 0 / 0 is 0.
+    Norms are Frobenius norms over the layer's blocks. The exact moment is that of all the data in the estimator's own
+    basis. A ratio 0 / 0 is 0.
+
+    estimator, layer: its name, and that of the layer's weight; "all" is the whole model as block-diagonal.
+    step, since_refresh: which batch, from 0, and how many since the basis was refreshed.
+    examples: in the batch.
+    moment_error: ||m2 - exact|| / ||exact||.
+    fisher_error: ||F - estimate|| / ||F||.
+    fisher_distance: ||F - estimate||, in loss^2 / parameter^2.
+    off_diagonal: share of ||F||^2 off the diagonal in the basis.
+    effective_rank: of the estimate, (sum m2)^2 / sum m2^2.
+    fisher_rank: of F, trace^2 / ||F||^2.
+    signal_to_noise: median over eigen-directions of mean^2 / variance of the data's gradient, of one example.
+    signal_share: share of eigen-directions in which the batch's mean exceeds its standard error.
+    cosine: of the natural gradient (of all the data's gradient) to the target.
+    natural_distance: ||natural - target|| / ||target||.
+    target: "dense", the natural gradient of the damped dense F, or "ekfac", that of the exact moment in the basis of
+        all the data (`dense_limit` of `compare`).
+    decrease: of the loss over all the data, by the best step along this layer's natural gradient; 0 without
+        step_sizes.
+    step_size: the best one; 0 where none decreases the loss.
     """
 
     estimator: str
     layer: str
     step: int
-    since_refresh: int  # steps since the basis was refreshed
-    examples: int  # in the batch
-    moment_error: float  # ||m2 - exact|| / ||exact||
-    fisher_error: float  # ||F - estimate|| / ||F||
-    fisher_distance: float  # ||F - estimate||, in loss^2 / parameter^2
-    off_diagonal: float  # share of ||F||^2 off the diagonal in the basis
-    effective_rank: float  # of the estimate: (sum m2)^2 / sum m2^2
-    fisher_rank: float  # of F: trace^2 / ||F||^2
-    signal_to_noise: float  # median over eigen-directions of mean^2 / variance of the data's gradient, of one example
-    signal_share: float  # of eigen-directions in which the batch's mean exceeds its standard error
-    cosine: float  # of the natural gradient (of all the data's gradient) to the target
-    natural_distance: float  # ||natural - target|| / ||target||
-    target: str  # "dense": of the damped dense F; "ekfac": of the exact moment in the basis of all the data
-    decrease: float  # of the loss over all the data, by the best step along this layer's natural gradient
-    step_size: float  # the best one; 0 where none decreases the loss
+    since_refresh: int
+    examples: int
+    moment_error: float
+    fisher_error: float
+    fisher_distance: float
+    off_diagonal: float
+    effective_rank: float
+    fisher_rank: float
+    signal_to_noise: float
+    signal_share: float
+    cosine: float
+    natural_distance: float
+    target: str
+    decrease: float
+    step_size: float
 
 
 FIGURES = tuple(

@@ -205,13 +205,19 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class State:
-    """What one step hands to the next, by the name of each layer's weight. Never mutated."""
+    """What one step hands to the next, by the name of each layer's weight. Never mutated.
+
+    step: how many steps were taken.
+    factors, bases, second_moments: of a layer with o outputs and i inputs (its bias one of them) in the full basis
+        together `2 (o^2 + i^2) + o i` numbers; `describe` prints those of a model.
+    layers: for readers of a state; `precondition` finds them anew.
+    """
 
     step: int
     factors: dict[str, Factors]
     bases: dict[str, Basis]
     second_moments: dict[str, Moment]
-    layers: tuple[Layer, ...] = ()  # for readers of a state; `precondition` finds them anew
+    layers: tuple[Layer, ...] = ()
 
     def __repr__(self) -> str:
         moments = {name: tuple(moment.value.shape) for name, moment in self.second_moments.items()}
@@ -219,14 +225,21 @@ class State:
 
 
 class Info(NamedTuple):
-    """What a step learned and does not carry on."""
+    """What a step learned and does not carry on.
 
-    loss: Tensor  # [] mean over the batch
-    gradient: Params  # mean gradient, a tree like params
-    skipped: Tensor  # [] bool: something was not finite, or there is no second moment yet; nothing was learned
-    kept_bases: Tensor  # [] number of eigenbases that could not be refreshed, the old ones serve on
-    damping: Tensor  # [] as used, or [layers] of a rule
-    aux: Any = ()  # what the loss returned beside, with has_aux
+    loss, gradient: means over the batch; gradient is a tree like params.
+    skipped: a bool: something was not finite, or there is no second moment yet; nothing was learned.
+    kept_bases: how many eigenbases could not be refreshed; the old ones serve on.
+    damping: as used; `[layers]` of a rule.
+    aux: what the loss returned beside, with has_aux.
+    """
+
+    loss: Tensor  # []
+    gradient: Params
+    skipped: Tensor  # []
+    kept_bases: Tensor  # []
+    damping: Tensor  # [] or [layers]
+    aux: Any = ()
 
 
 _CHILDREN = ("factors", "bases", "second_moments")
