@@ -59,8 +59,9 @@ class EKFACOptimizer(torch.optim.Optimizer):
 
     The update is `velocity <- momentum velocity + natural`, `p <- p - lr (velocity + weight_decay p)`: momentum as that
     of `torch.optim.SGD`, decay as that of AdamW. A step whose loss or gradient is not finite changes neither parameters
-    nor velocity. `p.grad` is neither read nor written, so that `clip_grad_norm_` has nothing to clip, and hooks of a
-    parameter are not called; nothing is read back to the host.
+    nor velocity. `p.grad` is neither read nor written, so that `clip_grad_norm_` has nothing to clip (a loop of
+    `precondition` and `optim.chain` clips, by `clip_norm` or `clip_kl`), and hooks of a parameter are not called;
+    nothing is read back to the host.
 
     The loss meets examples one by one, in batches of one. What is not a mean over examples of something that each has
     by itself is another loss then: the weighted mean of `cross_entropy(weight=)`, that over the labels of a batch with
