@@ -62,9 +62,9 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 def eigh(dtype: torch.dtype | None = None) -> Refresh:
     """The eigenvectors by `torch.linalg.eigh`, on a CPU of as many factors at a time as torch has threads.
 
-    Of a layer with `factor_decay=0` and far fewer samples, examples times positions, than dimensions (in a compiled
-    step those of a batch of 256) they come from a QR of the samples and an eigenvalue problem in their span: the same
-    eigenvectors, and any of the null space, for a small part of the time.
+    Of a side with `factor_decay=0` and fewer samples, examples times positions, than 0.7 of its dimensions (in a
+    compiled step those of a batch of 256) they come from a QR of the samples and an eigenvalue problem in their span:
+    the same eigenvectors, and any of the null space, for a small part of the time.
 
     dtype: torch.float64 or torch.float32; None is that of the state, and float64 for what float32 leaves not
         orthonormal. On a device without float64 it is float32.
