@@ -226,6 +226,8 @@ def ekfac(
     how = _Method(
         loss_fn=loss_fn,
         options=options,
+        curvature_loss=loss_fn if fisher.loss is None else fisher.loss,
+        of_curvature=options if fisher.loss is None else options._replace(has_aux=False),
         fisher=fisher,
         damping=damping,
         exponent=exponent.detach() if isinstance(exponent, Tensor) else exponent,
@@ -236,6 +238,7 @@ def ekfac(
         refresh=refresh,
         bases=choices,
         factor_decay=factor_decay,
+        averaged=averages(factor_decay),
         weight_sharing=weight_sharing,
         contractions=contractions,
         ranks=ranks,
@@ -274,6 +277,8 @@ class _Method(NamedTuple):
 
     loss_fn: LossFn | LossAuxFn
     options: Options  # of its capture
+    curvature_loss: LossFn | LossAuxFn  # whose gradients make the factors and the moment: the Fisher's, or loss_fn
+    of_curvature: Options  # of its capture
     fisher: Fisher
     damping: Number | Damping
     exponent: Number
@@ -284,24 +289,10 @@ class _Method(NamedTuple):
     refresh: Refresh
     bases: Choices
     factor_decay: Number
+    averaged: bool  # whether the state carries an average of the factors
     weight_sharing: WeightSharing
     contractions: Contractions
     ranks: Ranks | None
-
-    @property
-    def curvature_loss(self) -> LossFn | LossAuxFn:
-        """Whose gradients make the factors and the moment."""
-        return self.loss_fn if self.fisher.loss is None else self.fisher.loss
-
-    @property
-    def of_curvature(self) -> Options:
-        """Of the capture of the curvature loss."""
-        return self.options if self.fisher.loss is None else self.options._replace(has_aux=False)
-
-    @property
-    def averaged(self) -> bool:
-        """Whether the state carries an average of the factors."""
-        return averages(self.factor_decay)
 
 
 class _Turn(NamedTuple):

@@ -110,7 +110,7 @@ def in_span(layer: Layer, span: Span) -> Layer:
     """The layer of the coordinates in a span, in which its basis is full."""
     b, o, i, k = layer.sizes
     i, o = (dim if U is None else U.shape[-1] for dim, U in zip((i, o), span, strict=True))
-    return layer._replace(sizes=(b, o, i, k))
+    return Layer(layer.weight, layer.bias, (b, o, i, k), *layer[3:])  # Dynamo cannot `_replace` a size by a symbol
 
 
 def expand_span(M: Tensor, span: Span) -> Tensor:
