@@ -70,8 +70,7 @@ def graphs() -> int:
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch.compiler.reset()
+def _counted_anew() -> None:
     counters.clear()
 
 
