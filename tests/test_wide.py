@@ -337,8 +337,11 @@ def test_what_a_refresh_carries_on_of_a_rank(estimator: SecondMoment, at_refresh
         value = averaged_outside(moved, inside)
         close(spread(value, inside, (6, 8)).sum(), spread_out.sum())
     elif at_refresh is reset:
-        product = ekfac(loss_fn, damping=1e-2, second_moment=kfac, bases={"*": rank(3)})
-        value, weight = product.precondition(params, batches[1], old)[1].second_moments["w"]
+        full = ekfac(loss_fn, damping=1e-2)
+        A, B, _ = full.precondition(params, batches[1], full.init(params, batches[1]))[1].factors["w"]
+        values = [torch.einsum("bde,bdD,beD->bD", C, Q, Q) for C, Q in ((B, Q_B), (A, Q_A))]
+        product = 2 * torch.einsum("bO,bI->bOI", *values)[..., None]  # of two positions
+        value, weight = averaged_outside(product, inside), torch.ones(())
     gradients = loop(loss_fn, params, batches[1])[1]
     G = torch.einsum("boO,nboik,biI->nbOIk", Q_B, dense_blocks(gradients, layer), Q_A)
     seen = G.square().mean(0) if estimator.name == "averaged_intra_batch" else n * G.mean(0).square()
