@@ -195,6 +195,16 @@ def check_positive(name: str, value: Number) -> None:
         raise ValueError(f"{name}={value!r}: give a positive number, not infinity")
 
 
+def check_damping(damping: Number) -> None:
+    """Refuse what is no positive number; rules, which are functions, are not for here."""
+    if isinstance(damping, bool) or not isinstance(damping, Tensor | int | float | numbers.Real):
+        raise TypeError(
+            f"damping is a {type(damping).__name__}: give a Python number, a 0-d tensor, or a rule from second moments "
+            "to the damping of each layer, such as optim.relative(0.1)"
+        )
+    check_positive("damping", damping)
+
+
 def check_not_negative(name: str, value: Number) -> None:
     """Refuse a Python number below zero; a tensor cannot be checked."""
     if not _unknown(name, value) and not value >= 0:

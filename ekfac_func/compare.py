@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .checks import check_batch, check_count, check_decay, check_params, check_positive
 from .contraction import mean_sums
 from .discovery import checked_options
 from .fisher import Fisher, check_estimator, check_fisher, empirical
 from .kronecker import average_factors, count, eigenvalue_product, factor_sums, into_basis, mean_factors, unpack
-from .orders import contraction_of
+from .orders import contraction
 from .records import Record, figures, signal_to_noise, sums_of
 from .reference import part
 from .refreshes import refresh_bases
@@ -80,6 +81,9 @@ class Estimator(NamedTuple):
     at_refresh: AtRefresh | None = None
     factor_decay: float = 0.0
     rules: Rules = RULES
+
+    def __repr__(self) -> str:
+        return f"Estimator({self.second_moment}, {self.fisher}, ...)"
 
 
 ONCE = 10**9  # basis_every of a basis that is never refreshed
@@ -221,6 +225,12 @@ def _checked_counts(
     for params in trajectory:
         check_params(params)
     counts = [check_batch(batch) for batch in batches]
+    for t, batch in enumerate(batches):
+        if _kind(batch) != _kind(batches[0]):
+            raise ValueError(
+                f"batches[{t}] has tensors of another kind than batches[0]: pass a list of batches that are alike, of "
+                "one batch [batch]"
+            )
     split = [name for name, estimator in estimators.items() if estimator.basis is split_batch]
     for t, n in enumerate(counts):
         if n < 2 and split:
@@ -229,6 +239,12 @@ def _checked_counts(
                 "a batch, or leave that estimator out"
             )
     return counts
+
+
+def _kind(batch: Batch) -> Any:
+    """What all batches share: the tree, and dtype and number of axes of each tensor."""
+    leaves, tree = pytree.tree_flatten(batch)
+    return tree, [(t.dtype, t.dim()) for t in leaves]
 
 
 def _recipe(e: Estimator) -> Any:
@@ -283,7 +299,7 @@ def _advance(frame: _Frame | None, data: Data, recipe: Estimator, members: Mappi
     @functools.cache
     def means(sums: Callable[..., Sums], name: str) -> Sums:
         term, basis = for_moment[name], bases[name]
-        return mean_sums(sums(term, basis, contraction_of(name, term, basis)), count(term))
+        return mean_sums(sums(term, basis, contraction(term, basis)), count(term))
 
     def moment_of(member: str, estimator: Estimator, name: str) -> Moment:
         rule, moment = estimator.second_moment, frame.moments[member][name]

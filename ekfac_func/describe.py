@@ -126,7 +126,7 @@ def _row(
 ) -> Row:
     b, o, i, k = layer.sizes
     terms = captured.terms[layer.weight]
-    how = contraction_of(layer.weight, *_given(layer, terms, chosen), contractions, captured.bytes_each)
+    how = contraction_of(layer, *_given(layer, terms, chosen), contractions, captured.bytes_each)
     A, B = factor_shapes(layer, chosen, averaged)
     Q_A, Q_B = eigenbasis.shapes(layer, chosen)
     size = statistics_dtype(p).itemsize

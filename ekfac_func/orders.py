@@ -31,7 +31,7 @@ from .checks import check_count
 from .kronecker import count
 from .modes import opaque
 from .patches import Patches
-from .types import Basis, Dense, Factored, OneHot, Terms, constants, is_matrix, outside, turns
+from .types import NO_CALL, Basis, Dense, Factored, Layer, OneHot, Terms, constants, is_matrix, outside, turns
 
 
 class Order(enum.Enum):
@@ -142,15 +142,17 @@ def budget(chosen: Contractions, bytes_each: int) -> int:
 
 
 def contraction_of(
-    name: str, terms: Terms, basis: Basis, chosen: Contractions = DEFAULT_CONTRACTIONS, bytes_each: int = 0
+    layer: Layer, terms: Terms, basis: Basis, chosen: Contractions = DEFAULT_CONTRACTIONS, bytes_each: int = 0
 ) -> Contraction:
     """How the moment of a layer is summed. ValueError where an order that is asked for cannot do it.
 
+    A layer that the batch does not use has gradients of zero as they are, whatever order its calls are to have.
+
     bytes_each: bytes of an example of all layers' inputs and output gradients.
     """
-    (order,) = _order(name, (chosen.orders,))
+    (order,) = (None,) if layer.hidden_by == NO_CALL else _order(layer.weight, (chosen.orders,))
     most = budget(chosen, bytes_each * nominal(count(terms)))
-    return contraction(terms, basis, order, most, chosen.costs, name)
+    return contraction(terms, basis, order, most, chosen.costs, layer.weight)
 
 
 @torch.compiler.assume_constant_result

@@ -118,7 +118,7 @@ def second_moments(
 
     def squares(layer: Layer, terms: Terms, bytes_each: int) -> Tensor:
         basis = bases[layer.weight]
-        return exact_squares(terms, basis, contraction_of(layer.weight, terms, basis, contractions, bytes_each))
+        return exact_squares(terms, basis, contraction_of(layer, terms, basis, contractions, bytes_each))
 
     found = fold(loss_fn, params, batch, options, begin, lambda layer, some, others: some + others)
     return {name: square.div_(len(found.losses)) for name, square in found.kept.items()}

@@ -33,6 +33,7 @@ from .certify import certify
 from .checks import (
     check_batch,
     check_count,
+    check_damping,
     check_dampings,
     check_decay,
     check_exponent,
@@ -40,7 +41,6 @@ from .checks import (
     check_loss_fn,
     check_moment,
     check_params,
-    check_positive,
     check_state,
 )
 from .contraction import exact_sums, gradient_sums, mean_sums
@@ -199,7 +199,7 @@ def ekfac(
     check_loss_fn(loss_fn)
     check_estimator("", second_moment, fisher, at_refresh)
     if not callable(damping):
-        check_positive("damping", damping)
+        check_damping(damping)
     check_exponent("exponent", exponent)
     check_count("basis_every", basis_every)
     check_count("moment_every", moment_every)
@@ -432,7 +432,7 @@ def _observe(how: _Method, turn: _Turn, layer: Layer, terms: Terms, bytes_each: 
 
 
 def _sums_in(how: _Method, turn: _Turn, basis: Basis, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
-    order = contraction_of(layer.weight, terms, basis, how.contractions, bytes_each)
+    order = contraction_of(layer, terms, basis, how.contractions, bytes_each)
     return turn.estimators[layer.weight].sums(terms, basis, order)
 
 
@@ -584,8 +584,7 @@ def _finish(how: _Method, turn: _Turn, carried: _Carried, observed: _BatchMeans)
     good = _all_finite([observed.loss, observed.curvature, *natural.values(), *unseen])
     # without a moment in any layer, after a first step that was skipped, there is no natural gradient
     good = good & torch.stack([moment.weight for moment in moments.values()]).any()
-    nothing = observed.loss.new_zeros(())
-    natural = {name: where(good, p, nothing) for name, p in natural.items()}
+    natural = {name: where(good, p, p.new_zeros(())) for name, p in natural.items()}
     used = torch.stack([dampings[name] for name in layers])
     info = Info(
         observed.loss,

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_na
 from . import expansions
 from .copies import Copies
 from .indexing import entries_of, is_list
+from .modes import depth
 from .rules import Call, Rules
 from .views import VIEWS, Gathered
 
@@ -29,11 +30,15 @@ class Tap(TorchFunctionMode):
     tensors have the address 0: all alike, as if the weights were shared, and shared weights it leaves where they are.
     """
 
+    off = False
+
     def __init__(self, handle: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__()
         self.handle = handle
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.off:
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.data_ptr:
             return _address(args[0])
         return self.handle(*as_function(func, args, kwargs or {}))
@@ -46,7 +51,7 @@ def beneath(tap: Tap) -> Iterator[None]:
     if not torch.compiler.is_dynamo_compiling():
         modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     try:
-        with tap:
+        with tap, _functions_whole(tap):
             for mode in reversed(modes):
                 _push_mode(mode)
             try:
@@ -57,6 +62,28 @@ def beneath(tap: Tap) -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
+
+
+@contextlib.contextmanager
+def _functions_whole(tap: Tap) -> Iterator[None]:
+    """Hide what the forward of an `autograd.Function` calls, as `torch.func` does; plain autograd shows it."""
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    function: Any = torch.autograd.Function
+    before = vars(function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if depth() > 0:
+            return before.__func__(cls, *args, **kwargs)
+        with assigned(tap, "off", True):
+            return before.__func__(cls, *args, **kwargs)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = before
 
 
 class Watcher(Protocol):

@@ -286,6 +286,9 @@ class _Watch:
         if inner and self.n is None and func is Tensor.__setitem__ and has_tensors(args[1]):
             # a `vmap` within another misplaces what is written
             raise DataDependentOutputException(torch.ops.aten.index_put.default)
+        if inner and self.by_masks and func == DATA:
+            # of what the transform computed it cuts that transform's derivative alone, as no function under `vmap` does
+            raise DataDependentOutputException(torch.ops.aten.detach.default)
         self.found.nested |= (func in OPEN or func in IN_GRAPHS) and inner
 
     def inner(self) -> bool:

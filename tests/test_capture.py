@@ -1260,6 +1260,16 @@ def _by_data(params: Params, x: Tensor) -> Tensor:
     return (h + (h.round() - h).data).square().sum()
 
 
+def _by_data_within_a_derivative(params: Params, x: Tensor) -> Tensor:
+    """Cut off for the inner derivative, not for that of the loss."""
+
+    def of(z: Tensor) -> Tensor:
+        h = F.linear(z, params["w"])
+        return (h.data.sigmoid() * h).sum()
+
+    return torch.func.grad(of)(x).square().sum()
+
+
 @pytest.mark.parametrize("loss_fn", [_drawn, _by_requires_grad, _that_has_a_gradient, _by_data])
 def test_what_torch_func_does_not_let_a_loss_do(loss_fn: Any) -> None:
     """At once for all examples."""
@@ -1273,6 +1283,45 @@ def test_what_torch_func_does_not_let_a_loss_do(loss_fn: Any) -> None:
     assert next(calls) == 2
     close(found.dense("w"), loop(loss_fn, params, batch)[1]["w"])
     describe(loss_fn, params, batch)
+
+
+class Product(torch.autograd.Function):
+    """A linear function of one's own, which no `vmap` takes; what its forward calls is no layer of the loss."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x @ w.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g[0] @ w, torch.einsum("...o,...i->oi", g[0], x)
+
+
+class VmappedProduct(Product):
+    generate_vmap_rule = True
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("own", [Product, VmappedProduct])
+def test_a_function_whose_forward_calls_what_has_a_rule(own: Any, batched: bool) -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(torch.as_tensor(own.apply(x, params["own"])), params["w"]).cos().sum(-1)
+
+    params, batch = {"own": torch.randn(3, 3), "w": torch.randn(2, 3)}, torch.randn(N, 3)
+    found = per_example_gradients(loss_fn, params, batch, batched=batched)
+    close_trees({name: found.dense(name) for name in params}, loop(loss_fn, params, batch)[1])
+    assert "tap" not in torch.autograd.Function.apply.__qualname__
+
+
+def test_what_cuts_an_inner_derivative_alone() -> None:
+    params, batch = {"w": torch.randn(4, 4)}, torch.randn(N, 4)
+    found = per_example_gradients(_by_data_within_a_derivative, params, batch)
+    close(found.dense("w"), loop(_by_data_within_a_derivative, params, batch)[1]["w"])
 
 
 def _by_a_list_of_tensors(params: Params, x: Tensor) -> Tensor:

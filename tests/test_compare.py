@@ -489,6 +489,8 @@ def test_bad_arguments() -> None:
         run(batches=())
     with pytest.raises(TypeError, match="batches is a dict: pass a list of batches"):
         run(batches={"x": batch})
+    with pytest.raises(ValueError, match=r"batches\[1\] has tensors of another kind than batches\[0\]: .*\[batch\]"):
+        compare(case.loss_fn, case.params, batch, damping=1.0)
     with pytest.raises(ValueError, match="estimators is empty: pass at least one"):
         compare(case.loss_fn, case.params, [batch], damping=1.0, estimators={})
     with pytest.raises(TypeError, match="estimators is a list: pass a dict"):

@@ -105,6 +105,7 @@ def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, messa
         ({"damping": torch.ones(2)}, ValueError, r"damping has shape \(2,\).*0-d"),
         ({"damping": "1"}, TypeError, "damping.*str.*number"),
         ({"damping": True}, TypeError, "damping is a bool.*number"),
+        ({"damping": {"w": 0.1}}, TypeError, r"damping is a dict.*rule.*optim\.relative"),
         ({"damping": math.inf}, ValueError, "damping=inf.*positive"),
         ({"basis_every": 0}, ValueError, "basis_every=0.*at least 1"),
         ({"basis_every": 1.5}, ValueError, "basis_every=1.5.*whole"),

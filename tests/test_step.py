@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from ekfac_func import (
     EKFAC,
+    Contractions,
+    Order,
     Ranks,
     Refresh,
     SecondMoment,
@@ -321,6 +323,29 @@ def test_a_layer_that_some_batches_use(kind: str) -> None:
     assert all(layer.rule for layer in state.layers)
 
 
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("way", ["eager", "compiled", "vmapped"])
+def test_natural_gradients_have_the_dtypes_of_their_parameters(way: str, skipped: bool) -> None:
+    """Of a number too, whatever the dtype of the loss."""
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return (F.linear(x.float(), params["w"]) * params["scale"].exp()).double().cos().sum()
+
+    params = {"w": torch.randn(3, 5).float(), "scale": torch.tensor(0.5).float()}
+    batch = torch.randn(N, 5) / (0 if skipped else 1)
+    step = ekfac(loss_fn, damping=0.1)
+    state = step.init(params, batch)
+    take: Any = step.precondition
+    if way == "compiled":
+        take = torch.compile(take, fullgraph=True, backend="aot_eager")
+    elif way == "vmapped":
+        params, state = pytree.tree_map_only(Tensor, lambda t: torch.stack([t, t]), (params, state))
+        take = torch.vmap(step.precondition, in_dims=(0, None, 0))
+    natural, _, info = take(params, batch, state)
+    assert bool(info.skipped.all()) == skipped
+    assert all(p.dtype is torch.float32 for p in natural.values())
+
+
 @pytest.mark.parametrize("refresh", [eigh(), qr()], ids=lambda refresh: refresh.name)
 def test_refreshes_that_fell_on_batches_without_a_layer(refresh: Refresh) -> None:
     """Are made up for by the next batch that uses it, as its first one is; they are no part of the state then."""
@@ -360,7 +385,16 @@ def test_processes_that_use_different_layers_are_refused() -> None:
         step.precondition(params, batch, state)
 
 
-@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"bases": {"*": thin}}, {"bases": {"*": rank(1)}}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_size": 2},
+        {"bases": {"*": thin}},
+        {"bases": {"*": rank(1)}},
+        {"contractions": Contractions(orders={"w": Order.FORM_FIRST})},
+    ],
+    ids=str,
+)
 @ESTIMATORS
 def test_options_where_some_batches_use_a_layer(estimator: SecondMoment, options: Any) -> None:
     if "bases" in options and options["bases"]["*"] is thin and estimator not in (intra_batch, kfac):

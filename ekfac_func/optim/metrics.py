@@ -38,7 +38,7 @@ def metrics(
     | effective_rank/LAYER | exponential of the entropy of the shares of `m2`, 1 to their number; 0 without any |
     | condition/LAYER | largest over smallest entry of `m2 + damping` |
     | skipped | 1 where the step was skipped, else 0; loss, norms, cosine and damping then say what was found |
-    | refresh | 1 where the step refreshed the eigenbases of any layer, else 0; where basis_every is given |
+    | refresh | 1 where the clock refreshed the eigenbases of any layer, else 0; where basis_every is given |
     | kept_bases | eigenbases that could not be refreshed |
 
     Of `thin` layers the state has no moment, and so neither effective rank nor condition.
