@@ -33,7 +33,7 @@ from .kronecker import WeightSharing, expand, reduce
 from .optim import EKFACOptimizer, set_grads
 from .orders import COSTS, Contraction, Contractions, Cost, Order
 from .per_example import PerExampleGradients, per_example_gradients, second_moments
-from .precondition import EKFAC, Damping, ekfac
+from .precondition import EKFAC, ekfac
 from .records import Record, summarise
 from .reference import DenseBlocks, fisher_blocks, ggn_blocks
 from .refreshes import Refresh, adaptive, eigh, qr, staggered
@@ -52,6 +52,7 @@ from .second_moment import (
 )
 from .types import (
     Basis,
+    Damping,
     Dense,
     Factored,
     Factors,

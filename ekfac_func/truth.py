@@ -28,9 +28,9 @@ from .kronecker import (
     times,
     unpack_all,
 )
-from .precondition import rescaled
 from .reference import exact_block
 from .refreshes import refresh_bases
+from .rescaling import rescaled
 from .rules import Rules
 from .states import initial_state
 from .subspace import Mean

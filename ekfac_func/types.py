@@ -1,6 +1,6 @@
 """The trees that flow through a step. Shape comments use the letters of `kronecker.py`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,6 +138,10 @@ class Spectrum(NamedTuple):
     weight: Tensor  # []
     counts: Tensor  # [O I], all 1 but for what lies outside of a basis of `rank(r)`
     size: int  # coordinates of the layer; those that no entry stands for (`thin`) have a second moment of zero
+
+
+Damping = Callable[[Mapping[str, Spectrum]], Mapping[str, Number]]
+"""second moment of each layer -> damping of each, a number or `[]`"""
 
 
 class Reflections(NamedTuple):

@@ -170,7 +170,7 @@ def test_rank_of_a_layer_with_few_samples(choice: Any, s: int, monkeypatch: pyte
     found = {}
     for way in ("samples", "mean"):
         if way == "mean":
-            monkeypatch.setattr("ekfac_func.precondition.rescale", lambda mean, *rest: _by_mean(mean, *rest))
+            monkeypatch.setattr("ekfac_func.rescaling.rescale", lambda mean, *rest: _by_mean(mean, *rest))
         step = ekfac(loss_fn, damping=1e-2, bases={"*": choice})
         found[way], state, _ = step.precondition(params, batch, step.init(params, batch))
     close_trees(found["samples"], found["mean"])
@@ -202,7 +202,7 @@ def test_samples_and_their_mean_in_a_stale_basis(
     )
     assert few
     of_samples = step.precondition(params, batches[1], state)[0]
-    monkeypatch.setattr("ekfac_func.precondition.rescale", lambda mean, *rest: _by_mean(mean, *rest))
+    monkeypatch.setattr("ekfac_func.rescaling.rescale", lambda mean, *rest: _by_mean(mean, *rest))
     close_trees(of_samples, step.precondition(params, batches[1], state)[0])
 
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from ..checks import check_decay, check_not_negative
 from ..describe import Description, describe
 from ..distributed import of_first
-from ..precondition import Damping, ekfac
-from ..types import Batch, Info, Number, Params, State, shapes_of
+from ..precondition import ekfac
+from ..types import Batch, Damping, Info, Number, Params, State, shapes_of
 from .damping import DEFAULTS
 from .transforms import Velocity, check_like, momentum, nesterov
 

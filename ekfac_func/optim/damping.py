@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_batch, check_loss, check_not_negative, check_params, check_positive
-from ..precondition import Damping
-from ..types import Batch, LossFn, Number, Params, Spectrum
+from ..types import Batch, Damping, LossFn, Number, Params, Spectrum
 from .norms import Scope, dots, each, total
 from .transforms import check_like
 
