@@ -114,7 +114,7 @@ def run_of(
                 loss = loss_fn(marked, given)
             watch.picked.over = True
         except Exception as error:
-            _raise_if_known(error)
+            _raise_if_known(error, plain)
             error.add_note(_called_on(given, n))
             raise
         if watch.mutations:
@@ -168,7 +168,7 @@ def _differentiate(loss: Callable[[Params, Tensor], Tensor], params: Params, pla
         torch.autograd.grad(value, [p for p in (*leaves.values(), zero) if p.requires_grad], allow_unused=True)
 
 
-def _raise_if_known(error: Exception) -> None:
+def _raise_if_known(error: Exception, plain: bool) -> None:
     """Where an error of torch's says something known about the loss, raise that in its place."""
     # torch.cond and scan under `grad`, and torch.tensor([x[0], x[1]])
     higher_order = isinstance(error, KeyError) and any(isinstance(key, TransformType) for key in error.args)
@@ -181,7 +181,7 @@ def _raise_if_known(error: Exception) -> None:
         raise RuntimeError(
             "loss_fn uses a tensor made in torch.inference_mode, which no transform takes: make it in torch.no_grad"
         ) from error
-    if "setup_context" in str(error):
+    if "setup_context" in str(error) and not plain:  # else by a transform of the loss's own
         raise WithoutContext from error
     if "mutating directly with `.data`" in str(error):
         raise ChangesData from error

@@ -429,6 +429,17 @@ def test_a_function_without_a_context_of_its_own_is_not_for_graphs() -> None:
         torch.compile(step.init, backend="eager")({"w": torch.randn(4, 4), "scale": torch.randn(4)}, torch.randn(N, 4))
 
 
+def test_a_function_without_a_context_of_its_own_within_a_vmap_of_the_loss() -> None:
+    """Which torch refuses by itself."""
+
+    def losses_fn(params: Params, x: Tensor) -> Tensor:
+        return torch.vmap(_context, in_dims=(None, 0))(params, x[:, None])[:, 0]
+
+    params = {"w": torch.randn(4, 4), "scale": torch.randn(4)}
+    with pytest.raises(RuntimeError, match="setup_context"):
+        per_example_gradients(losses_fn, params, torch.randn(N, 4), batched=True)
+
+
 def test_a_batched_loss_that_does_not_take_every_number_of_examples() -> None:
     params, batch = {"w": torch.randn(4, 4)}, torch.randn(6, 4)
 
