@@ -19,9 +19,9 @@ def certify(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Ba
     """Raise ValueError for the first parameter whose captured gradients differ from those of the examples alone.
 
     One backward pass an example, for a batch of a few. The loss must draw no random numbers. The distance allowed is
-    the root of the dtype's precision, of float32 on a CUDA device that of TF32, relative to the parameter's own
-    gradients, and for those that are zero but for rounding a hundred times the precision, relative to the whole
-    gradient.
+    the root of the dtype's precision, relative to the parameter's own gradients, and for those that are zero but for
+    rounding a hundred times the precision, relative to the whole gradient; of float32 on a CUDA device the root of the
+    precision of TF32, and once that.
     """
     params = dict(params)
     captured = capture(loss_fn, params, batch, options)
@@ -49,9 +49,11 @@ def certify(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Ba
     remedy = _BATCHED if options.batched else _SINGLE
     for name, g in expected.items():
         distances = (found[name] - g).double().reshape(len(g), -1).norm(dim=1)
-        own, in_tf32 = g.double().norm(), g.is_cuda and g.dtype is torch.float32  # which cuDNN takes by default
-        eps = TF32 if in_tf32 else torch.finfo(g.dtype).eps
-        if not distances.norm() <= eps**0.5 * own + min(100 * eps, eps**0.5) * size:
+        own, eps = g.double().norm(), torch.finfo(g.dtype).eps
+        allowed, rounding = eps**0.5, min(100 * eps, eps**0.5)
+        if g.is_cuda and g.dtype is torch.float32:  # which cuDNN takes as TF32 by default
+            allowed, rounding = TF32**0.5, TF32
+        if not distances.norm() <= allowed * own + rounding * size:
             raise ValueError(
                 f"the gradients captured of {name!r}, of shape {tuple(g.shape)} and norm {own:.1e}, differ from those "
                 f"of each example alone by {distances.norm():.1e}, most for example {int(distances.argmax())}: {remedy}"
