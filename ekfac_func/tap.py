@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _len_torch_function_stack
 from torch._ops import OpOverload
+from torch.autograd.function import _SingleLevelFunction
 from torch.backends import mha
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
@@ -18,7 +19,6 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_na
 from . import expansions
 from .copies import Copies
 from .indexing import entries_of, is_list
-from .modes import depth
 from .rules import Call, Rules
 from .views import VIEWS, Gathered
 
@@ -70,20 +70,23 @@ def _functions_whole(tap: Tap) -> Iterator[None]:
     if torch.compiler.is_dynamo_compiling():
         yield
         return
-    function: Any = torch.autograd.Function
-    before = vars(function)["apply"]
+    base: Any = _SingleLevelFunction  # below `Function.apply`, which a loss may have bound before
+    outer = vars(base).get("apply")  # that of a loss in which this one runs
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if depth() > 0:
-            return before.__func__(cls, *args, **kwargs)
         with assigned(tap, "off", True):
-            return before.__func__(cls, *args, **kwargs)
+            if outer is not None:
+                return outer.__func__(cls, *args, **kwargs)
+            return super(base, cls).apply(*args, **kwargs)
 
-    function.apply = classmethod(apply)
+    base.apply = classmethod(apply)
     try:
         yield
     finally:
-        function.apply = before
+        if outer is None:
+            del base.apply
+        else:
+            base.apply = outer
 
 
 class Watcher(Protocol):
