@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _len_torch_function_stack
 from torch._ops import OpOverload
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.backends import mha
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
@@ -21,6 +21,8 @@ from .copies import Copies
 from .indexing import entries_of, is_list
 from .rules import Call, Rules
 from .views import VIEWS, Gathered
+
+PYTHON_APPLY = isinstance(vars(Function)["apply"], classmethod)  # up to PyTorch 2.13
 
 
 class Tap(TorchFunctionMode):
@@ -70,23 +72,23 @@ def _functions_whole(tap: Tap) -> Iterator[None]:
     if torch.compiler.is_dynamo_compiling():
         yield
         return
-    base: Any = _SingleLevelFunction  # below `Function.apply`, which a loss may have bound before
-    outer = vars(base).get("apply")  # that of a loss in which this one runs
+    # below `Function.apply` itself, which a loss may have bound before
+    owner: Any = _SingleLevelFunction if PYTHON_APPLY else Function
+    before = vars(owner).get("apply")  # within another tap that of its loss
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = super(owner, cls).apply if before is None else before.__get__(None, cls)
         with assigned(tap, "off", True):
-            if outer is not None:
-                return outer.__func__(cls, *args, **kwargs)
-            return super(base, cls).apply(*args, **kwargs)
+            return bound(*args, **kwargs)
 
-    base.apply = classmethod(apply)
+    owner.apply = classmethod(apply)
     try:
         yield
     finally:
-        if outer is None:
-            del base.apply
+        if before is None:
+            del owner.apply
         else:
-            base.apply = outer
+            owner.apply = before
 
 
 class Watcher(Protocol):
