@@ -158,8 +158,8 @@ def _of_examples(
     except WithoutContext:
         if values is None:
             raise ValueError(WITHOUT_CONTEXT.format(" and take the batch as it is with batched=True")) from None
-        found = run(None, plain=True)
-        return Plan(*arrange(param_specs, found, [None] * len(found.uses)), Way.LOOPED)
+        shown = _of_examples(param_specs, functools.partial(run, plain=True), values)
+        return Plan(shown.layers, shown.calls, Way.LOOPED)
     except RuntimeError as error:
         for said, why in UNTRACEABLE.items():
             if values is not None and said in str(error):
@@ -188,11 +188,15 @@ UNTRACEABLE = {
 
 
 def _of_batched(
-    param_specs: Mapping[str, Spec], run: Callable[..., Observed], values: tuple[Params, Batch] | None
+    param_specs: Mapping[str, Spec],
+    run: Callable[..., Observed],
+    values: tuple[Params, Batch] | None,
+    few: int = 3,
+    more: int = 5,
 ) -> Plan:
     """The plan of a batched loss: of shapes alone, or where these are not enough by runs on the batch itself."""
     try:
-        return _of_batches(param_specs, run, 3, 5)
+        return _of_batches(param_specs, run, few, more)
     except DATA_DEPENDENT as error:
         if values is None:
             raise ValueError(
@@ -207,16 +211,16 @@ def _of_batched(
     except WithoutContext:
         if values is None:
             raise ValueError(WITHOUT_CONTEXT.format("")) from None
-        return _of_batches(param_specs, functools.partial(run, plain=True), 3, 5)
+        return _of_batched(param_specs, functools.partial(run, plain=True), values, few, more)
     except Changed:  # a run on the batch itself would change it too
         raise
     except RuntimeError:
         if values is None:
             raise
-        n = batch_size(values[1])  # it may not take every number of examples
-        with contextlib.suppress(RuntimeError):  # nor tensors without values, or within `torch.func`
-            return _of_batches(param_specs, run, n, 2 * n)
-    # here it looks at values, or takes no tensors without them
+        n = batch_size(values[1])
+        if (few, more) != (n, 2 * n):  # it may not take every number of examples
+            return _of_batched(param_specs, run, values, n, 2 * n)
+    # here it looks at values, or takes no tensors without them, or not within `torch.func`
     n = batch_size(values[1])
     return _of_batches(param_specs, functools.partial(run, values=values, plain=True), n, 2 * n)
 

@@ -68,6 +68,8 @@ REQUIRES_GRAD, GRAD_FN = (getattr(Tensor, name).__get__ for name in ("requires_g
 ASKS = frozenset({Tensor.register_hook, REQUIRES_GRAD, GRAD_FN})
 """Functions by which a loss asks whether a tensor is differentiated, or reads its gradient."""
 
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
 CUTS = frozenset({Tensor.detach_, torch.detach_, Tensor.register_hook})
 """Functions that change the derivative of a tensor in place, as `.data` does; a compiled step has none of them."""
 
@@ -272,6 +274,8 @@ class _Watch:
         refuse(func, args, kwargs, self.params, self.n is not None)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
+        if self.without_values and func == SET_DATA and not isinstance(innermost(args[0]), FakeTensor):
+            raise ChangesData  # a module of the caller's would be left without values
         self.picked.enter(func, args)
         self.copies.begins(func, args)
         if args and (func in CUTS or func == DATA) and args[0].requires_grad:

@@ -413,6 +413,30 @@ def test_what_plain_autograd_alone_takes(loss_fn: LossFn) -> None:
     close_trees({name: found.dense(name) for name in params}, every_example(loss_fn, params, x))
 
 
+def _context_and_values(params: Params, x: Tensor) -> Tensor:
+    h = _context(params, x)
+    return h * 2 if float(params["w"].detach().sum()) > -1e6 else h
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_function_with_ctx_in_a_loss_that_looks_at_values(batched: bool) -> None:
+    params, x = {"w": torch.randn(4, 4), "scale": torch.randn(4)}, torch.randn(N, 4)
+    expected = every_example(_context_and_values, params, x)
+    loss_fn = _context_and_values if batched else lambda p, row: _context_and_values(p, row[None])[0]
+    found = per_example_gradients(loss_fn, params, x, batched=batched)
+    close_trees({name: found.dense(name) for name in params}, expected)
+
+
+def test_a_function_with_ctx_after_what_takes_one_number_of_examples() -> None:
+    params, x = {"w": torch.randn(4, 4), "scale": torch.randn(4)}, torch.randn(N, 4)
+
+    def losses_fn(params: Params, x: Tensor) -> Tensor:
+        return _context(params, x.view(2, -1, 4).tanh().flatten(0, 1))
+
+    found = per_example_gradients(losses_fn, params, x, batched=True)
+    close_trees({name: found.dense(name) for name in params}, every_example(losses_fn, params, x))
+
+
 def mean_of(loss_fn: LossFn, params: Params, x: Tensor) -> Params:
     return per_example_gradients(loss_fn, params, x, batched=True).mean()
 

@@ -1310,10 +1310,11 @@ class VmappedProduct(Product):
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("own", [Product, VmappedProduct])
 def test_a_function_whose_forward_calls_what_has_a_rule(own: Any, batched: bool) -> None:
-    bound = own.apply
+    bound = own.apply  # as most are called: what is bound before the loss runs
 
     def loss_fn(params: Params, x: Tensor) -> Tensor:
-        return F.linear(torch.as_tensor(bound(x, params["own"])), params["w"]).cos().sum(-1)
+        x = bound(own.apply(x, params["own"]).tanh(), params["own"])
+        return F.linear(torch.as_tensor(x), params["w"]).cos().sum(-1)
 
     params, batch = {"own": torch.randn(3, 3), "w": torch.randn(2, 3)}, torch.randn(N, 3)
     found = per_example_gradients(loss_fn, params, batch, batched=batched)
@@ -1651,6 +1652,19 @@ def test_a_module_that_is_moved_within_the_loss() -> None:
     found = per_example_gradients(loss_fn, params, batch)
     for name, expected in loop(loss_fn, params, batch)[1].items():
         close(found.dense(name), expected)
+
+
+def test_a_module_of_the_callers_that_is_moved_within_the_loss() -> None:
+    """Which would be left with tensors without values."""
+    net = nn.Linear(4, 4).double()
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(net.to(torch.float64)(x), params["w"]).cos().sum(-1)
+
+    params, batch = {"w": torch.randn(3, 4)}, torch.randn(N, 4)
+    close(per_example_gradients(loss_fn, params, batch).dense("w"), loop(loss_fn, params, batch)[1]["w"])
+    with pytest.raises(ValueError, match="moves or casts a module"):
+        per_example_gradients(loss_fn, params, batch, batched=True)
 
 
 class Moved(nn.Module):
