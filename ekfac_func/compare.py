@@ -242,9 +242,9 @@ def _checked_counts(
 
 
 def _kind(batch: Batch) -> Any:
-    """What all batches share: the tree, and dtype and number of axes of each tensor."""
-    leaves, tree = pytree.tree_flatten(batch)
-    return tree, [(t.dtype, t.dim()) for t in leaves]
+    """What all batches share, in any order: where each tensor is, its number of axes, whether it is of floats."""
+    leaves, _ = pytree.tree_flatten_with_path(batch)
+    return {(pytree.keystr(path), t.dim(), t.is_floating_point()) for path, t in leaves}
 
 
 def _recipe(e: Estimator) -> Any:

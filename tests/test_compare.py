@@ -463,6 +463,19 @@ def test_an_exact_reference_over_batches_of_other_lengths() -> None:
             assert record.fisher_distance / record.fisher_error == pytest.approx(norm.item())
 
 
+def test_batches_of_one_kind_in_another_order() -> None:
+    params = {"w": torch.randn(3, 5)}
+    first, second = ({"x": torch.randn(4, 5), "y": torch.randint(0, 3, (4,))} for _ in range(2))
+
+    def loss(p: Params, example: Any) -> Tensor:
+        return F.cross_entropy(F.linear(example["x"], p["w"]), example["y"].long())
+
+    def found(other: Any) -> list[Record]:
+        return compare(loss, params, [first, other], damping=0.1, estimators={"e": intra_batch}, progress=False)
+
+    assert found({"y": second["y"].int(), "x": second["x"]}) == found(second)
+
+
 def test_bad_arguments() -> None:
     case, model = model_of("mlp")
     batch = case.batch(4)
