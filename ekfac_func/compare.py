@@ -83,7 +83,8 @@ class Estimator(NamedTuple):
     rules: Rules = RULES
 
     def __repr__(self) -> str:
-        return f"Estimator({self.second_moment}, {self.fisher}, ...)"
+        own = {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+        return f"Estimator({', '.join(f'{name}={value!r}' for name, value in own.items())})"
 
 
 ONCE = 10**9  # basis_every of a basis that is never refreshed

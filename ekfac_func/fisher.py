@@ -45,9 +45,6 @@ class Fisher(NamedTuple):
     examples: Callable[[Mapping[str, Tensor], Batch], Batch]
     draws: bool = True
 
-    def __repr__(self) -> str:
-        return self.name
-
 
 def check_fisher(fisher: object, name: str = "fisher") -> None:
     """Refuse what is no Fisher. name: of the argument, with what a message begins with."""

@@ -96,7 +96,7 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
-def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def where(good: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
     """`torch.where` for a condition that nearly always holds: `new` itself where to read the condition is cheap."""
     if transformed() or good.device.type != "cpu" or _get_current_dispatch_mode() is not None:
         return torch.where(good, new, old)

@@ -53,9 +53,6 @@ class Refresh(NamedTuple):
     iterations: int = RANK_ITERATIONS
     from_samples: bool = False
 
-    def __repr__(self) -> str:
-        return self.name
-
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype not in (None, torch.float32, torch.float64):

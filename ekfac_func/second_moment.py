@@ -41,9 +41,6 @@ class SecondMoment(NamedTuple):
     reads_mean: bool = False
     carries: bool = True
 
-    def __repr__(self) -> str:
-        return self.name
-
 
 def reset(moment: Moment, old: Basis, new: Basis, product: Callable[[], Tensor]) -> Moment:
     """Start again from the product of the factors' eigenvalues, as EKFAC-pytorch does."""

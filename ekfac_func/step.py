@@ -369,7 +369,7 @@ def _finish(how: Method, turn: _Turn, carried: _Carried, observed: _BatchMeans) 
     good = _all_finite([observed.loss, observed.curvature, *natural.values(), *unseen])
     # without a moment in any layer, after a first step that was skipped, there is no natural gradient
     good = good & torch.stack([moment.weight for moment in moments.values()]).any()
-    natural = {name: where(good, p, p.new_zeros(())) for name, p in natural.items()}
+    natural = {name: where(good, p, 0.0) for name, p in natural.items()}
     used = torch.stack([dampings[name] for name in layers])
     info = Info(
         observed.loss,
