@@ -189,20 +189,22 @@ def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_positive(name: str, value: Number) -> None:
-    """Refuse a Python number that is not positive and finite; a tensor cannot be checked and shows in `info`."""
-    if not _unknown(name, value) and not 0 < value < math.inf:
+NUMBER = "a Python number or a 0-d tensor"
+
+
+def check_positive(name: str, value: Number, kind: str = NUMBER) -> None:
+    """Refuse a Python number that is not positive and finite; a tensor cannot be checked and shows in `info`.
+
+    kind: what an error says to give.
+    """
+    if not _unknown(name, value, kind) and not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r}: give a positive number, not infinity")
 
 
 def check_damping(damping: Number) -> None:
     """Refuse what is no positive number; rules, which are functions, are not for here."""
-    if isinstance(damping, bool) or not isinstance(damping, Tensor | int | float | numbers.Real):
-        raise TypeError(
-            f"damping is a {type(damping).__name__}: give a Python number, a 0-d tensor, or a rule from second moments "
-            "to the damping of each layer, such as optim.relative(0.1)"
-        )
-    check_positive("damping", damping)
+    rule = "a rule from second moments to the damping of each layer, such as optim.relative(0.1)"
+    check_positive("damping", damping, f"{NUMBER}, or {rule}")
 
 
 def check_not_negative(name: str, value: Number) -> None:
@@ -260,14 +262,14 @@ def check_number(name: str, value: Number) -> None:
         raise ValueError(f"{name}={value!r}: give a finite number")
 
 
-def _unknown(name: str, value: Number) -> bool:
+def _unknown(name: str, value: Number, kind: str = NUMBER) -> bool:
     """Whether a number is a 0-d tensor, whose value is not looked at. Refuse what is no number."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: give a Python number or a 0-d tensor")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: give {kind}")
         return True
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
-        raise TypeError(f"{name} is a {type(value).__name__}: give a Python number or a 0-d tensor")
+        raise TypeError(f"{name} is a {type(value).__name__}: give {kind}")
     return False
 
 

@@ -226,8 +226,9 @@ def _checked_counts(
     for params in trajectory:
         check_params(params)
     counts = [check_batch(batch) for batch in batches]
-    for t, batch in enumerate(batches):
-        if _kind(batch) != _kind(batches[0]):
+    kinds = [_kind(batch) for batch in batches]
+    for t, kind in enumerate(kinds):
+        if kind != kinds[0]:
             raise ValueError(
                 f"batches[{t}] has tensors of another kind than batches[0]: pass a list of batches that are alike, of "
                 "one batch [batch]"
