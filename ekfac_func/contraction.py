@@ -29,7 +29,7 @@ from .kronecker import (
 )
 from .memory import Rooms, scratch, writable
 from .modes import one_by_one, squared, transformed
-from .orders import Contraction, Order, contraction, convolves, early
+from .orders import Contraction, Order, contraction, convolves, early, filters_inputs
 from .patches import Patches, patches_of
 from .products import matmul
 from .subspace import (
@@ -45,6 +45,7 @@ from .subspace import (
     with_outside,
 )
 from .types import Basis, Dense, Factored, Number, OneHot, Side, Sums, Terms, is_matrix, turns
+from .winograd import filtered
 
 FEW_ENTRIES = 2**15  # of an example, below which a call for each costs more than a sum over a leading axis
 
@@ -307,6 +308,8 @@ def _turned_early(g: Tensor, a: Tensor | Patches, h: Tensor, parts: SplitBasis, 
 
     h: g in the sides that are early.
     """
+    if isinstance(a, Patches) and parts.filters:
+        return filtered(a, parts.whole.Q_A[0], rooms), NOTHING
     written = a if isinstance(a, Tensor) else a.write_fast(rooms) if parts.fast else a.write(rooms)
     x = written if "a" in parts.late else turn_inputs(written, parts.whole.Q_A, rooms)
     if not incomplete(parts.first):
@@ -323,16 +326,25 @@ class SplitBasis(NamedTuple):
     fast: bool  # whether patches are written by `write_fast`
     whole: Basis  # both sides, its rows in the order of the patches as written
     convolved: bool  # whether G[n] comes from a convolution, without patches
+    filters: bool  # whether inputs are projected without patches
 
 
 def _split_basis(term: Factored, basis: Basis, how: Contraction) -> SplitBasis:
     first, late = early(how.order), [step.side for step in how.steps if step.side]
     convolved = not torch.compiler.is_compiling() and convolves(term, basis, how.order)
-    (Q_A, Q_B), fast = (basis, False) if convolved else _patches_in(term.a, basis, "a" in first)
+    filters = _filters(term, basis, how)
+    (Q_A, Q_B), fast = (basis, False) if convolved or filters else _patches_in(term.a, basis, "a" in first)
     one = term.g.new_ones(1, 1, 1)
     before = Basis(basis.Q_A if "a" in first else one, Q_B if "g" in first else one)
     then = Basis(one if "a" in first else Q_A, one if "g" in first else Q_B)
-    return SplitBasis(before, then, late, fast, Basis(Q_A, Q_B), convolved)
+    return SplitBasis(before, then, late, fast, Basis(Q_A, Q_B), convolved, filters)
+
+
+def _filters(term: Factored, basis: Basis, how: Contraction) -> bool:
+    """Whether each block of inputs is projected without patches."""
+    if "a" not in early(how.order) or not isinstance(term.a, Patches) or not writable(term.g, term.a.x):
+        return False
+    return filters_inputs(term._replace(a=split(term.a, how.block)[0]), basis)
 
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:

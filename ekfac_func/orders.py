@@ -32,6 +32,7 @@ from .kronecker import count
 from .modes import opaque
 from .patches import Patches
 from .types import NO_CALL, Basis, Dense, Factored, Layer, OneHot, Terms, constants, is_matrix, outside, turns
+from .winograd import POSITIONS, filters
 
 
 class Order(enum.Enum):
@@ -90,6 +91,7 @@ class Contractions(NamedTuple):
 DEFAULT_CONTRACTIONS = Contractions()
 BLOCK_BYTES = 2**24  # of inputs and output gradients that are projected at a time, in eager mode
 ROWS = 512  # or so many positions, where that is more: beside their product the basis takes little time to read
+TURNED = 5  # times that minimal filtering reads or writes an entry of patches or of a basis, as the time it takes
 CACHE_SPEED = 4  # bytes in cache that are read or written while one of memory is
 FORMED = (Order.PROJECT_BOTH, Order.PROJECT_INPUTS, Order.PROJECT_OUTPUTS, Order.FORM_FIRST)
 
@@ -221,6 +223,7 @@ class Sizes(NamedTuple):
     rest_A: bool  # a side with a complement, whose squares are wanted too
     rest_B: bool
     unwritten: bool  # inputs that are patches
+    filtered: bool  # of which `filters` projects them
     itemsize: int
 
 
@@ -228,7 +231,8 @@ def _sizes(term: Factored, basis: Basis) -> Sizes:
     b, s, i, k = term.a.shape[1:]
     (A, matrix_A, rest_A), (B, matrix_B, rest_B) = ((turns(Q), is_matrix(Q), outside(Q) > 0) for Q in basis)
     unwritten, itemsize = isinstance(term.a, Patches), term.g.element_size()
-    return Sizes(b, s, i, k, term.g.shape[3], A, B, matrix_A, matrix_B, rest_A, rest_B, unwritten, itemsize)
+    sides = A, B, matrix_A, matrix_B, rest_A, rest_B
+    return Sizes(b, s, i, k, term.g.shape[3], *sides, unwritten, filters_inputs(term, basis), itemsize)
 
 
 @torch.compiler.assume_constant_result
@@ -289,7 +293,7 @@ def _blocks(
             of_inputs = math.prod((term.a.x if eager and convolves(term, basis, order) else term.a).shape[1:])
         return fitting(of_G + size * of_inputs, few), None
     of_samples = size * b * s * (i * k * (1 + unwritten) + o)
-    enough = max(BLOCK_BYTES, of_samples * -(-ROWS // s))
+    enough = max(BLOCK_BYTES, of_samples * -(-(POSITIONS if filters_inputs(term, basis) else ROWS) // s))
     return fitting(of_samples, min(max_bytes, enough)), fitting(of_G, few)
 
 
@@ -313,6 +317,15 @@ def convolves(term: Factored, basis: Basis, order: Order) -> bool:
     return term.a.convolves(term.g)
 
 
+def filters_inputs(term: Factored, basis: Basis) -> bool:
+    """Whether inputs that are projected early are, in eager mode, without patches, and at less than their products.
+
+    What lies outside of a basis is read from the patches.
+    """
+    whole = is_matrix(basis.Q_A) and not (outside(basis.Q_A) or outside(basis.Q_B))
+    return whole and isinstance(term.a, Patches) and filters(term.a)
+
+
 def _limit(max_bytes: int, cache: int, eager: bool) -> int:
     """Bytes that are written at a time: in eager mode no more than the cache holds."""
     return min(max_bytes, cache) if cache and eager else max_bytes
@@ -325,7 +338,7 @@ def _cost(t: Tensor, costs: Costs) -> Cost:
 @functools.lru_cache
 def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
     """The products of an order. An entry of `[o i]` that does not stay in cache is written, and read by the next."""
-    b, s, i, k, o, A, B, _, _, rest_A, rest_B, unwritten, size = sizes
+    b, s, i, k, o, A, B, _, _, rest_A, rest_B, unwritten, filtered, size = sizes
     n = NOMINAL_N
     of_a, of_g, of_G = n * b * s * i * k, n * b * s * o, n * b * o * i * k
     cached = b * o * i * k * size <= cost.cache
@@ -335,6 +348,10 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
         "g": Step("project g", 2 * of_g * B, size * (2 * of_g + o * B)),
     }
     first = [of_side[side] for side in early(order)]
+    if filtered and "a" in early(order):
+        turned = Step("turn pixels and filters", 12 * (of_a + i * A), TURNED * size * (of_a + i * A))
+        first[0] = Step("project a", 2 * of_a * A * 4 // 9, size * (2 * of_a + i * A))
+        first.insert(0, turned)
     for side, norms in (("a", rest_A), ("g", rest_B)):
         if norms and side in early(order):
             of_pairs = 2 * n * b * s * min(s * (i * k + o), o * i * k)

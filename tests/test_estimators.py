@@ -1,6 +1,8 @@
 """Each estimator against dense per-example gradients, in the basis that the step used."""
 
+import functools
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,9 +45,10 @@ from ekfac_func import contraction as contraction_room
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
-from ekfac_func.orders import FORMED, contraction, convolves
+from ekfac_func.orders import FORMED, Contraction, contraction, convolves, early
 from ekfac_func.patches import Patches
-from ekfac_func.types import Layer, Number, Params
+from ekfac_func.types import Layer, Number, Params, Sums
+from ekfac_func.winograd import filtered
 
 from .cases import Case, N, classifier, every_case, every_case_and_table, make
 from .oracles import blocks, close, close_trees, loop, side
@@ -158,6 +161,50 @@ def test_gradients_of_a_convolution_without_patches(r: int | None, groups: int) 
                 close_trees(pytree.tree_map(Tensor.double, sums(of_floats, single, how)), expected, 1e-4)
             assert expected.square is not None
             close(exact_squares(of_floats, single, how).double(), expected.square, 1e-4)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2**26])
+@pytest.mark.parametrize("order", FORMED, ids=str)
+def test_inputs_of_a_convolution_projected_without_patches(
+    order: Order, max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By minimal filtering where it pays, in blocks too; not of other kernels, ranks, or in a transform."""
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 3, groups=2, padding=1), nn.Flatten()),
+    )
+    case = classifier(net, 2, 5, 6)
+    batch = case.batch(5)
+    terms = per_example_gradients(case.loss_fn, case.params, batch).captured.terms
+    counted: list[int] = []
+
+    def sums_of(g: Tensor, term: Factored, basis: Basis, how: Contraction) -> Sums:
+        return exact_sums((term._replace(g=g),), basis, how)
+
+    def counting(a: Patches, *rest: Any) -> Tensor:
+        counted.append(len(a.x))
+        return filtered(a, *rest)
+
+    monkeypatch.setattr(contraction_room, "filtered", counting)
+    for bases, (weight, (term,)) in itertools.product(({}, {"*": rank(2)}), terms.items()):
+        assert isinstance(term, Factored)
+        empty = ekfac(case.loss_fn, damping=1.0, bases=bases).init(case.params, batch).bases[weight]
+        basis = empty if bases else Basis(*(torch.linalg.qr(torch.randn(Q.shape))[0] for Q in empty))
+        expected = exact_sums((term,), basis, contraction((term,), basis, Order.FORM_FIRST))
+        direct = 2 * blocking.NOMINAL_N * math.prod(term.a.shape[1:]) * basis.Q_A.shape[-1]
+        for overhead in (0, 10**9):
+            monkeypatch.setattr("ekfac_func.winograd.OVERHEAD", overhead)
+            how = contraction((term,), basis, order, max_bytes)
+            counted.clear()
+            close_trees(exact_sums((term,), basis, how), expected)
+            fits = term is terms["0.weight"][0] and not bases and not overhead and "a" in early(order)
+            assert counted == ([] if not fits else [5] if max_bytes > 1 else [1] * 5)
+            operations = {step.name: step.operations for step in how.steps}
+            assert operations.get("project a", direct) == (direct * 4 // 9 if fits else direct)
+            counted.clear()
+            of_g = functools.partial(sums_of, term=term, basis=basis, how=how)
+            close_trees(torch.vmap(of_g)(term.g[None]), pytree.tree_map(lambda t: t[None], expected))
+            assert not counted
 
 
 def test_no_more_gradients_exist_than_the_budget_allows() -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ekfac_func import RULES, SUA, ekfac, per_example_gradients
+from ekfac_func.memory import Rooms
 from ekfac_func.patch_gram import patch_gram
 from ekfac_func.patches import Patches
 from ekfac_func.types import Params
+from ekfac_func.winograd import filtered
 
 from .oracles import close, loop
 
@@ -78,6 +80,19 @@ def test_gradients_without_patches(geometry: dict[str, Any], m: int, n: int, apa
     expected = torch.einsum("nbso,nbsik->nboik", g, patches.write())
     close(patches.gradients(g), expected)
     close(patches.gradient(g), expected.sum(0))
+
+
+@given(st.tuples(*[st.integers(1, 5)] * 3), *[st.integers(1, 3)] * 2, st.integers(1, 9), st.booleans())
+@PROFILE
+def test_projections_without_patches(sizes: tuple[int, int, int], n: int, m: int, columns: int, bias: bool) -> None:
+    """Of kernels of 3 x 3 by minimal filtering as of patches written out, some columns at a time."""
+    down, across, c = sizes
+    x = torch.randn(n, m, 1, down + 2, across + 2, c)
+    patches = Patches(x, (3, 3), (1, 1), (1, 1), 0.5 if bias else None)
+    Q = torch.randn(patches.shape[3], columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ekfac_func.winograd.COLUMNS", 4)
+        close(filtered(patches, Q, Rooms())[..., 0], patches.write()[..., 0] @ Q)
 
 
 @given(geometries(), st.booleans())
