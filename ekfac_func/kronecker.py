@@ -51,6 +51,7 @@ from .types import (
 )
 
 FEW = 0.7  # samples for each dimension, below which an eigenvalue problem in their span takes less time
+THIN = 2  # columns up to which a sum of products entry by entry takes less time than a batch of small matrices
 STRIPS = 4  # of a symmetric product, of 5/8 of the operations
 STRIPS_FROM = 256  # dimensions
 
@@ -190,6 +191,9 @@ def _gram(x: Tensor, equation: str, Q: Side, axis: int, left: bool = False) -> F
 def symmetric(x: Tensor) -> Tensor:
     """`x^T x` of `[b samples d]`; on a CPU a large one in strips, without what lies below the diagonal."""
     d = x.shape[-1]
+    if 0 < d <= THIN:
+        columns = x.unbind(-1)
+        return torch.stack([torch.stack([(y * z).sum(1) for z in columns], -1) for y in columns], -2)
     if d < STRIPS_FROM or x.device.type != "cpu":
         return outer(x, x)
     C = x.new_empty(*x.shape[:-2], d, d)
