@@ -344,7 +344,7 @@ def _filters(term: Factored, basis: Basis, how: Contraction) -> bool:
     """Whether each block of inputs is projected without patches."""
     if "a" not in early(how.order) or not isinstance(term.a, Patches) or not writable(term.g, term.a.x):
         return False
-    return filters_inputs(term._replace(a=split(term.a, how.block)[0]), basis)
+    return filters_inputs(term, basis, split(term.a, how.block)[0].shape[0])
 
 
 def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:

@@ -317,13 +317,13 @@ def convolves(term: Factored, basis: Basis, order: Order) -> bool:
     return term.a.convolves(term.g)
 
 
-def filters_inputs(term: Factored, basis: Basis) -> bool:
-    """Whether inputs that are projected early are, in eager mode, without patches, and at less than their products.
+def filters_inputs(term: Factored, basis: Basis, n: int = NOMINAL_N) -> bool:
+    """Whether n examples' inputs that are projected early are so without patches, in eager mode.
 
     What lies outside of a basis is read from the patches.
     """
     whole = is_matrix(basis.Q_A) and not (outside(basis.Q_A) or outside(basis.Q_B))
-    return whole and isinstance(term.a, Patches) and filters(term.a)
+    return whole and isinstance(term.a, Patches) and filters(term.a, n)
 
 
 def _limit(max_bytes: int, cache: int, eager: bool) -> int:
