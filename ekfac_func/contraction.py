@@ -188,7 +188,7 @@ def _by_pairs(term: Factored, basis: Basis, how: Contraction, total: bool) -> _F
     projected = square = None
     left = NOTHING
     for of_g, of_a in zip(split(g, how.block), split(a, how.block), strict=True):
-        reflected_g, reflected_a = common_first(of_g), common_first(of_a)
+        reflected_g, reflected_a = common_first(of_g, of_a)
         h, x = project_outputs(reflected_g, basis), project_inputs(reflected_a, basis)
         if incomplete(basis):
             left = added(left, sample_squares(reflected_g, reflected_a, h, x, basis))

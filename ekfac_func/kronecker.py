@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .blocking import in_blocks, nominal
 from .memory import Rooms
+from .modes import where
 from .patch_gram import patch_gram
 from .patches import Patches
 from .products import outer, rotate
@@ -383,19 +384,31 @@ def look_up(term: Factored, ids: Tensor) -> Tensor:
     return torch.einsum("nts,nti->nsi", g, term.inputs[:, 0, :, :, 0])
 
 
-def common_first(x: Tensor) -> Tensor:
-    """Positions `[n b s ...]` reflected so that what they have in common is in the first.
+def common_first(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Output gradients `[n b s o]` and inputs `[n b s i k]`, reflected so that the first position has what is common.
 
-    Done to both g and a, it leaves `sum_s g[n, s] a[n, s]^T` as it is, but less of the sum cancels: of two inputs that
-    are nearly alike, with output gradients of opposite sign, all digits would.
+    It leaves `sum_s g[n, s] a[n, s]^T` as it is, but less of the sum cancels: of two inputs that are nearly alike, with
+    output gradients of opposite sign, all digits would. Not of an example of which more would cancel then: of a large
+    input with a small gradient, as of a position that the loss masks.
     """
+    if g.shape[2] < 2:
+        return g, a
+    h, x = _common_first(g), _common_first(a)
+    better = (_lengths(h, x) <= 2 * _lengths(g, a))[:, :, None, None]  # or nearly as good, which saves a pass
+    return where(better, h, g), where(better[..., None], x, a)
+
+
+def _common_first(x: Tensor) -> Tensor:
     s = x.shape[2]
-    if s < 2:
-        return x
     first = x[:, :, :1]
     rest = x - first  # before anything is summed, for it may be small
     mean = rest.mean(2, keepdim=True)
     return torch.cat([(first + mean) * s**0.5, rest[:, :, 1:] - mean / (1 - s**-0.5)], 2)
+
+
+def _lengths(g: Tensor, a: Tensor) -> Tensor:
+    """`sum_s ||g[n, s]|| ||a[n, s]||`, `[n b]`: what the rounding of a sum over pairs of positions grows with."""
+    return (torch.linalg.vector_norm(g, dim=3) * torch.linalg.vector_norm(a, dim=(3, 4))).sum(2)
 
 
 def times(term: Term, number: float) -> Term:
@@ -423,7 +436,7 @@ def _square_norms(term: Term) -> Tensor:
         s, i, k = term.a.shape[2:]
         o = term.g.shape[3]
         if s * (i * k + o) <= o * i * k:
-            a, g = common_first(term.inputs), common_first(term.g)
+            g, a = common_first(term.g, term.inputs)
             pairs_a = torch.einsum("nbsik,nbtik->nbst", a, a)
             pairs_g = torch.einsum("nbso,nbto->nbst", g, g)
             return torch.einsum("nbst,nbst->n", pairs_a, pairs_g)

@@ -317,13 +317,15 @@ def convolves(term: Factored, basis: Basis, order: Order) -> bool:
     return term.a.convolves(term.g)
 
 
-def filters_inputs(term: Factored, basis: Basis, n: int = NOMINAL_N) -> bool:
-    """Whether n examples' inputs that are projected early are so without patches, in eager mode.
+def filters_inputs(term: Factored, basis: Basis, n: int | None = None) -> bool:
+    """Whether inputs that are projected early are so without patches, in eager mode.
 
-    What lies outside of a basis is read from the patches.
+    What lies outside of a basis is read from the patches. n: examples at a time, by default as many as pay.
     """
     whole = is_matrix(basis.Q_A) and not (outside(basis.Q_A) or outside(basis.Q_B))
-    return whole and isinstance(term.a, Patches) and filters(term.a, n)
+    if not whole or not isinstance(term.a, Patches):
+        return False
+    return filters(term.a, -(-POSITIONS // term.a.shape[2]) if n is None else n)
 
 
 def _limit(max_bytes: int, cache: int, eager: bool) -> int:

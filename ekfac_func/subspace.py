@@ -148,7 +148,7 @@ def _norms_inputs(g: Tensor, a: Tensor) -> Tensor:
         return _summed(lambda h, x: torch.einsum("nbso,nbsik->nboik", h, x).square().sum((0, 3)), g, a, i * o)
 
     def by_pairs(h: Tensor, x: Tensor) -> Tensor:
-        h, x = common_first(h), common_first(x)
+        h, x = common_first(h, x)
         K = torch.einsum("nbsik,nbtik->nbkst", x, x)
         return (torch.einsum("nbkst,nbto->nbkso", K, h) * h[:, :, None]).sum((0, 3)).movedim(1, 2)
 
@@ -164,7 +164,7 @@ def _norms(g: Tensor, a: Tensor) -> Tensor:
     """`sum_n ||sum_s g[n, s] a[n, s]^T||^2`, `[b k]`, by pairs of positions: no gradient of an example is formed."""
 
     def by_pairs(h: Tensor, x: Tensor) -> Tensor:
-        h, x = common_first(h), common_first(x)
+        h, x = common_first(h, x)
         pairs_h, pairs_x = torch.einsum("nbso,nbto->nbst", h, h), torch.einsum("nbsik,nbtik->nbkst", x, x)
         return torch.einsum("nbst,nbkst->bk", pairs_h, pairs_x)
 
