@@ -147,6 +147,8 @@ def check_choices(choices: Choices) -> None:
     if not isinstance(choices, Mapping):
         raise TypeError(f"bases is {choices!r}: give a dict from patterns of names to choices, as {{'*': rank(8)}}")
     for pattern, value in choices.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"bases has the pattern {pattern!r}: give a string, as of a file's name")
         if not isinstance(value, Blocks | Rank | Thin | Compact):
             raise TypeError(
                 f"bases[{pattern!r}] is {value!r}: give FULL, DIAGONAL, blocks(max_dim), Blocks(...), rank(r), thin or "

@@ -55,8 +55,9 @@ def certify(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Ba
             allowed, rounding = TF32**0.5, TF32
         if not distances.norm() <= allowed * own + rounding * size:
             raise ValueError(
-                f"the gradients captured of {name!r}, of shape {tuple(g.shape)} and norm {own:.1e}, differ from those "
-                f"of each example alone by {distances.norm():.1e}, most for example {int(distances.argmax())}: {remedy}"
+                f"the gradients captured of {name!r}, of shape {tuple(g.shape)}, differ from those of each example "
+                f"alone, of norm {own:.1e}, by {distances.norm():.1e}, most for example {int(distances.argmax())}: "
+                f"{remedy}"
             )
 
 

@@ -6,6 +6,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -27,15 +28,26 @@ def check_params(params: Mapping[str, Tensor]) -> None:
             raise TypeError(f"params has the name {name!r}, a {type(name).__name__}: give each tensor a string")
         if not isinstance(p, Tensor):
             raise TypeError(f"params[{name!r}] is a {type(p).__name__}: pass tensors")
-        if not torch.compiler.is_compiling() and is_lazy(p):
+        eager = not torch.compiler.is_compiling()
+        if eager and is_lazy(p):
             raise ValueError(f"params[{name!r}] has no shape yet: call the lazy module that it is of on a batch first")
         if not p.is_floating_point():
             raise TypeError(
                 f"params[{name!r}] of shape {tuple(p.shape)} has dtype {p.dtype}: params must be real floating-point; "
                 "leave buffers and indices out of params, and view a complex tensor as real"
             )
-        if not torch.compiler.is_compiling() and _overrides(type(p)):
+        if eager and _overrides(type(p)):
             raise _of_subclass(f"params[{name!r}]", p)
+        if eager and p.is_inference():
+            raise RuntimeError(
+                f"params[{name!r}] of shape {tuple(p.shape)} was made in torch.inference_mode, which autograd does not "
+                "take: make it in torch.no_grad, or pass clone() of it"
+            )
+        if eager and hasattr(p, "full_tensor"):
+            raise TypeError(
+                f"params[{name!r}] of shape {tuple(p.shape)} is a {type(p).__name__}, spread over processes, as "
+                "fully_shard makes it: pass a model that is whole in each process, and ranks=ranks()"
+            )
         if p.layout is not torch.strided:
             raise TypeError(f"params[{name!r}] of shape {tuple(p.shape)} is sparse: pass p.to_dense()")
         if p.is_meta:
@@ -80,7 +92,7 @@ def _check_leaf(batch: Batch, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(
             f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
-            + ("pass dict(batch)" if isinstance(leaf, Mapping) else _remedy(leaf))
+            + (f"pass dict(batch{_where(batch, leaf)})" if isinstance(leaf, Mapping) else _remedy(leaf))
         )
     if leaf.is_nested:
         raise TypeError(
@@ -268,7 +280,7 @@ def _unknown(name: str, value: Number, kind: str = NUMBER) -> bool:
         if value.dim() != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: give {kind}")
         return True
-    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or isinstance(value, Fraction):
         raise TypeError(f"{name} is a {type(value).__name__}: give {kind}")
     return False
 
@@ -338,6 +350,10 @@ def _remedy(leaf: object) -> str:
         return f"register it, torch.utils._pytree.register_dataclass({type(leaf).__name__})"
     if hasattr(leaf, "__array__"):
         return "pass torch.as_tensor of it"
+    if isinstance(leaf, bool | int | float):
+        return "give numbers as a tensor with a leading axis of examples, or close over what is one for all"
+    if hasattr(leaf, "__iter__") and not isinstance(leaf, str):
+        return "pass one batch of it, as torch.utils.data.default_collate makes of a list of examples"
     return "leave out what the loss does not need, close over what stays as it is from batch to batch"
 
 

@@ -38,6 +38,10 @@ def checked_options(rules: Rules, randomness: str, chunk_size: int | None, has_a
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is a {type(rules).__name__}: pass a dict from torch functions to rules, as RULES")
     for func, rule in rules.items():
+        if isinstance(func, type) or not callable(func):
+            raise TypeError(
+                f"rules has {func!r}, which no call shows: give a torch function, as F.linear, that it is of"
+            )
         if not callable(rule):
             raise TypeError(f"rules[{func!r}] is {rule!r}: give a function of the arguments of the call, as RULES has")
     check_randomness(randomness)

@@ -33,11 +33,14 @@ def ranks(group: dist.ProcessGroup | None = None) -> Ranks:
     for what null spaces are (factors are formed here); `info.aux`, and with `batched=True` the statistics of BatchNorm,
     are of the share. A step is one collective for each dtype, and three more where a basis is refreshed; an error in
     one process leaves the others waiting. Random numbers, of dropout or of a sampled Fisher, are each process's own:
-    seed them apart. RuntimeError where there is no process group.
+    seed them apart. RuntimeError where there is no process group, ValueError where this process is not in it.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("there is no process group: call torch.distributed.init_process_group before ranks()")
-    return Ranks(functools.partial(_all_reduce, group), dist.get_rank(group) == 0)
+    of_group = dist.get_rank(group)
+    if of_group < 0:
+        raise ValueError("this process is not in group: call ranks(group) in the processes of the group alone")
+    return Ranks(functools.partial(_all_reduce, group), of_group == 0)
 
 
 def check_ranks(value: object) -> None:

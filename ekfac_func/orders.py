@@ -134,6 +134,8 @@ def check_contractions(chosen: Contractions) -> None:
     if not isinstance(chosen.costs, Mapping) or not all(isinstance(cost, Cost) for cost in chosen.costs.values()):
         raise TypeError(f"costs is {chosen.costs!r}: give a dict from (type of device, dtype) to Cost")
     for pattern, order in chosen.orders.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"orders has the pattern {pattern!r}: give a string, as of a file's name")
         if not isinstance(order, Order):
             raise TypeError(f"orders[{pattern!r}] is {order!r}: give one of {', '.join(map(str, Order))}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,6 +43,12 @@ class Init(Protocol):
     def __call__(self, params: Mapping[str, Tensor], batch: Batch, *, check: bool = False) -> State: ...
 
 
+class Precondition(Protocol):
+    """`EKFAC.precondition`."""
+
+    def __call__(self, params: Mapping[str, Tensor], batch: Batch, state: State) -> tuple[Params, State, Info]: ...
+
+
 class EKFAC(NamedTuple):
     """A pair of pure functions.
 
@@ -57,7 +63,7 @@ class EKFAC(NamedTuple):
     """
 
     init: Init
-    precondition: Callable[[Mapping[str, Tensor], Batch, State], tuple[Params, State, Info]]
+    precondition: Precondition
 
 
 def ekfac(

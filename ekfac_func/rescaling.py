@@ -52,7 +52,8 @@ def rescaled(
     mean: Mean, moment: Moment, basis: Basis, damping: Tensor, exponent: Number, sizes: tuple[int, int, int, int]
 ) -> Tensor:
     """`Q_B [ projected (m2 + damping)^exponent ] Q_A^T`; zero while there is no estimate of m2."""
-    value, added = moment.value, torch.where(moment.weight > 0, damping, torch.inf)
+    added = torch.where(damping > 0, torch.where(moment.weight > 0, damping, torch.inf), torch.nan)  # which is skipped
+    value = moment.value
     damped = torch.add(value, added, out=empty(value.shape, value)) if writable(value, added) else value + added
     if incomplete(basis):
         return rescale(mean, damped**exponent, basis)

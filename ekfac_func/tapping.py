@@ -67,6 +67,8 @@ def _replaced(found: Plan, batched: bool) -> Replaced:
     if torch.compiler.is_compiling():
         if batched:  # `found.way is Way.BATCHED` would be a guard that Dynamo cannot check
             return Replaced(OPEN_BATCHED, {}, {})
+        if found.way.name == "EACH":  # in which operators without a derivative of their own would be differentiated
+            return Replaced(EXACT | MAPPED, {}, {})
         return Replaced(EXACT | MAPPED | (OPEN | IN_GRAPHS if found.open else {}), OPEN_LAYERS, OPEN_LAYERS)
     if batched:
         return Replaced({}, {} if mapped else EAGER_LAYERS, {})
@@ -192,7 +194,7 @@ class _Tapping:
             self.seen.append((read.letters, read.split, bias, read.table, output.dtype))
             if torch.is_grad_enabled():
                 leaves = map(innermost, pytree.tree_leaves(read.input))
-                self.inputs.extend((use.weight, x, x._version) for x in leaves)
+                self.inputs.extend((use.weight, x, x._version) for x in leaves if not x.is_inference())
         self.calls.append(with_ids(read, self.gathered, use.weight) if use.by_ids else read)
         # a function of a rule of the user's own may need its output, which a change in place would not let alone
         return self.probe(k, output if func in RULES else output.clone())
@@ -215,7 +217,8 @@ def tapped_loss(
     """The loss under the tap, the list in which a run leaves its calls, and the list of what each run has seen."""
     compiling, mapped = torch.compiler.is_compiling(), transformed()  # the parameters too may be of several
     replaced = _replaced(found, options.batched)
-    fills = found.fills or (found.draws and options.randomness == "different")
+    # of an ensemble, what a loss makes of its example is one for all members
+    fills = found.fills or (mapped and not compiling) or (found.draws and options.randomness == "different")
     calls: list[Any] = []
     ways: list[list[Any]] = []
 

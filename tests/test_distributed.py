@@ -4,6 +4,7 @@ import datetime
 import functools
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,10 @@ def of_loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def scaled_loss(model: nn.Module, batch: Any) -> Tensor:
+    return of_loss(model, batch) * model.get_buffer("scale")
+
+
 def batches(case: Case) -> list[Any]:
     torch.manual_seed(1)
     return [case.batch(N) for _ in range(STEPS)]
@@ -128,6 +133,23 @@ def lengths(of: int | None) -> Any:
     return state.second_moments["w"].value.sum(), info.gradient
 
 
+def optimized(kind: str, of_all: list[Any], of: int | None) -> Any:
+    """Losses and model of an optimizer whose process, the second, begins with another model than the first has."""
+    model = net()
+    model.register_buffer("scale", torch.ones(()))
+    model.register_buffer("seen", torch.tensor(True))
+    next(model.parameters()).requires_grad_(kind != "frozen")
+    optimizer = EKFACOptimizer(model, scaled_loss, lr=0.1, damping=0.1, ranks=None if of is None else ranks())
+    if kind == "loaded":
+        before = EKFACOptimizer(net().train(), of_loss, lr=0.1, damping=0.1)
+        before.step(of_all[0])
+        optimizer.load_state_dict(before.state_dict())
+    if of == 1:
+        others = {name: torch.randn(t.shape) for name, t in model.state_dict().items()}
+        model.load_state_dict({**others, "seen": torch.tensor(False)})
+    return [optimizer.step(shared(batch, of)) for batch in of_all], model.state_dict()
+
+
 def everything(of: int | None) -> dict[str, Any]:
     """All that the tests look at, from one process of several or from one alone."""
     torch.set_default_dtype(torch.float64)
@@ -142,11 +164,8 @@ def everything(of: int | None) -> dict[str, Any]:
     found["lengths"] = lengths(of)
     found["compiled"] = steps(case, of, {"second_moment": averaged_intra_batch(0.9)}, compiled=of == 0)[0]
     found["skipped"] = steps(case, of, {}, nan_at=2)
-    model = net()
-    if of == 1:  # it takes the parameters of the first
-        nn.init.normal_(next(model.parameters()))
-    optimizer = EKFACOptimizer(model, of_loss, lr=0.1, damping=0.1, ranks=None if of is None else ranks())
-    found["optimizer"] = [optimizer.step(shared(batch, of)) for batch in batches(case)], dict(model.named_parameters())
+    for kind in ("trained", "frozen", "loaded"):
+        found[f"optimizer, {kind}"] = optimized(kind, batches(case), of)
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), found)
 
 
@@ -212,7 +231,7 @@ def test_ranks_of_the_world_are_pickled() -> None:
     assert pickle.loads(pickle.dumps(world)).first
 
 
-def test_refusals() -> None:
+def test_refusals(tmp_path: Path) -> None:
     case = make("deep")
     with pytest.raises(RuntimeError, match=r"no process group: call torch\.distributed\.init_process_group"):
         ranks()
@@ -222,3 +241,11 @@ def test_refusals() -> None:
     for choice in (thin, compact(4)):
         with pytest.raises(ValueError, match=r"thin or compact bases: .*of one process"):
             ekfac(case.loss_fn, damping=0.1, bases={"*": choice}, ranks=one)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"this process is not in group: call ranks\(group\)"):
+            ranks(dist.GroupMember.NON_GROUP_MEMBER)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"DistributedDataParallel.*pass model\.module and ranks="):
+            EKFACOptimizer(nn.parallel.DistributedDataParallel(net()), of_loss)
+    finally:
+        dist.destroy_process_group()

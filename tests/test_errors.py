@@ -6,6 +6,7 @@ import logging
 import math
 from collections import UserDict
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from ekfac_func import (
     RULES,
@@ -35,6 +37,7 @@ from ekfac_func import (
     exact_sums,
     gradient,
     keep,
+    optim,
     per_example_gradients,
     rank,
     running_average,
@@ -53,6 +56,9 @@ def loss_fn(params: Params, example: Any) -> Tensor:
     return F.linear(x, params["w"]).cos().sum()
 
 
+with torch.inference_mode():
+    INFERENCE = torch.randn(3, 4, dtype=torch.float64)
+LOADER: Any = DataLoader(torch.utils.data.TensorDataset(torch.randn(5, 4)))
 JAGGED = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
 
 
@@ -71,6 +77,9 @@ JAGGED = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layo
         (W, {"x": torch.randn(5, 4), "k": 3}, TypeError, r"batch\['k'\] is a int.*close over"),
         (W, (torch.randn(5, 4).numpy(),), TypeError, r"batch\[0\] is a ndarray.*torch.as_tensor"),
         (W, UserDict(x=torch.randn(5, 4)), TypeError, r"batch is a UserDict.*pass dict\(batch\)"),
+        (W, [UserDict(x=torch.randn(5, 4))], TypeError, r"batch\[0\] is a UserDict.*pass dict\(batch\[0\]\)"),
+        (W, LOADER, TypeError, "batch is a DataLoader.*pass one batch of it.*default_collate"),
+        ({"w": INFERENCE}, torch.randn(5, 4), RuntimeError, r"'w'.*\(3, 4\).*inference_mode.*no_grad.*clone\(\)"),
         (W, {"x": torch.randn(5, 4), "k": torch.tensor(1.0)}, ValueError, r"batch\['k'\].*shape \(\).*leading axis"),
         ({"w": torch.ones(3, 4, dtype=torch.int64)}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*int64.*floating"),
         ({"w": torch.ones(3, 4) * 1j}, torch.randn(5, 4), TypeError, r"'w'.*\(3, 4\).*complex.*real"),
@@ -130,6 +139,11 @@ def test_params_and_batch(entry: str, params: Any, batch: Any, error: Any, messa
         ({"contractions": Contractions(costs=None)}, TypeError, "costs is None.*dict"),  # type: ignore[arg-type]
         ({"weight_sharing": "reduce"}, TypeError, "weight_sharing='reduce' is not a function: pass expand or reduce"),
         ({"rules": {F.linear: 3}}, TypeError, "rules.*is 3: give a function"),
+        ({"rules": {"linear": F.linear}}, TypeError, "rules has 'linear', which no call shows: give a torch function"),
+        ({"rules": {nn.Linear: F.linear}}, TypeError, "rules has .*Linear.*which no call shows"),
+        ({"damping": Fraction(1, 10)}, TypeError, "damping is a Fraction.*number"),
+        ({"bases": {0: rank(8)}}, TypeError, "bases has the pattern 0: give a string"),
+        ({"contractions": Contractions(orders={0: Order.PAIRS})}, TypeError, "orders has the pattern 0: give"),  # type: ignore[dict-item]
         ({"chunk_size": 0}, ValueError, "chunk_size=0.*at least 1"),
         ({"randomness": "often"}, ValueError, "randomness='often'.*different"),
     ],
@@ -492,11 +506,16 @@ def test_an_unknown_name() -> None:
         per_example_gradients(loss_fn, W, torch.randn(5, 4)).dense("v")
 
 
-def test_a_tensor_that_cannot_be_checked_shows_in_info() -> None:
+@pytest.mark.parametrize("damping", [torch.tensor(-1.0), torch.tensor(0.0), optim.relative(torch.tensor(0.0))])
+def test_a_damping_that_cannot_be_checked_skips_the_step(damping: Any) -> None:
     batch = torch.randn(5, 4)
-    step = ekfac(loss_fn, damping=torch.tensor(-1.0))
-    _, _, info = step.precondition(W, batch, step.init(W, batch))
-    assert info.damping == -1
+    step = ekfac(loss_fn, damping=damping)
+    natural, _, info = step.precondition(W, batch, step.init(W, batch))
+    assert not isinstance(damping, Tensor) or info.damping == damping
+    assert info.skipped
+    assert not natural["w"].any()
+    with pytest.raises(TypeError, match=r"relative was called with a dict.*damping=relative\(fraction\)"):
+        ekfac(loss_fn, damping=optim.relative).precondition(W, batch, step.init(W, batch))  # type: ignore[arg-type]
 
 
 def test_dropout_modes() -> None:
@@ -710,6 +729,10 @@ def test_inference_mode_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"made in torch\.inference_mode.*torch\.no_grad"):
         per_example_gradients(teacher, W, torch.randn(5, 4))
     assert per_example_gradients(teacher, W, torch.randn(5, 4), batched=True).dense("w").any()
+    with torch.inference_mode():
+        features = torch.randn(5, 4)  # of a frozen backbone
+    for loss in (loss_fn, lambda params, x: loss_fn(params, x[None])):
+        close(per_example_gradients(loss, W, features).dense("w"), loop(loss, W, features.clone())[1]["w"])
     compiled = torch.compile(step.precondition, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         close_trees(compiled(case.params, batch, state)[0], natural)

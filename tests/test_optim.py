@@ -602,7 +602,21 @@ def test_the_defaults_of_the_optimizer() -> None:
         last = plain.step(batches[0])
     assert last < 0.97 * first
     assert EKFACOptimizer(net, cross_entropy, damping=0.1).options == {}
-    assert EKFACOptimizer(net, cross_entropy, exponent=-1.0).options == {"exponent": -1.0, "basis_every": 10}
+    rest = {key: value for key, value in optim.DEFAULTS.items() if key != "damping"}
+    assert EKFACOptimizer(net, cross_entropy, exponent=-1.0).options == {**rest, "exponent": -1.0}
+
+
+def test_the_defaults_learn_rare_labels() -> None:
+    """Batches without any may not outvote those with some: the loss ends below that of the best constant."""
+    torch.manual_seed(0)
+    x = torch.randn(6000, 20)
+    y = (x[:, :2].sum(1) > 3.2).float()
+    net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1), nn.Flatten(0))
+    optimizer = EKFACOptimizer(net, lambda model, batch: F.binary_cross_entropy_with_logits(model(batch[0]), batch[1]))
+    for ids in torch.randint(6000, (120, 64)):
+        optimizer.step((x[ids], y[ids]))
+    best = F.binary_cross_entropy(y.mean().expand_as(y), y)
+    assert F.binary_cross_entropy_with_logits(net(x), y) < 0.9 * best
 
 
 def test_the_optimizer_leaves_frozen_parameters_and_takes_thawed_and_added_ones() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations  # Dynamo does not evaluate those of function
 import inspect
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from ..checks import check_decay, check_not_negative
@@ -19,6 +20,8 @@ from ..precondition import ekfac
 from ..types import Batch, Damping, Info, Number, Params, State, shapes_of
 from .damping import DEFAULTS
 from .transforms import Velocity, check_like, momentum, nesterov
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
     lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor. Parameters that the loss
         does not reach decay too: leave them out of params.
     damping: as in `ekfac`; the attribute may be changed from step to step. Without one, `optim.DEFAULTS` are the
-        defaults of damping, exponent and basis_every, for which the default lr is.
+        defaults of damping, exponent, second_moment and basis_every, for which the default lr is.
     options: the others of `ekfac`.
 
     `state_dict` has the state of `ekfac`, and damping where it is a number or a tensor; save it as it is, for
@@ -105,6 +108,11 @@ class EKFACOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: pass the module, and some of its parameters as params")
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise TypeError(
+                "model is a DistributedDataParallel, which sums what loss.backward() leaves in p.grad, where this "
+                "optimizer does not look: pass model.module and ranks=ekfac_func.ranks()"
+            )
         if not callable(loss) or getattr(loss, "__module__", "") in ("torch.nn.modules.loss", "torch.nn.functional"):
             named = getattr(loss, "__name__", f"a {type(loss).__name__}")
             raise TypeError(f"loss is {named}: pass a function (model, batch) -> scalar loss")
@@ -127,16 +135,19 @@ class EKFACOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(model.parameters() if params is None else params, defaults)
 
-    def __getattr__(self, name: str) -> Any:
-        """What `_bind` makes, at the first use: a copy of a model that holds its optimizer is whole only then."""
-        if name not in ("names", "precondition", "_held", "_bound", "_loss_fn", "_options", "_init"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        self._bind()
-        return self.__dict__[name]
+    if not TYPE_CHECKING:  # else every name would be one of its attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """What `_bind` makes, at the first use: a copy of a model that holds its optimizer is whole only then."""
+            if name not in ("names", "precondition", "_alike", "_held", "_bound", "_loss_fn", "_options", "_init"):
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            self._bind()
+            return self.__dict__[name]
 
     def _bind(self) -> None:
         """Make what the module and the loss decide, and no copy or pickle carries."""
         self.names = {p: name for name, p in self.model.named_parameters()}
+        self._alike = False  # with the other processes
         self._held = _held(self.model)
         self._bound = bound = _Bound(self.model, self.loss)
         places = _places(bound)
@@ -187,8 +198,14 @@ class EKFACOptimizer(torch.optim.Optimizer):
             if option in group:
                 raise ValueError(f"a group of params has {option!r}, which is one for all: pass it beside params")
 
+    @overload  # type: ignore[override]
+    def step(self, batch: Batch, closure: None = None) -> Tensor: ...
+
+    @overload
+    def step(self, batch: Batch, closure: Callable[[], T]) -> T: ...
+
     @torch.no_grad()
-    def step(self, batch: Batch, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, batch: Batch, closure: Callable[[], Any] | None = None) -> Any:
         """One step on the batch, a tree of tensors with a leading axis of examples. Returns its mean loss, `[]`.
 
         closure: called before the step, with gradients enabled, for loops that insist on one; its result is then
@@ -210,10 +227,9 @@ class EKFACOptimizer(torch.optim.Optimizer):
                 "no parameter of the groups requires gradients: unfreeze some, or leave the step out while none does"
             )
         if self.ekfac_state is None or shapes_of(self.ekfac_state.layers).keys() != params.keys():
-            ranks = self.options.get("ranks")
-            for name, p in () if ranks is None else of_first(params, ranks).items():
-                params[name].copy_(p)
+            self._alike = False
             self.ekfac_state = self._init(params, batch)
+        self._take_of_first()
         try:
             found = self.precondition(params, batch, self.ekfac_state, self.damping)
         except (TypeError, ValueError) as error:
@@ -230,11 +246,26 @@ class EKFACOptimizer(torch.optim.Optimizer):
             self._update(group, self.natural, self.info)
         return self.info.loss if closure is None else result
 
+    def _take_of_first(self) -> None:
+        """Give the model what the first process has, frozen parameters and buffers too."""
+        ranks = self.options.get("ranks")
+        if ranks is not None and not self._alike:
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            held = [t.view(torch.uint8) if t.dtype is torch.bool else t for t in tensors]
+            for own, first in zip(held, of_first(held, ranks), strict=True):
+                own.copy_(first)
+        self._alike = True
+
     def _trainable(self) -> Params:
         if _held(self.model) != self._held:
             raise RuntimeError(
                 "model has other parameters, or has them elsewhere, than when the optimizer was made: make it anew "
                 "after a change of the modules"
+            )
+        if self._bound.loss is not self.loss:
+            raise RuntimeError(
+                "loss is another than when the optimizer was made, which computes with that one: make it anew, and "
+                "load the state_dict of this one"
             )
         return {self.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
 
@@ -291,6 +322,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
         super().load_state_dict(rest)
         device = next(iter(self.names)).device
+        self._alike = False
         self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), saved)
         if damping is not None:  # which is that of a rule
             self.damping = damping

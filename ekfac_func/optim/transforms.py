@@ -72,7 +72,8 @@ def weight_decay(rate: Number, on: Callable[[str, Tensor], bool] = lambda name, 
     """`direction + rate params`: decay that no preconditioner scales, per step `learning_rate * rate` of a parameter.
 
     Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. After `momentum` in a chain it is theirs; before it, it
-    is the weight decay of `torch.optim.SGD`.
+    is the weight decay of `torch.optim.SGD`. It stands before `learning_rate`, which turns the sign: after it
+    parameters grow.
 
     rate: positive.
     on: which parameters decay, e.g. `lambda name, p: p.dim() > 1` for no bias.
@@ -188,6 +189,9 @@ def apply_updates(params: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -
 
 def check_like(like: Mapping[str, Tensor], tree: Mapping[str, Tensor], argument: str, other: str = "params") -> None:
     """Refuse a tree that has not the names and shapes of another, params."""
+    for named, of in ((other, like), (argument, tree)):
+        if not isinstance(of, Mapping):
+            raise TypeError(f"{named} is a {type(of).__name__}: give a dict of tensors by name")
     for name, p in like.items():
         if name not in tree:
             raise ValueError(f"{argument} has no {name!r}, {other} has: give both trees the same names")
@@ -215,6 +219,7 @@ def _accumulate(decay: Number, read: Callable[[Tensor, Tensor], Tensor]) -> Tran
     check_decay("decay", decay)
 
     def init(params: Mapping[str, Tensor]) -> Velocity:
+        check_params(params)
         return Velocity({name: torch.zeros_like(p) for name, p in params.items()})
 
     def update(direction: Params, state: Velocity, params: Mapping[str, Tensor], info: Info) -> tuple[Params, Velocity]:
