@@ -20,7 +20,7 @@ from .layout import Flat, Observed, Spec, Tapped, arrange, dense_layer, places_o
 from .refusals import Changed
 from .rules import Rules
 from .types import NO_CALL, Batch, Layer, LossAuxFn, LossFn, Params, batch_size
-from .watch import DATA_DEPENDENT, ChangesData, SecondOrder, WithoutContext, run_of
+from .watch import DATA_DEPENDENT, ChangesData, SecondOrder, Trial, WithoutContext, run_of
 
 
 class Options(NamedTuple):
@@ -122,12 +122,11 @@ def _discover(
 ) -> Plan:
     rules, has_aux, batched = how
     loss = functools.partial(loss_fn, *args, **kwargs)
-    run = functools.partial(run_of, loss, param_specs, example, rules=rules, has_aux=has_aux, eager=values is not None)
 
     def discovered(told: bool) -> Plan:
+        trial = Trial(loss, param_specs, example, rules, has_aux, values, told)
         try:
-            of = _of_batched if batched else _of_examples
-            return of(param_specs, functools.partial(run, told=told), values)._replace(told=told)
+            return (_of_batched(trial) if batched else _of_examples(trial))._replace(told=told)
         except SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
             if batched and values is None:
                 raise ValueError(
@@ -149,12 +148,11 @@ def _discover(
         raise
 
 
-def _of_examples(
-    param_specs: Mapping[str, Spec], run: Callable[..., Observed], values: tuple[Params, Batch] | None
-) -> Plan:
+def _of_examples(trial: Trial) -> Plan:
     """The plan of a loss of one example."""
+    param_specs, values = trial.param_specs, trial.values
     try:
-        found = run(None)
+        found = run_of(trial)
     except DATA_DEPENDENT:  # the loss looks at values: nothing is known of it before it runs
         return _unread(param_specs, "values that Python reads, or a view that is changed in place", Way.LOOPED)
     except ChangesData:
@@ -162,7 +160,7 @@ def _of_examples(
     except WithoutContext:
         if values is None:
             raise ValueError(WITHOUT_CONTEXT.format(" and take the batch as it is with batched=True")) from None
-        shown = _of_examples(param_specs, functools.partial(run, plain=True), values)
+        shown = _of_examples(trial._replace(plain=True))
         return Plan(shown.layers, shown.calls, Way.LOOPED)
     except RuntimeError as error:
         for said, why in UNTRACEABLE.items():
@@ -191,16 +189,11 @@ UNTRACEABLE = {
 """Parts of torch's errors for a loss of one example that runs in a loop alone, and what is then said of it."""
 
 
-def _of_batched(
-    param_specs: Mapping[str, Spec],
-    run: Callable[..., Observed],
-    values: tuple[Params, Batch] | None,
-    few: int = 3,
-    more: int = 5,
-) -> Plan:
+def _of_batched(trial: Trial, few: int = 3, more: int = 5) -> Plan:
     """The plan of a batched loss: of shapes alone, or where these are not enough by runs on the batch itself."""
+    values = trial.values
     try:
-        return _of_batches(param_specs, run, few, more)
+        return _of_batches(trial, few, more)
     except DATA_DEPENDENT as error:
         if values is None:
             raise ValueError(
@@ -215,7 +208,7 @@ def _of_batched(
     except WithoutContext:
         if values is None:
             raise ValueError(WITHOUT_CONTEXT.format("")) from None
-        return _of_batched(param_specs, functools.partial(run, plain=True), values, few, more)
+        return _of_batched(trial._replace(plain=True), few, more)
     except Changed:  # a run on the batch itself would change it too
         raise
     except RuntimeError:
@@ -223,10 +216,10 @@ def _of_batched(
             raise
         n = batch_size(values[1])
         if (few, more) != (n, 2 * n):  # it may not take every number of examples
-            return _of_batched(param_specs, run, values, n, 2 * n)
+            return _of_batched(trial, n, 2 * n)
     # here it looks at values, or takes no tensors without them, or not within `torch.func`
     n = batch_size(values[1])
-    return _of_batches(param_specs, functools.partial(run, values=values, plain=True), n, 2 * n)
+    return _of_batches(trial._replace(on_values=True, plain=True), n, 2 * n)
 
 
 def _unread(param_specs: Mapping[str, Spec], why: str, way: Way) -> Plan:
@@ -234,13 +227,13 @@ def _unread(param_specs: Mapping[str, Spec], why: str, way: Way) -> Plan:
     return Plan(tuple(dense_layer(name, param.shape, why) for name, param in param_specs.items()), (), way)
 
 
-def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], few: int, more: int) -> Plan:
+def _of_batches(trial: Trial, few: int, more: int) -> Plan:
     """The plan of a batched loss, by runs on two batch sizes: an axis of examples grows with their number."""
     skip: dict[int, str] = {}  # calls that are differentiated as they are; without them others may be a layer's
     picking: set[int] = set()  # lookups that are along the examples
 
-    def both() -> tuple[Observed, Observed]:
-        return run(few, skip, picking), run(more, skip, picking)
+    def both() -> list[Observed]:
+        return [run_of(trial._replace(n=n, skip=skip, picking=picking)) for n in (few, more)]
 
     one, two = both()
     counts = len(one.lookups), len(two.lookups)
@@ -257,7 +250,7 @@ def _of_batches(param_specs: Mapping[str, Spec], run: Callable[..., Observed], f
         given_up |= {at: "on rows that values picked" for at in one.asked if at in one.picked | two.picked}
         given_up |= {at: "after values were read" for at, asked in one.asked.items() if asked != two.asked.get(at)}
         if not given_up:
-            tapped = arrange(param_specs, one, [places[use.at] for use in one.uses])
+            tapped = arrange(trial.param_specs, one, [places[use.at] for use in one.uses])
             return Plan(*tapped, Way.BATCHED, cuts=one.cuts)
         skip |= given_up
         one, two = both()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,52 +76,44 @@ CUTS = frozenset({Tensor.detach_, torch.detach_, Tensor.register_hook})
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
-def run_of(
-    loss_fn: Callable[[Params, Any], Any],
-    param_specs: Mapping[str, Spec],
-    example: Flat,
-    n: int | None,
-    skip: Mapping[int, str] = {},
-    picking: Collection[int] = (),
-    *,
-    rules: Rules,
-    has_aux: bool,
-    eager: bool,
-    values: tuple[Params, Batch] | None = None,
-    plain: bool = False,
-    told: bool = True,
-) -> Observed:
-    """Run the loss on tensors without values; autograd decides which weights have a path beside their calls.
+class Trial(NamedTuple):
+    """A run of a loss: what is run, and how."""
 
-    n: how many examples a batched loss gets; None of a loss of one example.
-    skip: calls not to treat as a layer's, and why.
-    picking: lookups that are along the examples.
-    eager: the loss is not for a graph, which cannot hold what a mask picks, though it closes over the mask.
-    values: parameters and a batch, for a loss that looks at values, of which it gets n examples.
-    plain: by autograd, not by `torch.func`.
-    told: the loss is told that it is traced.
-    """
-    watch = _Watch(
-        rules, n, skip, Picked(picking), without_values=values is None, by_masks=eager and n is None, plain=plain
-    )
+    loss_fn: Callable[[Params, Any], Any]
+    param_specs: Mapping[str, Spec]
+    example: Flat
+    rules: Rules
+    has_aux: bool
+    values: tuple[Params, Batch] | None  # parameters and a batch; None of a loss that is for a graph
+    told: bool = True  # the loss is told that it is traced
+    n: int | None = None  # how many examples a batched loss gets; None of a loss of one example
+    skip: Mapping[int, str] = {}  # calls not to treat as a layer's, and why
+    picking: Collection[int] = ()  # lookups that are along the examples
+    on_values: bool = False  # for a loss that looks at them: it gets n examples of the batch
+    plain: bool = False  # by autograd, not by `torch.func`
+
+
+def run_of(trial: Trial) -> Observed:
+    """Run the loss, by default on tensors without values; autograd decides which weights have a path beside calls."""
+    watch, n, values = _Watch(trial), trial.n, trial.values if trial.on_values else None
 
     def observed(params: Params, zero: Tensor) -> Tensor:
         marked = watch.begin(params, zero)
-        given = _examples(example, n, values)  # made here, or a change in place would be one of a captured tensor
+        given = _examples(trial.example, n, values)  # made here, or a change in place would be one of a captured tensor
         watch.picked.given(pytree.tree_map(innermost, given))
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
             checks = unchecked() if values is None else contextlib.nullcontext()
-            with traced(told), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
-                loss = loss_fn(marked, given)
+            with traced(trial.told), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
+                loss = trial.loss_fn(marked, given)
             watch.picked.over = True
         except Exception as error:
-            _raise_if_known(error, plain)
+            _raise_if_known(error, trial.plain)
             error.add_note(_called_on(given, n))
             raise
         if watch.mutations:
             raise watch.mutations[0]
-        loss = check_loss(loss, has_aux, n)[0]
+        loss = check_loss(loss, trial.has_aux, n)[0]
         refuse_changed(watch.given, watch.inputs, versions)
         if watch.copies.changed():
             raise DataDependentOutputException(torch.ops.aten.select.int)  # a view, which can be changed in place
@@ -132,8 +124,8 @@ def run_of(
     # random numbers are drawn again, so that the next run takes the same path
     drawn_again = undrawn(() if values is None else pytree.tree_leaves(values))
     with drawn_again, without_values, contextlib.nullcontext() if n is None else watch.picked:
-        params = filled(dict(param_specs)) if values is None else values[0]
-        _differentiate(observed, params, plain)
+        params = filled(dict(trial.param_specs)) if values is None else values[0]
+        _differentiate(observed, params, trial.plain)
     found = watch.found
     if not found.reached and not watch.reached_uses and values is None:
         raise ValueError(
@@ -144,7 +136,7 @@ def run_of(
     found.uses = _differentiated(found.uses, watch.reached_uses)
     found.picked, found.asked, found.lookups = watch.picked.calls, watch.picked.asked, watch.picked.lookups
     found.filled, found.drawn = watch.made.filled, watch.made.drawn
-    if not eager and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
+    if trial.values is None and found.functions:  # whose backward Dynamo leaves out where it meets no tapped output
         found.cuts = min(found.functions)
     return found
 
@@ -232,22 +224,14 @@ def _unlogged() -> contextlib.AbstractContextManager[None]:
 class _Watch:
     """Watches one run of a loss: what it does with its parameters, call by call."""
 
-    def __init__(
-        self,
-        rules: Rules,
-        n: int | None,
-        skip: Mapping[int, str],
-        picked: Picked,
-        without_values: bool,
-        by_masks: bool,
-        plain: bool,
-    ) -> None:
-        self.rules, self.n, self.skip, self.without_values = rules, n, skip, without_values
-        self.by_masks, self.plain = by_masks, plain
+    def __init__(self, trial: Trial) -> None:
+        self.rules, self.n, self.skip, self.plain = trial.rules, trial.n, trial.skip, trial.plain
+        self.without_values = not trial.on_values
+        self.by_masks = self.n is None and trial.values is not None  # a graph cannot hold what a mask picks
         self.found = Observed()
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
-        self.picked, self.made = picked, Made()
+        self.picked, self.made = Picked(trial.picking), Made()
         self.gathered: list[views.Gathered] = []
         self.reached_uses: set[int] = set()  # by their places in `found.uses`
         self.mutations: list[Changed] = []
