@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import expansions, products
 from .modes import innermost, past_vmap
-from .rules import each, margins, standardised
+from .rules import margins, per_axis, standardised
 
 
 def conv(
@@ -30,11 +30,11 @@ def conv(
     groups: int = 1,
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`."""
-    kernel = weight.shape[2:]
+    nd = weight.dim() - 2
     if padding == "same":
-        input, padding = F.pad(input, margins(kernel, padding, dilation)), 0
-    pads = each(0 if padding == "valid" else padding, kernel)
-    return _with_bias(input, weight, bias, each(stride, kernel), pads, each(dilation, kernel), groups, None)
+        input, padding = F.pad(input, margins(weight.shape[2:], padding, dilation)), 0
+    pads = per_axis(0 if padding == "valid" else padding, nd)
+    return _with_bias(input, weight, bias, per_axis(stride, nd), pads, per_axis(dilation, nd), groups, None)
 
 
 def conv_transpose(
@@ -48,8 +48,8 @@ def conv_transpose(
     dilation: int | tuple[int, ...] = 1,
 ) -> Tensor:
     """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`."""
-    kernel = weight.shape[2:]
-    strides, pads, extra, reach = (each(v, kernel) for v in (stride, padding, output_padding, dilation))
+    nd = weight.dim() - 2
+    strides, pads, extra, reach = (per_axis(v, nd) for v in (stride, padding, output_padding, dilation))
     return _with_bias(input, weight, bias, strides, pads, reach, groups, extra)
 
 
@@ -170,9 +170,8 @@ def avg_pool2d(
     divisor_override: int | None = None,
 ) -> Tensor:
     """`F.avg_pool2d`."""
-    kernel = each(kernel_size, (0, 0))
-    strides = each(kernel_size if stride is None else stride, (0, 0))
-    pads = each(padding, (0, 0))
+    kernel, pads = per_axis(kernel_size, 2), per_axis(padding, 2)
+    strides = kernel if stride is None else per_axis(stride, 2)
     return of_one_or_more(_avg_pool2d, input, 2, kernel, strides, pads, ceil_mode, count_include_pad, divisor_override)
 
 
@@ -185,8 +184,8 @@ def avg_pool1d(
     count_include_pad: bool = True,
 ) -> Tensor:
     """`F.avg_pool1d`, of images of one row."""
-    kernel, pads = each(kernel_size, (0,)), each(padding, (0,))
-    strides = kernel if stride is None else each(stride, (0,))
+    kernel, pads = per_axis(kernel_size, 1), per_axis(padding, 1)
+    strides = kernel if stride is None else per_axis(stride, 1)
     rows = (1, *kernel), (1, *strides), (0, *pads)
     return avg_pool2d(input.unsqueeze(-2), *rows, ceil_mode, count_include_pad).squeeze(-2)
 

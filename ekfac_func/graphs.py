@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .batching import Functions, examples_first, of_images, of_one_or_more
 from .expansions import reduced
-from .rules import each
+from .rules import per_axis
 
 
 def cat(tensors: Sequence[Tensor], dim: int = 0, **named: Any) -> Tensor:
@@ -115,7 +115,7 @@ def interpolate(
 ) -> Tensor:
     """`F.interpolate`."""
     axes = input.shape[2:]
-    sizes = None if size is None else each(size, axes)
+    sizes = None if size is None else per_axis(size, len(axes))
     scales = [scale_factor] * len(axes) if isinstance(scale_factor, int | float) else scale_factor
     return _interpolate(input, sizes, scales, mode, align_corners, recompute_scale_factor, antialias)
 

@@ -201,9 +201,8 @@ def conv_transpose(
 
     Inputs are patches of that over `(c/groups kernel)`, an output pixel is a position, so that the bias joins them.
     """
-    nd = weight.dim() - 2
-    kernel = weight.shape[2:]
-    strides, pads, extra, reach = (each(v, kernel) for v in (stride, padding, output_padding, dilation))
+    nd, kernel = weight.dim() - 2, weight.shape[2:]
+    strides, pads, extra, reach = (per_axis(v, nd) for v in (stride, padding, output_padding, dilation))
 
     def read(x: Tensor, g: Tensor) -> Factored:
         x = _batched(x, nd)
@@ -407,7 +406,7 @@ def _patches(
     x = x.unflatten(2, (groups, -1)).movedim(3, -1)
     sides = margins(kernel, padding, dilation)
     x = (F.pad(x, [0, 0, *sides]) if any(sides) else x).contiguous()  # a pass that pads has turned it already
-    return Patches(x, kernel, tuple(each(stride, kernel)), tuple(each(dilation, kernel)))
+    return Patches(x, kernel, tuple(per_axis(stride, len(kernel))), tuple(per_axis(dilation, len(kernel))))
 
 
 def margins(
@@ -415,17 +414,17 @@ def margins(
 ) -> list[int]:
     """The padding as `F.pad` takes it: both sides of each spatial axis, the last axis first."""
     if padding == "same":  # an odd reach pads the end once more
-        reach = [d * (k - 1) for k, d in zip(kernel, each(dilation, kernel), strict=True)]
+        reach = [d * (k - 1) for k, d in zip(kernel, per_axis(dilation, len(kernel)), strict=True)]
         sides = [(r // 2, r - r // 2) for r in reach]
     else:
-        sides = [(p, p) for p in each(0 if padding == "valid" else padding, kernel)]
+        sides = [(p, p) for p in per_axis(0 if padding == "valid" else padding, len(kernel))]
     return [p for side in reversed(sides) for p in side]
 
 
-def each(value: Any, kernel: tuple[int, ...]) -> list[int]:
-    """A setting of a convolution as one number for each spatial axis."""
+def per_axis(value: Any, nd: int) -> list[int]:
+    """A setting of a convolution as one number for each of nd spatial axes."""
     values = [value] if isinstance(value, int) else list(value)
-    return values * len(kernel) if len(values) == 1 else values
+    return values * nd if len(values) == 1 else values
 
 
 RULES: Rules = {
