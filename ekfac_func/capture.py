@@ -35,19 +35,14 @@ class Captured(NamedTuple):
 
     losses: Tensor  # [n]
     layers: dict[str, Layer]  # by the name of the weight, in the order of params
-    terms: dict[str, Terms]
+    kept: dict[str, Any]  # what was kept of the terms of each
     aux: Any  # what the loss returned beside, each tensor with an axis n in front unless batched; () if nothing
     bytes_each: int  # of the inputs and output gradients of all layers, for one example
 
-
-class Folded(NamedTuple):
-    """As `Captured`, with what was made of the terms in place of them."""
-
-    losses: Tensor
-    layers: dict[str, Layer]
-    kept: dict[str, Any]
-    aux: Any
-    bytes_each: int
+    @property
+    def terms(self) -> dict[str, Terms]:
+        """The terms themselves, which are what `capture` and `shapes` keep."""
+        return self.kept
 
 
 Reading = Callable[[Layer, Terms, int], Any]
@@ -62,7 +57,7 @@ Add = Callable[[Layer, Any, Any], Any]
 
 def capture(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
     """Losses and gradient terms of the examples of a batch."""
-    return _captured(fold(loss_fn, params, batch, options, _as_they_are, _together))
+    return _whole(fold(loss_fn, params, batch, options, _as_they_are, _together))
 
 
 def _as_they_are(layers: dict[str, Layer]) -> Reading:
@@ -73,9 +68,8 @@ def _together(layer: Layer, some: tuple[Terms, ...], others: tuple[Terms, ...]) 
     return some + others
 
 
-def _captured(folded: Folded) -> Captured:
-    losses, layers, kept, aux, bytes_each = folded
-    return Captured(losses, layers, {name: joined(kept.pop(name)) for name in layers}, aux, bytes_each)
+def _whole(folded: Captured) -> Captured:
+    return folded._replace(kept={name: joined(folded.kept.pop(name)) for name in folded.layers})
 
 
 def joined(parts: Sequence[Terms]) -> Terms:
@@ -93,7 +87,7 @@ def fold(
     begin: Begin,
     add: Add,
     known: tuple[Layer, ...] = (),
-) -> Folded:
+) -> Captured:
     """Losses of a batch, and what is read of its gradient terms: layer by layer, some examples at a time.
 
     In eager mode a layer is read within the backward pass, and its inputs and output gradients are then freed.
@@ -107,7 +101,7 @@ def fold(
             raise RuntimeError(LOOPS)
         return _tapped(found, loss_fn, params, batch, options, begin, add)[0]
 
-    def tapped(found: Plan) -> tuple[Folded, list[Any]]:
+    def tapped(found: Plan) -> tuple[Captured, list[Any]]:
         return _tapped(as_known(found, known), loss_fn, params, batch, options, begin, add)
 
     check_inference_mode()
@@ -168,7 +162,7 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
             none[layer.weight] = (Dense(torch.empty(n, *layer.sizes, dtype=dtype, device="meta")),)
         return Captured(torch.empty(n, device="meta"), {layer.weight: layer for layer in found.layers}, none, (), 0)
 
-    def tapped(found: Plan, params: Params, batch: Batch) -> tuple[Folded, list[Any]]:
+    def tapped(found: Plan, params: Params, batch: Batch) -> tuple[Captured, list[Any]]:
         return _tapped(found, loss_fn, params, batch, options, _as_they_are, _together)
 
     try:
@@ -179,7 +173,7 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
         leaves = pytree.tree_leaves((owned, batch))
         with undrawn(leaves):
             folded = _retried(found, draws(leaves), lambda found: tapped(found, owned, batch))[0]
-    return _captured(folded)
+    return _whole(folded)
 
 
 UNMAPPED = (
@@ -197,8 +191,8 @@ UNMAPPED = (
 
 
 def _retried(
-    found: Plan, before: Draws, tapped: Callable[[Plan], tuple[Folded, list[Any]]]
-) -> tuple[Folded, list[Any], Plan]:
+    found: Plan, before: Draws, tapped: Callable[[Plan], tuple[Captured, list[Any]]]
+) -> tuple[Captured, list[Any], Plan]:
     """A tapped run, tried in another way where `vmap` cannot run a function of the loss; and the plan that was run."""
     try:
         return *tapped(found), found
@@ -221,7 +215,7 @@ WAYS = {"SUMMED": summed, "EACH": each, "LOOPED": looped, "BATCHED": batched}  #
 
 def _tapped(
     found: Plan, loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options, begin: Begin, add: Add
-) -> tuple[Folded, list[Any]]:
+) -> tuple[Captured, list[Any]]:
     layers = {layer.weight: layer for layer in found.layers}
     tapped = {call.use.weight for call in found.calls}
     free = {name: p for name, p in params.items() if name in layers and layers[name].rule is None}
@@ -262,7 +256,7 @@ def _tapped(
         bytes_each = arrivals.bytes_each
     losses, aux = pytree.tree_map(lambda *t: torch.cat(t) if len(t) > 1 else t[0], *parts)
     kept = {name: kept[name] for name in layers}
-    return Folded(losses.to(statistics_dtype(losses)), layers, kept, aux, bytes_each), ways[0]
+    return Captured(losses.to(statistics_dtype(losses)), layers, kept, aux, bytes_each), ways[0]
 
 
 def _draws_of_chunks(found: Plan, params: Params, batch: Batch, options: Options) -> Draws | None:

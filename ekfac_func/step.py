@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .basis import Choice, Choices, Compact, Rank, Thin, choose, factor_shapes, moment_shape
-from .capture import Folded, Reading, fold, joined
+from .capture import Captured, Reading, fold, joined
 from .checks import check_moment, check_state
 from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import Options
@@ -266,7 +266,7 @@ def _second_pass(
     turn: _Turn,
     bases: Mapping[str, Basis],
     seen: dict[str, LayerSums],
-    read: Callable[..., Folded],
+    read: Callable[..., Captured],
     before: Draws,
 ) -> None:
     """Sum up the layers whose terms could not stay until their bases were there, with the same random numbers."""
@@ -282,7 +282,7 @@ def _second_pass(
         seen |= {name: LayerSums(kept.pop(name)) for name in again}
 
 
-def _means_of(how: Method, turn: _Turn, carried: _Carried, folded: Folded, data: Folded | None) -> _BatchMeans:
+def _means_of(how: Method, turn: _Turn, carried: _Carried, folded: Captured, data: Captured | None) -> _BatchMeans:
     """What the batch said, of all processes. data: what was read of loss_fn, where the curvature loss is another."""
     n, count = turn.n, turn.examples
     sums, samples = _in_bases(how, turn, carried.state.bases, folded)
@@ -307,7 +307,7 @@ def _means_of(how: Method, turn: _Turn, carried: _Carried, folded: Folded, data:
 
 
 def _in_bases(
-    how: Method, turn: _Turn, bases: Mapping[str, Basis], folded: Folded
+    how: Method, turn: _Turn, bases: Mapping[str, Basis], folded: Captured
 ) -> tuple[dict[str, Sums], dict[str, Terms]]:
     """The sums of each layer, and the samples of layers that are rescaled as samples. Empties what was read."""
     sums: dict[str, Sums] = {}

@@ -152,7 +152,7 @@ def _weighed(captures: list[Captured], examples: list[int]) -> list[Captured]:
         if m / n != mean:
             root = math.sqrt(m / n / mean)
             terms = {name: tuple(times(term, root) for term in of_layer) for name, of_layer in captured.terms.items()}
-            captured = captured._replace(terms=terms)
+            captured = captured._replace(kept=terms)
         weighed.append(captured)
     return weighed
 
