@@ -299,7 +299,7 @@ def _norm(
     return _affine(operator(x, *rest), weight, bias, pixels).to(x.dtype)
 
 
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, pixels: int = 0) -> Tensor:
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, pixels: int) -> Tensor:
     """Scaled and shifted along the axes before those of pixels."""
     if weight is not None:
         y = y * weight.reshape(*weight.shape, *(1,) * pixels)
@@ -390,8 +390,7 @@ def examples_first(n: int, tensors: Sequence[Tensor], in_dims: Sequence[int | No
     ]
 
 
-@torch.library.custom_op("ekfac_func::conv", mutates_args=())
-def _conv(
+def _plain_conv(
     x: Tensor,
     weight: Tensor,
     stride: list[int],
@@ -400,15 +399,11 @@ def _conv(
     groups: int,
     transposed: list[int] | None,  # by how much its output is longer
 ) -> Tensor:
-    return _plain_conv(x, weight, stride, padding, dilation, groups, transposed)
-
-
-def _plain_conv(x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-    stride, padding, dilation, groups, transposed = geometry
     extra = [0] * len(stride) if transposed is None else transposed
     return torch.convolution(x, weight, None, stride, padding, dilation, transposed is not None, extra, groups)
 
 
+_conv = torch.library.custom_op("ekfac_func::conv", _plain_conv, mutates_args=())
 _conv.register_fake(_plain_conv)
 
 

@@ -142,14 +142,12 @@ _interpolate = of_images(
 )
 
 
-@torch.library.custom_op("ekfac_func::cat", mutates_args=())
-def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+def _plain_cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(list(tensors), dim)
 
 
-@_cat.register_fake
-def _(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    return torch.cat(list(tensors), dim)
+_cat = torch.library.custom_op("ekfac_func::cat", _plain_cat, mutates_args=())
+_cat.register_fake(_plain_cat)
 
 
 @_cat.register_vmap

@@ -151,6 +151,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _multiplied(x: Tensor, y: Tensor) -> Tensor:
+    """`x y` of `[... m d]` and `[... d e]`, the same axes in front."""
     if x.numel() == 0 or y.numel() == 0:
         return x @ y
     if x.shape[:-2].numel() == 1:
@@ -169,10 +170,7 @@ def _of_matrices(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, y.mT, bias, "none", [], "")
 
 
-@torch.library.custom_op("ekfac_func::product", mutates_args=())
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """`x y` of `[... m d]` and `[... d e]`, the same axes in front."""
-    return _multiplied(x, y)
+product = torch.library.custom_op("ekfac_func::product", _multiplied, mutates_args=())
 
 
 @product.register_fake
