@@ -23,7 +23,7 @@ from .backward import Copied, batched, each, looped, summed
 from .checks import check_inference_mode
 from .discovery import Options, Plan, Way, as_known, plan
 from .draws import Draws, draws, host_draws, undrawn
-from .layout import spec
+from .layout import specs
 from .modes import no_autocast, transformed
 from .tapping import tapped_loss
 from .types import Batch, Dense, Layer, LossAuxFn, LossFn, Params, Terms, batch_size, statistics_dtype
@@ -291,12 +291,12 @@ def _memo(loss_fn: LossFn | LossAuxFn) -> dict[Any, tuple[Plan, list[Any]]]:
 
 
 def _key(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Any:
-    leaves, tree = pytree.tree_flatten(batch)
+    of_params, (of_example, tree) = specs(params, batch)
     devices = {p.device.type for p in params.values()}  # on which autocast decides the dtypes of the outputs
     return (
         getattr(loss_fn, "__func__", None),
-        tuple((name, spec(p, p.shape)) for name, p in params.items()),
-        tuple(spec(leaf, leaf.shape[1:]) for leaf in leaves),
+        tuple(of_params.items()),
+        tuple(of_example),
         repr(tree),
         tuple(options.rules.items()),
         options.has_aux,
