@@ -75,13 +75,13 @@ def check_batch(batch: Batch) -> int:
     for leaf in leaves:
         if leaf.shape[0] != n:
             raise ValueError(
-                f"batch{_where(batch, leaf)} has shape {tuple(leaf.shape)}, with {leaf.shape[0]} examples, where "
-                f"batch{_where(batch, leaves[0])} of shape {tuple(leaves[0].shape)} has {n}: give every tensor the "
+                f"{_place(batch, leaf)} has shape {tuple(leaf.shape)}, with {leaf.shape[0]} examples, where "
+                f"{_place(batch, leaves[0])} of shape {tuple(leaves[0].shape)} has {n}: give every tensor the "
                 "same leading size, pad what an example has any number of"
             )
     if n == 0:
         raise ValueError(
-            f"batch{_where(batch, leaves[0])} has shape {tuple(leaves[0].shape)}: an empty batch has no gradient, "
+            f"{_place(batch, leaves[0])} has shape {tuple(leaves[0].shape)}: an empty batch has no gradient, "
             "pass at least one example"
         )
     return n
@@ -91,24 +91,24 @@ def _check_leaf(batch: Batch, leaf: Any) -> None:
     """Refuse a leaf of a batch that is no plain tensor with values and a leading axis."""
     if not isinstance(leaf, Tensor):
         raise TypeError(
-            f"batch{_where(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
-            + (f"pass dict(batch{_where(batch, leaf)})" if isinstance(leaf, Mapping) else _remedy(leaf))
+            f"{_place(batch, leaf)} is a {type(leaf).__name__}: a batch is a tree of tensors, "
+            + (f"pass dict({_place(batch, leaf)})" if isinstance(leaf, Mapping) else _remedy(leaf))
         )
     if leaf.is_nested:
         raise TypeError(
-            f"batch{_where(batch, leaf)} is a nested tensor: pad it to one length, torch.nested.to_padded_tensor, "
+            f"{_place(batch, leaf)} is a nested tensor: pad it to one length, torch.nested.to_padded_tensor, "
             "and give a mask"
         )
     if leaf.is_meta:
         raise ValueError(
-            f"batch{_where(batch, leaf)} of shape {tuple(leaf.shape)} is on the meta device and has no values: "
+            f"{_place(batch, leaf)} of shape {tuple(leaf.shape)} is on the meta device and has no values: "
             "give examples; for init, which reads their shapes alone, zeros on the device of params will do"
         )
     if not torch.compiler.is_compiling() and _overrides(type(leaf)):
-        raise _of_subclass(f"batch{_where(batch, leaf)}", leaf)
+        raise _of_subclass(_place(batch, leaf), leaf)
     if leaf.dim() == 0:
         raise ValueError(
-            f"batch{_where(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples, "
+            f"{_place(batch, leaf)} has shape (): every tensor of a batch needs a leading axis of examples, "
             "give what is one for all as .expand(n)"
         )
 
@@ -138,23 +138,7 @@ def check_state(
     for name, shape in shapes.items():
         if name not in state.second_moments:
             raise ValueError(f"state has no layer {name!r}, params has: make it with init(params, batch)")
-        value = state.second_moments[name].value
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"state has a second moment of shape {tuple(value.shape)} for the layer {name!r}, params, rules and "
-                f"bases need {shape} (blocks, outputs, inputs with the bias, offsets): make it with "
-                "init(params, batch)"
-            )
-        if value.dtype != statistics_dtype(params[name]):
-            raise TypeError(
-                f"state has a second moment of dtype {value.dtype} for the layer {name!r}, params of dtype "
-                f"{params[name].dtype} need {statistics_dtype(params[name])}: make it with init(params, batch)"
-            )
-        if value.device != params[name].device:
-            raise ValueError(
-                f"state has the layer {name!r} on {value.device}, params on {params[name].device}: move it by "
-                "torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), state)"
-            )
+        _check_kept_moment(name, state.second_moments[name].value, shape, params[name])
         A, B, _ = state.factors[name]
         if (tuple(A.shape), tuple(B.shape)) != factor_shapes[name]:
             raise ValueError(
@@ -175,6 +159,25 @@ def check_state(
         if name not in shapes:
             that = "is now the bias of another" if name in params else "params has not"
             raise ValueError(f"state has a layer {name!r} that {that}: make it with init(params, batch)")
+
+
+def _check_kept_moment(name: str, value: Tensor, shape: tuple[int, ...], p: Tensor) -> None:
+    """state: a second moment of a layer whose weight is p; shape: that it needs."""
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"state has a second moment of shape {tuple(value.shape)} for the layer {name!r}, params, rules and bases "
+            f"need {shape} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
+        )
+    if value.dtype != statistics_dtype(p):
+        raise TypeError(
+            f"state has a second moment of dtype {value.dtype} for the layer {name!r}, params of dtype {p.dtype} need "
+            f"{statistics_dtype(p)}: make it with init(params, batch)"
+        )
+    if value.device != p.device:
+        raise ValueError(
+            f"state has the layer {name!r} on {value.device}, params on {p.device}: move it by "
+            "torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), state)"
+        )
 
 
 def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
@@ -357,11 +360,10 @@ def _remedy(leaf: object) -> str:
     return "leave out what the loss does not need, close over what stays as it is from batch to batch"
 
 
-def _where(batch: Batch, leaf: Any) -> str:
-    """The path of a leaf in the batch, for a message."""
-    if torch.compiler.is_compiling():
-        return ""
-    for path, other in pytree.tree_flatten_with_path(batch)[0]:
-        if other is leaf:
-            return pytree.keystr(path)
-    return ""
+def _place(batch: Batch, leaf: Any) -> str:
+    """Where a leaf of the batch is, for a message."""
+    if not torch.compiler.is_compiling():
+        for path, other in pytree.tree_flatten_with_path(batch)[0]:
+            if other is leaf:
+                return f"batch{pytree.keystr(path)}"
+    return "batch"
