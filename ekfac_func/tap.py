@@ -316,10 +316,8 @@ def with_ids(call: Call, gathered: Sequence[Gathered], weight: str) -> Call:
         if call.weight is one.made:
             return call._replace(input=(call.input, one.ids))
     # Dynamo does not show `w[ids].mT`, nor of what `w.mT[ids]` picks
-    chosen = []
-    for one in gathered:
-        if one.name == weight or (one.name is None and one.made.numel() >= call.weight.numel()):
-            chosen.append(one.ids)
+    size = call.weight.numel()
+    chosen = [x.ids for x in gathered if x.name == weight or (x.name is None and x.made.numel() >= size)]
     if chosen and all(ids is chosen[0] for ids in chosen):
         return call._replace(input=(call.input, chosen[0]))
     raise RuntimeError(

@@ -174,8 +174,7 @@ class _Tapping:
         name = None if read is None else name_of(read.weight, self.known)
         bias = None if read is None or read.bias is None else name_of(read.bias, self.known)
         if read is not None and not self.compiling:
-            held = (read.weight,) if bias is None else (read.weight, read.bias)
-            args, kwargs = without_gradient((args, kwargs), *held)
+            args, kwargs = without_gradient((args, kwargs), read.weight, None if bias is None else read.bias)
         cast = torch.is_autocast_enabled(self.params[use.weight].device.type)
         output = (self.replaced.cast if cast else self.replaced.tapped).get(func, func)(*args, **kwargs)
         named = name == use.weight or (self.compiling and name is None)  # a view by `w.T`

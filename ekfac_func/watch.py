@@ -438,9 +438,10 @@ def at_constant_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
     return args[0], tuple(index)
 
 
-def without_gradient(tree: Any, *held: Tensor | None) -> Any:
-    """The arguments of a call, with the held tensors detached."""
-    return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held if p is not None) else leaf, tree)
+def without_gradient(tree: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """The arguments of a call, with these detached."""
+    held = (weight,) if bias is None else (weight, bias)
+    return pytree.tree_map(lambda leaf: leaf.detach() if any(leaf is p for p in held) else leaf, tree)
 
 
 def _has_twice(given: Any, inputs: Any, p: Tensor) -> bool:
