@@ -247,12 +247,8 @@ def _gru_cell(call: Any, i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: 
     return ((1 - update) * new + update * state[0],)
 
 
-def _tanh_cell(call: Any, i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
-    return ((i + h).tanh(),)
-
-
-def _relu_cell(call: Any, i: Tensor, h: Tensor, state: tuple[Tensor, ...], w_hr: None) -> tuple[Tensor, ...]:
-    return ((i + h).relu(),)
+def _plain_cell(function: Callable[[Tensor], Tensor]) -> Cell:
+    return lambda call, i, h, state, w_hr: (function(i + h),)
 
 
 def one_step(cell: Cell) -> Expansion:
@@ -357,8 +353,8 @@ _ALWAYS: dict[Any, Expansion] = {
     torch._grouped_mm: grouped_mm,
     torch.lstm_cell: one_step(_lstm_cell),
     torch.gru_cell: one_step(_gru_cell),
-    torch.rnn_tanh_cell: one_step(_tanh_cell),
-    torch.rnn_relu_cell: one_step(_relu_cell),
+    torch.rnn_tanh_cell: one_step(_plain_cell(torch.tanh)),
+    torch.rnn_relu_cell: one_step(_plain_cell(torch.relu)),
     "transformers.grouped_mm_fallback": grouped_mm,  # the operator in its place in models that are traced
     Tensor.requires_grad_: requires_grad_,
 }
@@ -371,8 +367,8 @@ FOR_VMAP: dict[Any, Expansion] = {
     Tensor.__setitem__: setitem,
     torch.lstm: recurrent(_lstm_cell),
     torch.gru: recurrent(_gru_cell),
-    torch.rnn_tanh: recurrent(_tanh_cell),
-    torch.rnn_relu: recurrent(_relu_cell),
+    torch.rnn_tanh: recurrent(_plain_cell(torch.tanh)),
+    torch.rnn_relu: recurrent(_plain_cell(torch.relu)),
 }
 """What `vmap` does not know, or runs one example at a time."""
 

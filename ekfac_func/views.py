@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .expansions import blocks_at
-from .indexing import entries_of
+from .indexing import entries_of, is_list
 from .types import constants
 
 
@@ -132,7 +132,7 @@ def fix(index: Any) -> None:
 
 def is_ids(index: Any) -> bool:
     """Whether an index chooses entries of the first axis one by one."""
-    return isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
+    return is_list(index) and index.dim() == 1
 
 
 def ids_of(func: Callable[..., Any], args: Sequence[Any], gathered: Sequence[Gathered]) -> Tensor | None:
