@@ -31,7 +31,7 @@ from .second_moment import (
     kfac,
     running_average,
 )
-from .truth import Data, exact_means, natural_of, square_of, started, table_of
+from .truth import Data, Truth, exact_means, natural_of, square_of, started, table_of
 from .types import Basis, Batch, Factors, LossFn, Means, Moment, Params, Sums, Terms, batch_size
 
 try:
@@ -174,27 +174,23 @@ def compare(
     if not isinstance(step_sizes, Iterable):
         raise TypeError(f"step_sizes is a {type(step_sizes).__name__}: pass a list of numbers, or ()")
     step_sizes = [float(size) for size in step_sizes]
-    counts = _checked_counts(trajectory, batches, chosen)
+    _check_data(trajectory, batches, chosen)
 
     recipes: dict[Any, dict[str, Estimator]] = {}
     for name, estimator in chosen.items():
         recipes.setdefault(_recipe(estimator), {})[name] = estimator
     frames: dict[Any, _Frame] = {}
     records: list[Record] = []
-    moves = sum(trajectory[t] is not trajectory[t - 1] for t in range(1, len(batches)))
-    data: Data | None = None
-    with _bar(progress, (1 + moves) * len(batches) + len(batches) * len(chosen)) as advance:
-        for t in range(len(batches)):
-            if data is None or trajectory[t] is not trajectory[t - 1]:
-                data = Data(
-                    loss_fn, dict(trajectory[t]), batches, reference, damping, dense_limit, randomness, chunk_size
-                )
+    moved = [t == 0 or trajectory[t] is not trajectory[t - 1] for t in range(len(batches))]
+    with _bar(progress, (sum(moved) + len(chosen)) * len(batches)) as advance:
+        for t, at in enumerate(trajectory):
+            if moved[t]:
+                data = Data(loss_fn, dict(at), batches, reference, damping, dense_limit, randomness, chunk_size)
                 data.load([(e.fisher, e.rules) for e in chosen.values()], advance)
             for recipe, members in recipes.items():
-                first = next(iter(members.values()))
-                frames[recipe] = frame = _advance(frames.get(recipe), data, first, members, t)
+                frames[recipe] = frame = _advance(frames.get(recipe), data, members, t)
                 for name in members:
-                    records += _judge(name, frame, data, first, t, counts[t], step_sizes, watch)
+                    records += _judge(name, frame, step_sizes, watch)
                     advance()
     return records
 
@@ -215,10 +211,10 @@ def _checked(name: str, estimator: Estimator | SecondMoment) -> Estimator:
     return estimator
 
 
-def _checked_counts(
+def _check_data(
     trajectory: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], estimators: Mapping[str, Estimator]
-) -> list[int]:
-    """The examples in each batch. ValueError where parameters, batches and estimators do not go together."""
+) -> None:
+    """Refuse parameters, batches and estimators that do not go together."""
     if not batches:
         raise ValueError("batches is empty: pass the data as at least one batch")
     if len(trajectory) != len(batches):
@@ -240,7 +236,6 @@ def _checked_counts(
                 f"batches[{t}] has {n} example, which estimators[{split[0]!r}] cannot split: give at least 2 examples "
                 "a batch, or leave that estimator out"
             )
-    return counts
 
 
 def _kind(batch: Batch) -> Any:
@@ -254,27 +249,26 @@ def _recipe(e: Estimator) -> Any:
     return e.fisher, e.basis, e.basis_every, e.factor_decay, table_of(e.rules)
 
 
-def _factors(terms: Terms, basis: Basis, formed: bool = True) -> Means:
-    return mean_factors(factor_sums(terms, basis, formed=formed))
-
-
 class _Frame(NamedTuple):
     """The bases of a recipe after a step, the moments of its estimators, and the truth in these bases."""
 
+    data: Data
+    step: int
     refreshed: int  # step of the last refresh
     factors: dict[str, Factors]
     bases: dict[str, Basis]
     moments: dict[str, dict[str, Moment]]  # by estimator and layer
+    truths: Mapping[str, Truth]
     exact: dict[str, Tensor]  # [b O I k] of the reference
     noise: dict[str, tuple[Tensor, Tensor] | None]  # mean and second moment of the data's gradient
-    at: Data
 
 
-def _advance(frame: _Frame | None, data: Data, recipe: Estimator, members: Mapping[str, Estimator], t: int) -> _Frame:
+def _advance(frame: _Frame | None, data: Data, members: Mapping[str, Estimator], t: int) -> _Frame:
     """One step of all estimators of a recipe."""
+    recipe = next(iter(members.values()))
     table = table_of(recipe.rules)
-    captured = data.captures[recipe.fisher, table][t]
-    layers = {name: truth.layer for name, truth in data.truths[table].items()}
+    captured, truths = data.captures[recipe.fisher, table][t], data.truths[table]
+    layers = {name: truth.layer for name, truth in truths.items()}
     if captured.layers != layers:
         raise ValueError(
             f"the {recipe.fisher.name} Fisher sees the layers {list(captured.layers.values())}, the reference "
@@ -284,7 +278,7 @@ def _advance(frame: _Frame | None, data: Data, recipe: Estimator, members: Mappi
     if frame is None:
         state = started(tuple(captured.layers.values()), data.params)
         moments = {name: dict(state.second_moments) for name in members}
-        frame = _Frame(t, state.factors, state.bases, moments, {}, {}, data)
+        frame = _Frame(data, t, t, state.factors, state.bases, moments, truths, {}, {})
     turn = for_basis is not None and t % recipe.basis_every == 0
     factors, bases = dict(frame.factors), dict(frame.bases)
     used: dict[str, Means] = {}
@@ -292,7 +286,10 @@ def _advance(frame: _Frame | None, data: Data, recipe: Estimator, members: Mappi
     own = for_basis is None and t == 0  # K-FAC's eigenvalues in the parameters' own coordinates
     if turn or own:
         source = for_moment if for_basis is None else for_basis
-        used = {name: _factors(terms, bases[name], averaged or own) for name, terms in source.items()}
+        used = {
+            name: mean_factors(factor_sums(terms, bases[name], formed=averaged or own))
+            for name, terms in source.items()
+        }
         for name, mean in used.items():
             factors[name] = average_factors(frame.factors[name], mean, recipe.factor_decay)
     if turn:
@@ -314,9 +311,9 @@ def _advance(frame: _Frame | None, data: Data, recipe: Estimator, members: Mappi
 
     moments = {member: {name: moment_of(member, e, name) for name in for_moment} for member, e in members.items()}
     exact, noise = frame.exact, frame.noise
-    if turn or not exact or frame.at is not data:
+    if turn or not exact or frame.data is not data:
         exact, noise = _all_data_in(bases, data, table)
-    return _Frame(t if turn else frame.refreshed, factors, bases, moments, exact, noise, data)
+    return _Frame(data, t, t if turn else frame.refreshed, factors, bases, moments, truths, exact, noise)
 
 
 def _all_data_in(
@@ -339,17 +336,11 @@ def _all_data_in(
 
 
 def _judge(
-    name: str,
-    frame: _Frame,
-    data: Data,
-    recipe: Estimator,
-    t: int,
-    examples: int,
-    step_sizes: Sequence[float],
-    watch: Callable[[Seen], None] | None,
+    name: str, frame: _Frame, step_sizes: Sequence[float], watch: Callable[[Seen], None] | None
 ) -> Iterator[Record]:
     """The records of an estimator after a step: of each layer, then of the whole model."""
-    truths = data.truths[table_of(recipe.rules)]
+    data, t = frame.data, frame.step
+    examples = batch_size(data.batches[t])
     parts: list[dict[str, float]] = []
     directions: Params = {}
     ratios: list[Tensor] = []
@@ -358,7 +349,7 @@ def _judge(
         found = figures(sums, ratio, examples) | data.best_step(along, step_sizes)
         return Record(name, layer, t, t - frame.refreshed, examples, target=target, **found)
 
-    for layer, truth in truths.items():
+    for layer, truth in frame.truths.items():
         moment, exact, basis = frame.moments[name][layer], frame.exact[layer], frame.bases[layer]
         if watch is not None:
             watch(Seen(name, layer, t, moment.value, exact))
@@ -368,7 +359,7 @@ def _judge(
         ratios.append(signal_to_noise(frame.noise[layer]))
         parts.append(sums_of(moment.value, exact, truth, natural))
         yield record(layer, truth.target, parts[-1:], ratios[-1], direction)
-    target = " and ".join(sorted({truth.target for truth in truths.values()}))
+    target = " and ".join(sorted({truth.target for truth in frame.truths.values()}))
     yield record("all", target, parts, torch.cat(ratios), directions)
 
 
