@@ -74,18 +74,15 @@ class Data:
     def load(self, sources: Sequence[tuple[Fisher, Rules]], advance: Callable[[], object]) -> None:
         """Capture every batch once for each kind of gradients and table of rules."""
         tables = {table_of(rules): rules for _, rules in sources}
-        wanted = [*sources, *((f, rules) for rules in tables.values() for f in (empirical, self.reference))]
+        wanted = dict.fromkeys((fisher, table_of(rules)) for fisher, rules in sources)
+        wanted |= dict.fromkeys((fisher, table) for table in tables for fisher in (empirical, self.reference))
         for batch in self.batches:
-            done = set()
-            for fisher, rules in wanted:
-                key = fisher, table_of(rules)
-                if key in done:
-                    continue
-                done.add(key)
+            for fisher, table in wanted:
                 loss = self.loss_fn if fisher.loss is None else fisher.loss
                 examples = fisher.examples(self.params, batch)
-                captured = capture(loss, self.params, examples, Options(rules, self.randomness, self.chunk_size))
-                self.captures.setdefault(key, []).append(captured)
+                options = Options(tables[table], self.randomness, self.chunk_size)
+                captured = capture(loss, self.params, examples, options)
+                self.captures.setdefault((fisher, table), []).append(captured)
             advance()
         own = self.captures[empirical, next(iter(tables))]
         n = sum(len(captured.losses) for captured in own)
@@ -128,9 +125,20 @@ class Data:
         """Over all the data."""
         total, n = 0.0, 0
         for batch in self.batches:
-            losses = _losses(self.loss_fn, params, batch, self.randomness, self.chunk_size)
+            losses = self._losses(params, batch)
             total, n = total + losses.double().sum().item(), n + len(losses)
         return total / n
+
+    def _losses(self, params: Params, batch: Batch) -> Tensor:
+        """The losses of a batch, `[n]`: by `vmap`, or by a loop where `vmap` cannot run the loss."""
+        try:
+            each = torch.func.vmap(self.loss_fn, (None, 0), randomness=self.randomness, chunk_size=self.chunk_size)
+            return each(params, batch)
+        except RuntimeError as error:
+            if not str(error).startswith("vmap: ") and not any(said in str(error) for said in UNMAPPED):
+                raise
+            examples = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(batch_size(batch)))
+            return torch.stack([self.loss_fn(params, example) for example in examples])
 
     def best_step(self, direction: Params, step_sizes: Sequence[float]) -> dict[str, float]:
         """The largest decrease of the loss over all the data along a direction, 0 without one, and its step size."""
@@ -172,18 +180,6 @@ def natural_of(projected: Tensor, moment: Moment, basis: Basis, damping: float, 
     """The natural gradient `[b o i k]` of a layer, from its gradient in the basis."""
     mean = Mean(projected, projected, None, 1)  # of a whole basis, for which the gradient itself is not read
     return rescaled(mean, moment, basis, torch.as_tensor(damping).to(projected), -1.0, layer.sizes)
-
-
-def _losses(loss_fn: LossFn, params: Params, batch: Batch, randomness: str, chunk_size: int | None) -> Tensor:
-    """The losses of a batch, `[n]`: by `vmap`, or by a loop where `vmap` cannot run the loss."""
-    try:
-        each = torch.func.vmap(loss_fn, (None, 0), randomness=randomness, chunk_size=chunk_size)
-        return each(params, batch)
-    except RuntimeError as error:
-        if not str(error).startswith("vmap: ") and not any(said in str(error) for said in UNMAPPED):
-            raise
-        examples = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(batch_size(batch)))
-        return torch.stack([loss_fn(params, example) for example in examples])
 
 
 def square_of(means: Sums) -> Tensor:
