@@ -1,6 +1,5 @@
 """The study itself: train to a few stages, compare at each, and two closer looks at the middle one."""
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -74,9 +73,13 @@ def run(settings: Settings, data: Data) -> Study:
     loss_fn, chosen = loss_of(task), estimators(task, settings)
     inputs, labels = (t[: settings.examples] for t in data.train)
     examples = inputs.double() if inputs.is_floating_point() else inputs, labels
-    compared = functools.partial(compare, loss_fn, damping=settings.damping)
     found = Study(settings, [], [], [])
     of_stage = cut(examples, settings.batch_size)
+
+    def add(part: str, stage: int, params: Params | list[Params], of: list[Examples], **options: Any) -> None:
+        records = compare(loss_fn, params, of, damping=settings.damping, **options)
+        found.rows.extend(Row(part, stage, record) for record in records)
+
     for stage in settings.stages:
 
         def watch(seen: Seen, stage: int = stage) -> None:
@@ -84,30 +87,26 @@ def run(settings: Settings, data: Data) -> Study:
                 found.seen.append((stage, seen))
 
         print(f"after {stage} training steps", flush=True)
-        records = compared(points[stage], of_stage, estimators=chosen, watch=watch, step_sizes=settings.step_sizes)
-        found.rows.extend(Row("batches", stage, record) for record in records)
-        whole = {name: estimator for name, estimator in ESTIMATORS.items() if name in WHOLE}
-        records = compared(points[stage], [examples], estimators=whole, step_sizes=())
-        found.rows.extend(Row("all data", stage, record) for record in records)
+        at = points[stage]
+        add("batches", stage, at, of_stage, estimators=chosen, watch=watch, step_sizes=settings.step_sizes)
+        add("all data", stage, at, [examples], estimators=WHOLE, step_sizes=())
         with torch.no_grad():
-            outputs = functional_call(task.net, points[stage], (examples[0],))
+            outputs = functional_call(task.net, at, (examples[0],))
             loss = task.losses(outputs, *examples).mean().item()
         found.stages.append(Stage(stage, loss))
 
     stage = middle(settings)
     print(f"batch sizes and refreshes, after {stage} training steps", flush=True)
     for size in batch_sizes(settings):
-        some = {name: ESTIMATORS[name] for name in ("intra_batch", "kfac", "diagonal")}
-        records = compared(points[stage], cut(examples, size), estimators=some, step_sizes=())
-        found.rows.extend(Row("batch size", stage, record) for record in records)
+        add("batch size", stage, points[stage], cut(examples, size), estimators=SIZED, step_sizes=())
     split = cut(examples, settings.refresh_batch)[:REFRESH_STEPS]
     trajectory = [points[step] for step in _trajectory_steps(settings)][: len(split)]
-    records = compared(trajectory, split, estimators=REFRESHES, step_sizes=())
-    found.rows.extend(Row("refresh", stage, record) for record in records)
+    add("refresh", stage, trajectory, split, estimators=REFRESHES, step_sizes=())
     return found
 
 
-WHOLE = ("intra_batch", "kfac", "sua", "sua kfac", "diagonal")  # also seen with all the data in one batch
+SIZED = {name: ESTIMATORS[name] for name in ("intra_batch", "kfac", "diagonal")}  # at batches of all sizes
+WHOLE = {name: ESTIMATORS[name] for name in ("intra_batch", "kfac", "sua", "sua kfac", "diagonal")}  # of all data
 
 _averaged = averaged_intra_batch(0.9)
 REFRESHES = {
