@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 from collections.abc import Iterable
@@ -212,7 +213,7 @@ def _by_forming(term: Factored, basis: Basis, how: Contraction, total: bool) -> 
     formed, square = _formed_squares(term, parts, how, total)
     if formed is None:
         return _Found(square)
-    reordered = parts.fast and "a" in parts.late
+    reordered = parts.patching is Patching.REORDERED and "a" in parts.late
     return _Found(square, into_basis(formed, parts.then), _turned_back(formed, term, parts.first, reordered))
 
 
@@ -273,12 +274,13 @@ def _formed_squares(term: Factored, parts: SplitBasis, how: Contraction, total: 
     first, then = parts.first, parts.then
     of_G = incomplete(then) and not incomplete(first)  # else what lies outside is read from the samples
     entries = math.prod(term.g.shape[1:2] + term.g.shape[3:] + term.a.shape[3:])  # of G[n]
-    cached = parts.convolved or entries * term.g.element_size() <= CACHE_BYTES
+    convolved = parts.patching is Patching.CONVOLVED
+    cached = convolved or entries * term.g.element_size() <= CACHE_BYTES
     formed, square, left = None, None, NOTHING
     of_gradients, of_inputs = Rooms(), Rooms()
     for g, a in zip(split(term.g, how.block), split(term.a, how.block), strict=True):
         h = project_outputs(g, first)
-        if parts.convolved:
+        if convolved:
             gradients: Iterable[Tensor] = [a.gradients(h)]
         else:
             x, of_samples = _turned_early(g, a, h, parts, of_inputs)
@@ -308,13 +310,23 @@ def _turned_early(g: Tensor, a: Tensor | Patches, h: Tensor, parts: SplitBasis, 
 
     h: g in the sides that are early.
     """
-    if isinstance(a, Patches) and parts.filters:
+    if isinstance(a, Patches) and parts.patching is Patching.FILTERED:
         return filtered(a, parts.whole.Q_A[0], rooms), NOTHING
-    written = a if isinstance(a, Tensor) else a.write_fast(rooms) if parts.fast else a.write(rooms)
+    reordered = parts.patching is Patching.REORDERED
+    written = a if isinstance(a, Tensor) else a.write_fast(rooms) if reordered else a.write(rooms)
     x = written if "a" in parts.late else turn_inputs(written, parts.whole.Q_A, rooms)
     if not incomplete(parts.first):
         return x, NOTHING
     return x, sample_squares(g, written, project_outputs(h, parts.then), project_inputs(x, parts.then), parts.whole)
+
+
+class Patching(enum.Enum):
+    """What is done with inputs that are patches; others are `WRITTEN` as they are."""
+
+    WRITTEN = "write them"
+    REORDERED = "write them by `write_fast`, in an order of its own"
+    FILTERED = "project them by minimal filtering"
+    CONVOLVED = "form G[n] by a convolution"
 
 
 class SplitBasis(NamedTuple):
@@ -323,42 +335,33 @@ class SplitBasis(NamedTuple):
     first: Basis  # the former, and 1 in place of the others
     then: Basis  # the latter, and 1 in place of the others; its rows in the order of the patches as written
     late: list[str]  # the sides of `then`, "a" and "g", in the order in which they turn G[n]
-    fast: bool  # whether patches are written by `write_fast`
     whole: Basis  # both sides, its rows in the order of the patches as written
-    convolved: bool  # whether G[n] comes from a convolution, without patches
-    filters: bool  # whether inputs are projected without patches
+    patching: Patching
 
 
 def _split_basis(term: Factored, basis: Basis, how: Contraction) -> SplitBasis:
     first, late = early(how.order), [step.side for step in how.steps if step.side]
-    convolved = not torch.compiler.is_compiling() and convolves(term, basis, how.order)
-    filters = _filters(term, basis, how)
-    (Q_A, Q_B), fast = (basis, False) if convolved or filters else _patches_in(term.a, basis, "a" in first)
-    one = term.g.new_ones(1, 1, 1)
+    patching, (Q_A, Q_B), one = _patching(term, basis, how), basis, term.g.new_ones(1, 1, 1)
+    if patching is Patching.REORDERED and isinstance(term.a, Patches):
+        order = term.a.inverse()
+        Q_A = torch.index_select(Q_A, 1, order, out=scratch(Q_A.shape, Q_A)) if writable(Q_A) else Q_A[:, order]
     before = Basis(basis.Q_A if "a" in first else one, Q_B if "g" in first else one)
     then = Basis(one if "a" in first else Q_A, one if "g" in first else Q_B)
-    return SplitBasis(before, then, late, fast, Basis(Q_A, Q_B), convolved, filters)
+    return SplitBasis(before, then, late, Basis(Q_A, Q_B), patching)
 
 
-def _filters(term: Factored, basis: Basis, how: Contraction) -> bool:
-    """Whether each block of inputs is projected without patches."""
-    if "a" not in early(how.order) or not isinstance(term.a, Patches) or not writable(term.g, term.a.x):
-        return False
-    return filters_inputs(term, basis, split(term.a, how.block)[0].shape[0])
-
-
-def _patches_in(a: Tensor | Patches, basis: Basis, projected: bool) -> tuple[Basis, bool]:
-    """The basis in the order of `write_fast`, and True; as it is, and False, where that order does not pay.
-
-    It does not where the basis, which is copied for it, has far more entries than the patches.
-    """
-    many = 2 * nominal(a.shape[0]) * a.shape[2] >= a.shape[3]
+def _patching(term: Factored, basis: Basis, how: Contraction) -> Patching:
+    """The least work. The basis is copied for another order, which pays unless it has far more entries than patches."""
+    a, projected = term.a, "a" in early(how.order)
+    if not isinstance(a, Patches):
+        return Patching.WRITTEN
+    if not torch.compiler.is_compiling() and convolves(term, basis, how.order):
+        return Patching.CONVOLVED
+    if projected and writable(term.g, a.x) and filters_inputs(term, basis, split(a, how.block)[0].shape[0]):
+        return Patching.FILTERED
     whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
-    if not isinstance(a, Patches) or a.apart or not whole or (projected and not many):
-        return basis, False
-    Q, order = basis.Q_A, a.inverse()
-    reordered = torch.index_select(Q, 1, order, out=scratch(Q.shape, Q)) if writable(Q) else Q[:, order]
-    return basis._replace(Q_A=reordered), True
+    few = 2 * nominal(a.shape[0]) * a.shape[2] < a.shape[3]
+    return Patching.WRITTEN if a.apart or not whole or (projected and few) else Patching.REORDERED
 
 
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:
