@@ -111,17 +111,12 @@ def compact(samples: int) -> Compact:
     return Compact(samples)
 
 
-def full(layer: Layer) -> Blocks:
-    """The whole of both sides, but that the rows of a lookup table are diagonal."""
-    return Blocks(outputs=1 if layer.table else None)
-
-
 Choice = Blocks | Rank | Thin | Compact
 Choices = Mapping[str, Choice]  # by a pattern of the weight's name, as of a file's; the first that fits
 
 
 def choose(layers: Sequence[Layer], choices: Choices) -> dict[str, Choice]:
-    """The choice of each layer; the rows of a lookup table are diagonal in any case."""
+    """The choice of each layer; `FULL` where that of its pattern leaves nothing out or does not apply."""
     known = tuple((layer.weight, layer.sizes, layer.table, layer.rule is None) for layer in layers)
     return _choose(known, (dict(choices),))
 
@@ -138,7 +133,7 @@ def _choose(
             choice = FULL
         if isinstance(choice, Compact) and (table or as_it_is or k > 1 or 2 * choice.samples > max(o, i)):
             choice = FULL
-        chosen[name] = choice._replace(outputs=1) if table and isinstance(choice, Blocks) else choice
+        chosen[name] = choice
     return chosen
 
 
@@ -192,11 +187,11 @@ def side(dim: int, largest: int | None) -> tuple[int, ...]:
 
 
 def shapes(layer: Layer, choice: Choice) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of Q_A and Q_B as the state has them."""
+    """Of Q_A and Q_B as the state has them. The rows of a lookup table are diagonal in any case."""
     b, o, i, _ = layer.sizes
     match choice:
         case Blocks(inputs=inputs, outputs=outputs):
-            return (b, *side(i, inputs)), (b, *side(o, outputs))
+            return (b, *side(i, inputs)), (b, *side(o, 1 if layer.table else outputs))
         case Rank(r=r):
             return (b, *_columns(i, r)), (b, *(side(o, 1) if layer.table else _columns(o, r)))
         case Thin():

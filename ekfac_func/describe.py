@@ -118,7 +118,7 @@ def _given(layer: Layer, terms: Terms, chosen: Choice) -> tuple[Terms, Basis]:
     if not isinstance(chosen, Thin):
         return terms, eigenbasis.without_values(layer, chosen)
     terms, span = compress(terms)
-    return terms, eigenbasis.without_values(in_span(layer, span), eigenbasis.full(layer))
+    return terms, eigenbasis.without_values(in_span(layer, span), eigenbasis.FULL)
 
 
 def _row(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .basis import Choice, Choices, Compact, Thin, full, start
+from .basis import FULL, Choice, Choices, Compact, Thin, start
 from .capture import joined
 from .kronecker import WeightSharing, as_samples, averages, factor_sums, gradient
 from .passes import LayerSums
@@ -145,7 +145,7 @@ def into_spans(
         given, spans[name] = compress(whole)
         totals[name] = gradient(whole)
         small, zero = in_span(layer, spans[name]), state.second_moments[name].weight.new_zeros(())
-        factors[name], bases[name], moments[name] = start(small, full(layer), zero, averaged=True)
+        factors[name], bases[name], moments[name] = start(small, FULL, zero, averaged=True)
         seen[name] = LayerSums(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
     return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
 
