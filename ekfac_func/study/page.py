@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..records import Record, summarise
-from .plots import TITLES
+from .plots import PICTURES
 from .run import Study, middle
 
 COLUMNS = {
@@ -54,7 +54,7 @@ def write_page(study: Study, figures: dict[str, Figure], line: str, seconds: flo
         *(f"<p>{claim}</p>" for claim in claims(study)),
     ]
     for name, figure in figures.items():
-        parts.append(f"<h2>{TITLES[name]}</h2><img alt='{name}' src='data:image/png;base64,{_png(figure)}'>")
+        parts.append(f"<h2>{PICTURES[name][0]}</h2><img alt='{name}' src='data:image/png;base64,{_png(figure)}'>")
     for stage in study.stages:
         rows = study.records("batches", stage.steps)
         parts.append(f"<h2>After {stage.steps} training steps, loss {stage.loss:.4g}</h2>{_table(summarise(rows))}")

@@ -17,22 +17,7 @@ SMALLEST = 1e-9  # of the largest exact moment of a panel; below lies rounding, 
 
 def draw(study: Study) -> dict[str, Figure]:
     """Every picture by its file name."""
-    return {
-        "error_by_layer": error_by_layer(study),
-        "eigenvalues": eigenvalues(study),
-        "batch_size": batch_size(study),
-        "refresh": refreshes(study),
-        "step_quality": step_quality(study),
-    }
-
-
-TITLES = {
-    "error_by_layer": "Distance to the Fisher's block, by layer and stage",
-    "eigenvalues": "Exact against approximate moment in the basis",
-    "batch_size": "Error against batch size",
-    "refresh": "Error against steps since the basis was refreshed",
-    "step_quality": "What the error does to the step",
-}
+    return {name: make(study) for name, (_, make) in PICTURES.items()}
 
 
 def write(figures: dict[str, Figure], out: Path) -> list[Path]:
@@ -134,6 +119,16 @@ def step_quality(study: Study) -> Figure:
         ax.set_xticks([g + 0.5 for g in range(len(study.stages))], [f"{stage.steps} steps" for stage in study.stages])
     figure.axes[0].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+PICTURES = {
+    "error_by_layer": ("Distance to the Fisher's block, by layer and stage", error_by_layer),
+    "eigenvalues": ("Exact against approximate moment in the basis", eigenvalues),
+    "batch_size": ("Error against batch size", batch_size),
+    "refresh": ("Error against steps since the basis was refreshed", refreshes),
+    "step_quality": ("What the error does to the step", step_quality),
+}
+"""The title of each, and what draws it."""
 
 
 def _errors(records: list[Record], along: str, label: str) -> Figure:
