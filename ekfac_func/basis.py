@@ -115,7 +115,7 @@ Choice = Blocks | Rank | Thin | Compact
 Choices = Mapping[str, Choice]  # by a pattern of the weight's name, as of a file's; the first that fits
 
 
-def choose(layers: Sequence[Layer], choices: Choices) -> dict[str, Choice]:
+def choose(layers: Iterable[Layer], choices: Choices) -> dict[str, Choice]:
     """The choice of each layer; `FULL` where that of its pattern leaves nothing out or does not apply."""
     known = tuple((layer.weight, layer.sizes, layer.table, layer.rule is None) for layer in layers)
     return _choose(known, (dict(choices),))
@@ -154,7 +154,7 @@ def check_choices(choices: Choices) -> None:
                 check_count(f"bases[{pattern!r}]", largest)
 
 
-def check_patterns(argument: str, layers: Sequence[Layer], patterns: Iterable[str]) -> None:
+def check_patterns(argument: str, layers: Iterable[Layer], patterns: Iterable[str]) -> None:
     """Each pattern fits a layer."""
     names = [layer.weight for layer in layers]
     for pattern in patterns:

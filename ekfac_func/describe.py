@@ -102,9 +102,9 @@ def describe(
     captured = shapes(loss_fn, params, batch, options)
     check_contractions(contractions)
     layers = captured.layers
-    check_patterns("bases", list(layers.values()), choices)
-    check_patterns("orders", list(layers.values()), contractions.orders)
-    chosen = choose(list(layers.values()), choices)
+    check_patterns("bases", layers.values(), choices)
+    check_patterns("orders", layers.values(), contractions.orders)
+    chosen = choose(layers.values(), choices)
     averaged = averages(factor_decay)
     rows = Description(
         _row(layer, captured, chosen[name], params[name], averaged, contractions) for name, layer in layers.items()

@@ -171,7 +171,7 @@ def _turn_of(
     how: Method, params: Mapping[str, Tensor], state: State, layers: Mapping[str, Layer], count: int, n: int
 ) -> _Turn:
     """What this step does to each layer, by the clocks and by which layers the batch uses."""
-    chosen = choose(list(layers.values()), how.bases)
+    chosen = choose(layers.values(), how.bases)
     alike = torch.compiler.is_compiling() or how.ranks is not None  # every batch must use the same layers
     if alike:
         refuse_changed_use(state, layers)
