@@ -228,21 +228,18 @@ def _of_samples(how: Method, turn: _Turn, terms: Terms, basis: Basis) -> bool:
 
 def _refreshed(how: Method, turn: _Turn, seen: dict[str, LayerSums]) -> _Carried:
     """What the step goes on from: bases and moments are new if a refresh is due."""
-    started, spans, totals = into_spans(turn.chosen, turn.state, turn.layers, seen, how.weight_sharing)
+    carried = _Carried(*into_spans(turn.chosen, turn.state, turn.layers, seen, how.weight_sharing))
     if not turn.refreshing:
-        return _Carried(started, spans, totals)
+        return carried
     of_layers = {name: seen[name].factors or () for name in turn.refreshing}
     sums = total_factors(of_layers, how.ranks, turn.examples / turn.n)
     means = {name: mean_factors(of_layer) for name, of_layer in sums.items()}
-    state, kept, samples = _refresh(how, turn, started, means)
-    return _Carried(state, spans, totals, kept, samples)
+    return _refresh(how, turn, carried, means)
 
 
-def _refresh(how: Method, turn: _Turn, state: State, means: Mapping[str, Means]) -> tuple[State, Tensor, list[Tensor]]:
-    """The state with factors of this batch, their bases and the moments in them; `kept` and `samples` of `_Carried`.
-
-    Layers without factors stay as they are.
-    """
+def _refresh(how: Method, turn: _Turn, carried: _Carried, means: Mapping[str, Means]) -> _Carried:
+    """The state with factors of this batch, their bases and the moments in them; other layers stay as they are."""
+    state = carried.state
     factors, second_moments = dict(state.factors), dict(state.second_moments)
     samples: list[Tensor] = []
     for name, mean in means.items():
@@ -258,7 +255,7 @@ def _refresh(how: Method, turn: _Turn, state: State, means: Mapping[str, Means])
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
         second_moments[name] = carry_over(how.second_moment, how.at_refresh, moment, state.bases[name], basis, product)
     state = replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments)
-    return state, kept, samples
+    return _Carried(state, carried.spans, carried.totals, kept, samples)
 
 
 def _second_pass(
