@@ -293,8 +293,8 @@ def _means_of(how: Method, turn: _Turn, carried: _Carried, folded: Captured, dat
     sums, curvature, n_all, count_all, of_data = total((sums, curvature, n, count, of_data), how.ranks)
     means, slopes = {}, {}
     for name in turn.layers:
-        new = turn.estimators[name].sums in (exact_sums, gradient_sums)
-        means[name] = mean_sums(sums.pop(name), count_all, own=new)
+        own = turn.estimators[name].sums in (exact_sums, gradient_sums)  # else a user may hold what was summed
+        means[name] = mean_sums(sums.pop(name), count_all, own)
         slope = carried.totals[name] / n_all if name in carried.totals else means[name].gradient
         slopes[name] = Mean(slope, means[name].projected, samples.get(name), n_all)
     if data is None:
