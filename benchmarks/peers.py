@@ -145,7 +145,7 @@ def number(x: float | None) -> str:
     return "-" if x is None else f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
-def medians(processes: list[dict[str, Any]], kind: str) -> float | None:
+def median_of(processes: list[dict[str, Any]], kind: str) -> float | None:
     values = [found for process in processes if (found := value(process, kind)) is not None]
     return median(values) if values else None
 
@@ -156,7 +156,7 @@ def tables(found: Measured) -> str:
     lines = ["| | library | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for kind in (*TIMED, "memory", "tensors"):
         for library, of in found.items():
-            row = [medians(of[name], kind) for name in names]
+            row = [median_of(of[name], kind) for name in names]
             if any(x is not None for x in row):
                 lines.append(f"| {label(kind)} | {library} | " + " | ".join(map(number, row)) + " |")
         if kind in BARS and any(kind in p for of in found.values() for ps in of.values() for p in ps):
@@ -180,7 +180,7 @@ def floors(of: dict[str, list[dict[str, Any]]]) -> list[str]:
         seen = [process["floor"] for process in processes if "floor" in process]
         if not seen:
             continue
-        floor, T2 = median(f["floor"] for f in seen), medians(processes, "T2")
+        floor, T2 = median(f["floor"] for f in seen), median_of(processes, "T2")
         plain, peak = 1e3 * median(f["T0"] for f in seen), median(f["throughput"] for f in seen) / 1e9
         ratio = number(None if T2 is None else T2 / floor)
         lines.append(
