@@ -50,7 +50,7 @@ def _relative(fraction: Number, scope: Scope, moments: Mapping[str, Spectrum]) -
 DEFAULTS: Mapping[str, Any] = {
     "damping": relative(0.01),
     "exponent": -0.5,
-    "second_moment": averaged_intra_batch(0.9),
+    "second_moment": averaged_intra_batch(0.7),
     "basis_every": 10,
 }
 """Arguments of `ekfac` for a step as that of Adam and SOAP in the eigenbasis, with a learning rate of about 0.0025.
