@@ -216,8 +216,7 @@ def tapped_loss(
     """The loss under the tap, the list in which a run leaves its calls, and the list of what each run has seen."""
     compiling, mapped = torch.compiler.is_compiling(), transformed()  # the parameters too may be of several
     replaced = _replaced(found, options.batched)
-    # of an ensemble, what a loss makes of its example is one for all members
-    fills = found.fills or (mapped and not compiling) or (found.draws and options.randomness == "different")
+    fills = found.fills or (found.draws and options.randomness == "different")
     calls: list[Any] = []
     ways: list[list[Any]] = []
 

@@ -285,14 +285,6 @@ def _inner_grad_of_layers(params: Params, x: Tensor) -> Tensor:
     return y.sin().square().sum()
 
 
-def _filled_by_rows(params: Params, x: Tensor) -> Tensor:
-    """A tensor that is made of the example, and filled with what depends on the parameters."""
-    filled = x.new_zeros(3, 4)
-    for k, row in enumerate(F.linear(x, params["w"], params["b"])):
-        filled[k, :3] = row * (k + 1)
-    return filled.sin().square().sum()
-
-
 def _products(params: Params, x: Tensor) -> Tensor:
     """A product with a matrix by each of its names, in either order."""
     a, b, c, d, e, f, g, h = params.values()
@@ -868,10 +860,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "vector weight": lambda: function(_vector_weight, {"v": randn(4), "s": randn()}, 3, 4, ruled=set()),
     "token losses": lambda: tokens(_tokens),
     "nested loss": lambda: tokens(_nested_loss),
-    "inner grad of layers": lambda: function(
+    "inner grad beside conv": lambda: function(
         _inner_grad_of_layers, {"w": randn(4, 4), "g": randn(4), "c": randn(3, 3, 3)}, 3, 4, ruled={"g", "c"}
     ),
-    "filled by rows": lambda: function(_filled_by_rows, {"w": randn(3, 4), "b": randn(3)}, 3, 4, ruled={"w", "b"}),
     **{f"dot products {how}": lambda how=how: dot_products(how) for how in DOT_PRODUCTS},  # type: ignore[misc]
     "in place": lambda: image(nn.Conv2d(4, 3, 3), nn.ReLU(inplace=True), channels=3, pixels=16),
     "filled": lambda: function(
