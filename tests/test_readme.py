@@ -18,6 +18,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the README's Python blocks define."""
+    for package in ("transformers", "lightning"):
+        pytest.importorskip(package)
     torch.set_default_dtype(torch.float32)
     defined: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
