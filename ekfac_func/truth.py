@@ -179,7 +179,8 @@ def started(layers: tuple[Layer, ...], params: Params) -> State:
 def natural_of(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
     """The natural gradient `[b o i k]` of a layer, from its gradient in the basis."""
     mean = Mean(projected, projected, None, 1)  # of a whole basis, for which the gradient itself is not read
-    return rescaled(mean, moment, basis, torch.as_tensor(damping).to(projected), -1.0, layer.sizes)
+    added = torch.as_tensor(damping, dtype=projected.dtype, device=projected.device)
+    return rescaled(mean, moment, basis, added, -1.0, layer.sizes)
 
 
 def square_of(means: Sums) -> Tensor:

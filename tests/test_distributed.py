@@ -138,6 +138,9 @@ def optimized(kind: str, of_all: list[Any], of: int | None) -> Any:
     model = net()
     model.register_buffer("scale", torch.ones(()))
     model.register_buffer("seen", torch.tensor(True))
+    model.register_buffer("small", torch.tensor([3, 4], dtype=torch.int16))
+    model.register_buffer("one", torch.ones(1).expand(3))
+    model.register_buffer("phase", torch.tensor([1 + 2j]))
     next(model.parameters()).requires_grad_(kind != "frozen")
     optimizer = EKFACOptimizer(model, scaled_loss, lr=0.1, damping=0.1, ranks=None if of is None else ranks())
     if kind == "loaded":
@@ -145,9 +148,12 @@ def optimized(kind: str, of_all: list[Any], of: int | None) -> Any:
         before.step(of_all[0])
         optimizer.load_state_dict(before.state_dict())
     if of == 1:
-        others = {name: torch.randn(t.shape) for name, t in model.state_dict().items()}
-        model.load_state_dict({**others, "seen": torch.tensor(False)})
-    return [optimizer.step(shared(batch, of)) for batch in of_all], model.state_dict()
+        for t in (*model.parameters(), model.get_buffer("scale"), model.get_buffer("phase")):
+            t.data = torch.randn_like(t)
+        model.get_buffer("seen").logical_not_()
+        model.get_buffer("small").neg_()
+    losses = [optimizer.step(shared(batch, of)) for batch in of_all]
+    return losses, pytree.tree_map(lambda t: torch.view_as_real(t) if t.is_complex() else t, dict(model.state_dict()))
 
 
 def everything(of: int | None) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class EKFACOptimizer(torch.optim.Optimizer):
     lr, momentum, weight_decay, nesterov: the groups' defaults; lr a number or a 0-d tensor. Parameters that the loss
         does not reach decay too: leave them out of params.
     damping: as in `ekfac`; the attribute may be changed from step to step. Without one, `optim.DEFAULTS` are the
-        defaults of damping, exponent, second_moment and basis_every, for which the default lr is.
+        defaults of damping, exponent, second_moment and basis_every, for which the default lr is. `thin` bases ask for
+        `second_moment=intra_batch`.
     options: the others of `ekfac`.
 
     `state_dict` has the state of `ekfac`, and damping where it is a number or a tensor; save it as it is, for
@@ -250,10 +251,15 @@ class EKFACOptimizer(torch.optim.Optimizer):
         """Give the model what the first process has, frozen parameters and buffers too."""
         ranks = self.options.get("ranks")
         if ranks is not None and not self._alike:
-            tensors = (*self.model.parameters(), *self.model.buffers())
-            held = [t.view(torch.uint8) if t.dtype is torch.bool else t for t in tensors]
-            for own, first in zip(held, of_first(held, ranks), strict=True):
-                own.copy_(first)
+            held = (*self.model.parameters(), *self.model.buffers())
+            dense = (t for t in held if t.layout is torch.strided and not t.is_meta)
+            parts = [torch.view_as_real(t) if t.is_complex() else t for t in dense]
+            # a group sums bytes, but not numbers of every dtype
+            sent = of_first([t.contiguous().reshape(-1).view(torch.uint8) for t in parts], ranks)
+            for own, first in zip(parts, sent, strict=True):
+                given = first.clone().view(own.dtype).view(own.shape)
+                if not torch.equal(own, given):  # an expanded one, as all have it, cannot be written to
+                    own.copy_(given)
         self._alike = True
 
     def _trainable(self) -> Params:

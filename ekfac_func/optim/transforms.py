@@ -189,9 +189,8 @@ def apply_updates(params: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -
 
 def check_like(like: Mapping[str, Tensor], tree: Mapping[str, Tensor], argument: str, other: str = "params") -> None:
     """Refuse a tree that has not the names and shapes of another, params."""
-    for named, of in ((other, like), (argument, tree)):
-        if not isinstance(of, Mapping):
-            raise TypeError(f"{named} is a {type(of).__name__}: give a dict of tensors by name")
+    _check_names(other, like)
+    _check_names(argument, tree)
     for name, p in like.items():
         if name not in tree:
             raise ValueError(f"{argument} has no {name!r}, {other} has: give both trees the same names")
@@ -203,6 +202,12 @@ def check_like(like: Mapping[str, Tensor], tree: Mapping[str, Tensor], argument:
     for name in tree:
         if name not in like:
             raise ValueError(f"{argument} has {name!r} that {other} has not: give both trees the same names")
+
+
+def _check_names(argument: str, tree: Any) -> None:
+    """Refuse what has no names, as a module."""
+    if not hasattr(tree, "items"):
+        raise TypeError(f"{argument} is a {type(tree).__name__}: give a dict of tensors by name")
 
 
 def _check_transform(taker: str, transform: Any) -> None:
@@ -219,7 +224,7 @@ def _accumulate(decay: Number, read: Callable[[Tensor, Tensor], Tensor]) -> Tran
     check_decay("decay", decay)
 
     def init(params: Mapping[str, Tensor]) -> Velocity:
-        check_params(params)
+        _check_names("params", params)
         return Velocity({name: torch.zeros_like(p) for name, p in params.items()})
 
     def update(direction: Params, state: Velocity, params: Mapping[str, Tensor], info: Info) -> tuple[Params, Velocity]:
