@@ -97,7 +97,8 @@ def ekfac(
         loss is a scalar. Its layers are found when it is first met with tensors of some shapes: make it once, not anew
         for each step in eager mode.
     damping: added to the second moment, in loss^2 / parameter^2; positive. A Python number or a 0-d tensor, or a rule
-        from the second moments of all layers to the damping of each, as `optim.relative(fraction)`.
+        from the second moments of all layers to the damping of each, as `optim.relative(fraction)`. Of a tensor nobody
+        reads the value: where it is not positive the step is skipped.
     exponent: of `m2 + damping`, negative: -1 is the natural gradient, -1/2 a step as that of Adam and SOAP
         (https://arxiv.org/abs/2409.11321) in the eigenbasis.
     second_moment: the estimator of `m2`: `intra_batch`, `averaged_intra_batch(decay)`, `running_average(decay)`,
