@@ -23,12 +23,12 @@ def check_params(params: Mapping[str, Tensor]) -> None:
         raise TypeError(f"params is a {type(params).__name__}: pass a dict of tensors, dict(net.named_parameters())")
     if not params:
         raise ValueError("params is empty: pass at least one tensor to differentiate")
+    eager = not torch.compiler.is_compiling()
     for name, p in params.items():
         if not isinstance(name, str):
             raise TypeError(f"params has the name {name!r}, a {type(name).__name__}: give each tensor a string")
         if not isinstance(p, Tensor):
             raise TypeError(f"params[{name!r}] is a {type(p).__name__}: pass tensors")
-        eager = not torch.compiler.is_compiling()
         if eager and is_lazy(p):
             raise ValueError(f"params[{name!r}] has no shape yet: call the lazy module that it is of on a batch first")
         if not p.is_floating_point():

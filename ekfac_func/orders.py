@@ -348,18 +348,20 @@ def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
     cached = b * o * i * k * size <= cost.cache
     form = Step("form G[n]", 2 * of_a * o, size * (of_a * (not unwritten) + of_g + of_G * (not cached)))
     of_side = {
-        "a": Step("project a", 2 * of_a * A, size * (of_a * (2 + 2 * unwritten) + i * A)),
-        "g": Step("project g", 2 * of_g * B, size * (2 * of_g + o * B)),
+        "a": [Step("project a", 2 * of_a * A, size * (of_a * (2 + 2 * unwritten) + i * A))],
+        "g": [Step("project g", 2 * of_g * B, size * (2 * of_g + o * B))],
     }
-    first = [of_side[side] for side in early(order)]
-    if filtered and "a" in early(order):
-        turned = Step("turn pixels and filters", 12 * (of_a + i * A), TURNED * size * (of_a + i * A))
-        first[0] = Step("project a", 2 * of_a * A * 4 // 9, size * (2 * of_a + i * A))
-        first.insert(0, turned)
+    if filtered:
+        of_side["a"] = [
+            Step("turn pixels and filters", 12 * (of_a + i * A), TURNED * size * (of_a + i * A)),
+            Step("project a", 2 * of_a * A * 4 // 9, size * (2 * of_a + i * A)),
+        ]
+    first = [step for side in early(order) for step in of_side[side]]
     for side, norms in (("a", rest_A), ("g", rest_B)):
         if norms and side in early(order):
             of_pairs = 2 * n * b * s * min(s * (i * k + o), o * i * k)
-            first.append(Step(f"norms outside of {side}", of_side[side].operations + of_pairs, 2 * of_side[side].bytes))
+            (project,) = of_side[side]
+            first.append(Step(f"norms outside of {side}", project.operations + of_pairs, 2 * project.bytes))
     if order is Order.ONE_POSITION:
         return (*first, Step("multiply the squares", 2 * of_G, 2 * size * (of_a + of_g)))
     if order is Order.KERNEL:
