@@ -53,7 +53,8 @@ def rotate(x: Tensor, Q: Tensor, rooms: Rooms | None = None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of a weight `[e d]` and a bias `[e]`, in eager mode; faster where neither is differentiated."""
     own = [t for t in (weight, bias) if t is not None]
-    plain = _get_current_dispatch_mode() is None and not torch.is_autocast_enabled("cpu")
+    # depth, for a loss is told that it is traced
+    plain = depth() == 0 and _get_current_dispatch_mode() is None and not torch.is_autocast_enabled("cpu")
     large = weight.numel() >= ENTRIES and x.numel() > 0
     if not (large and plain) or any(t.requires_grad or not _fits(x, t) for t in own):
         return F.linear(x, weight, bias)

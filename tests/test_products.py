@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ekfac_func import compact, curvature, ekfac, per_example_gradients
+from ekfac_func.capture import WAYS
 from ekfac_func.kronecker import symmetric
 from ekfac_func.products import ONEDNN, linear, outer, product, rotate
 from ekfac_func.types import Params
@@ -147,6 +148,19 @@ def test_a_bias_made_of_the_batch() -> None:
     found = per_example_gradients(losses, params, x, batched=True).mean()
     for name, gradient in zip(params, expected, strict=True):
         close(found[name], gradient, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "constant input"])
+def test_a_layer_of_a_constant_goes_by_vmap(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As the first state of a recurrent net, which no example has for itself."""
+    monkeypatch.delitem(WAYS, "LOOPED")
+    case = make(name)
+    params, low = pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, (case.params, case.batch(N)))
+    losses, expected = loop(case.loss_fn, params, low)
+    found = per_example_gradients(case.loss_fn, params, low)
+    close(found.losses, losses, 1e-5)
+    for key in params:
+        close(found.dense(key), expected[key], 1e-4)
 
 
 FLOAT32 = ["mlp", "addmm", "conv", "conv groups", "positions", "tied", "attention causal", "ids"]
