@@ -46,7 +46,6 @@ from .types import (
     Layer,
     LossAuxFn,
     LossFn,
-    Means,
     Moment,
     Number,
     Params,
@@ -83,6 +82,7 @@ class Method(NamedTuple):
 class _Turn(NamedTuple):
     """What a step does to each layer."""
 
+    how: Method
     params: Mapping[str, Tensor]
     examples: int  # of the batch
     n: int  # of what the curvature loss is differentiated on: these, or pseudo-examples of a Fisher
@@ -131,7 +131,7 @@ def step(
 
     def begin(layers: dict[str, Layer]) -> Reading:
         turns.append(_turn_of(how, params, state, layers, count, n))
-        return functools.partial(_observe, how, turns[-1])
+        return functools.partial(_observe, turns[-1])
 
     def add(layer: Layer, some: LayerSums, others: LayerSums) -> LayerSums:
         return add_layer_sums(turns[-1].state, layer, some, others)
@@ -139,14 +139,14 @@ def step(
     folded = blaming(how.fisher, read, begin, add)
     turn = turns[-1]
     with no_autocast(leaf.device):
-        carried = _refreshed(how, turn, folded.kept)
+        carried = _refreshed(turn, folded.kept)
     if before is not None:
-        _second_pass(how, turn, carried.state.bases, folded.kept, read, before)
+        _second_pass(turn, carried.state.bases, folded.kept, read, before)
     data = None
     if how.fisher.loss is not None:
         data = fold(how.loss_fn, params, batch, how.options, lambda layers: read_gradient, add_gradients)
     with no_autocast(leaf.device):
-        return _finish(how, turn, carried, _means_of(how, turn, carried, folded, data))
+        return _finish(turn, carried, _means_of(turn, carried, folded, data))
 
 
 def blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
@@ -199,12 +199,12 @@ def _turn_of(
     updating = [name for name in layers if name not in idle and (every or name in refreshing)]
     estimators = {name: how.second_moment if name in updating else _unchanged for name in layers}
     anew = [name for name in refreshing if isinstance(chosen[name], Thin) or name in late]
-    return _Turn(params, count, n, layers, chosen, refreshing, estimators, state, known, anew)
+    return _Turn(how, params, count, n, layers, chosen, refreshing, estimators, state, known, anew)
 
 
-def _observe(how: Method, turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
+def _observe(turn: _Turn, layer: Layer, terms: Terms, bytes_each: int) -> LayerSums:
     """Sums in a basis that stays; factors for one that is to change, and the terms themselves if there is room."""
-    name, basis = layer.weight, turn.state.bases[layer.weight]
+    how, name, basis = turn.how, layer.weight, turn.state.bases[layer.weight]
     if isinstance(turn.chosen[name], Thin):
         return LayerSums(terms=(terms,))
     if name in turn.refreshing:
@@ -212,33 +212,29 @@ def _observe(how: Method, turn: _Turn, layer: Layer, terms: Terms, bytes_each: i
         size = how.options.chunk_size
         room = size is None or bytes_each * turn.n <= budget(how.contractions, bytes_each * size)
         return LayerSums(factors=factors, terms=(terms,) if room or torch.compiler.is_compiling() else ())
-    samples = (terms,) if _of_samples(how, turn, terms, basis) else ()
-    return LayerSums(_sums_in(how, turn, basis, layer, terms, bytes_each), terms=samples)
+    samples = (terms,) if _of_samples(turn, terms, basis) else ()
+    return LayerSums(_sums_in(turn, basis, layer, terms, bytes_each), terms=samples)
 
 
-def _sums_in(how: Method, turn: _Turn, basis: Basis, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
-    order = contraction_of(layer, terms, basis, how.contractions, bytes_each)
+def _sums_in(turn: _Turn, basis: Basis, layer: Layer, terms: Terms, bytes_each: int) -> Sums:
+    order = contraction_of(layer, terms, basis, turn.how.contractions, bytes_each)
     return turn.estimators[layer.weight].sums(terms, basis, order)
 
 
-def _of_samples(how: Method, turn: _Turn, terms: Terms, basis: Basis) -> bool:
+def _of_samples(turn: _Turn, terms: Terms, basis: Basis) -> bool:
     """Whether the samples of a layer are rescaled, not its gradient."""
-    return how.ranks is None and rescales_samples(terms, basis, turn.n)
+    return turn.how.ranks is None and rescales_samples(terms, basis, turn.n)
 
 
-def _refreshed(how: Method, turn: _Turn, seen: dict[str, LayerSums]) -> _Carried:
-    """What the step goes on from: bases and moments are new if a refresh is due."""
+def _refreshed(turn: _Turn, seen: dict[str, LayerSums]) -> _Carried:
+    """What the step goes on from: factors, bases and moments are new where a refresh is due."""
+    how = turn.how
     carried = _Carried(*into_spans(turn.chosen, turn.state, turn.layers, seen, how.weight_sharing))
     if not turn.refreshing:
         return carried
     of_layers = {name: seen[name].factors or () for name in turn.refreshing}
     sums = total_factors(of_layers, how.ranks, turn.examples / turn.n)
     means = {name: mean_factors(of_layer) for name, of_layer in sums.items()}
-    return _refresh(how, turn, carried, means)
-
-
-def _refresh(how: Method, turn: _Turn, carried: _Carried, means: Mapping[str, Means]) -> _Carried:
-    """The state with factors of this batch, their bases and the moments in them; other layers stay as they are."""
     state = carried.state
     factors, second_moments = dict(state.factors), dict(state.second_moments)
     samples: list[Tensor] = []
@@ -255,11 +251,10 @@ def _refresh(how: Method, turn: _Turn, carried: _Carried, means: Mapping[str, Me
         product = functools.partial(eigenvalue_product, used[name], basis, means[name].positions, moment.value)
         second_moments[name] = carry_over(how.second_moment, how.at_refresh, moment, state.bases[name], basis, product)
     state = replace(state, factors=factors, bases={**state.bases, **new}, second_moments=second_moments)
-    return _Carried(state, carried.spans, carried.totals, kept, samples)
+    return carried._replace(state=state, kept=kept, samples=samples)
 
 
 def _second_pass(
-    how: Method,
     turn: _Turn,
     bases: Mapping[str, Basis],
     seen: dict[str, LayerSums],
@@ -271,7 +266,7 @@ def _second_pass(
 
     def missing(layer: Layer, terms: Terms, bytes_each: int) -> Sums | None:
         basis = bases[layer.weight]
-        return _sums_in(how, turn, basis, layer, terms, bytes_each) if layer.weight in again else None
+        return _sums_in(turn, basis, layer, terms, bytes_each) if layer.weight in again else None
 
     if again:
         before.repeat()
@@ -279,18 +274,18 @@ def _second_pass(
         seen |= {name: LayerSums(kept.pop(name)) for name in again}
 
 
-def _means_of(how: Method, turn: _Turn, carried: _Carried, folded: Captured, data: Captured | None) -> _BatchMeans:
+def _means_of(turn: _Turn, carried: _Carried, folded: Captured, data: Captured | None) -> _BatchMeans:
     """What the batch said, of all processes. data: what was read of loss_fn, where the curvature loss is another."""
     n, count = turn.n, turn.examples
-    sums, samples = _in_bases(how, turn, carried.state.bases, folded)
+    sums, samples = _in_bases(turn, carried.state.bases, folded)
     curvature = folded.losses.sum()
     of_data: Any = None if data is None else (data.kept, data.losses.sum(), len(data.losses))
-    if how.ranks is None:
+    if turn.how.ranks is None:
         count = n
     elif count != n:  # of processes that may have made more pseudo-examples of an example than others
         share = count / n
         sums, curvature = pytree.tree_map_only(Tensor, lambda t: t * share, (sums, curvature))
-    sums, curvature, n_all, count_all, of_data = total((sums, curvature, n, count, of_data), how.ranks)
+    sums, curvature, n_all, count_all, of_data = total((sums, curvature, n, count, of_data), turn.how.ranks)
     means, slopes = {}, {}
     for name in turn.layers:
         own = turn.estimators[name].sums in (exact_sums, gradient_sums)  # else a user may hold what was summed
@@ -303,17 +298,15 @@ def _means_of(how: Method, turn: _Turn, carried: _Carried, folded: Captured, dat
     return _BatchMeans(loss, curvature, n_all, means, slopes, data.aux)
 
 
-def _in_bases(
-    how: Method, turn: _Turn, bases: Mapping[str, Basis], folded: Captured
-) -> tuple[dict[str, Sums], dict[str, Terms]]:
+def _in_bases(turn: _Turn, bases: Mapping[str, Basis], folded: Captured) -> tuple[dict[str, Sums], dict[str, Terms]]:
     """The sums of each layer, and the samples of layers that are rescaled as samples. Empties what was read."""
     sums: dict[str, Sums] = {}
     samples: dict[str, Terms] = {}
     for name, layer in turn.layers.items():
         of_layer, basis = folded.kept.pop(name), bases[name]
         terms: Terms = joined(of_layer.terms) if of_layer.terms else ()
-        sums[name] = of_layer.sums or _sums_in(how, turn, basis, layer, terms, folded.bytes_each)
-        if _of_samples(how, turn, terms, basis):
+        sums[name] = of_layer.sums or _sums_in(turn, basis, layer, terms, folded.bytes_each)
+        if _of_samples(turn, terms, basis):
             samples[name] = terms
     return sums, samples
 
@@ -349,13 +342,13 @@ def _of_data(
     return loss / n, slopes
 
 
-def _finish(how: Method, turn: _Turn, carried: _Carried, observed: _BatchMeans) -> tuple[Params, State, Info]:
+def _finish(turn: _Turn, carried: _Carried, observed: _BatchMeans) -> tuple[Params, State, Info]:
     """The new moments, the natural gradient, and the old state in place of the new one where it is not finite."""
     layers, bases, slopes, params = turn.layers, carried.state.bases, observed.slopes, turn.params
     moments = _updated(turn, carried.state, observed)
-    dampings = dampings_of(how.damping, moments, bases, layers)
+    dampings = dampings_of(turn.how.damping, moments, bases, layers)
     natural_in = {
-        name: _natural_of(how, layer, slopes[name], moments[name], dampings[name], carried)
+        name: _natural_of(turn, layer, slopes[name], moments[name], dampings[name], carried)
         for name, layer in layers.items()
     }
     natural = unpack_all(layers.values(), natural_in, params)  # where the cast to half precision can overflow
@@ -373,21 +366,21 @@ def _finish(how: Method, turn: _Turn, carried: _Carried, observed: _BatchMeans) 
         unpack_all(layers.values(), {name: slope.gradient for name, slope in slopes.items()}, params),
         ~good,
         good.new_zeros((), dtype=torch.int64) if carried.kept is None else torch.where(good, carried.kept, 0),
-        used if callable(how.damping) else used[0],
+        used if callable(turn.how.damping) else used[0],
         observed.aux,
     )
     return natural, _choose(good, new, turn.state), info
 
 
-def _natural_of(how: Method, layer: Layer, slope: Mean, moment: Moment, added: Tensor, carried: _Carried) -> Tensor:
+def _natural_of(turn: _Turn, layer: Layer, slope: Mean, moment: Moment, added: Tensor, carried: _Carried) -> Tensor:
     """The rescaled gradient of a layer, `[b o i k]`. added: its damping."""
     basis, span = carried.state.bases[layer.weight], carried.spans[layer.weight]
     sizes = in_span(layer, span).sizes
-    natural = expand_span(rescaled(slope, moment, basis, added, how.exponent, sizes), span)
-    if how.fisher.loss is None or span == (None, None):
+    natural = expand_span(rescaled(slope, moment, basis, added, turn.how.exponent, sizes), span)
+    if turn.how.fisher.loss is None or span == (None, None):
         return natural
     outside = slope.gradient - expand_span(into_span(slope.gradient, span), span)  # of the data's loss
-    return natural + outside * added**how.exponent
+    return natural + outside * added**turn.how.exponent
 
 
 def _learned(new: State, old: State) -> list[Tensor]:
