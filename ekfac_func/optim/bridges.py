@@ -2,22 +2,23 @@
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
+import functools
 import inspect
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from ..checks import check_decay, check_not_negative
 from ..describe import Description, describe
 from ..distributed import of_first
-from ..precondition import ekfac
+from ..precondition import EKFAC, ekfac
 from ..types import Batch, Damping, Info, Number, Params, State, shapes_of
+from .bound import Bound, bind
 from .damping import DEFAULTS
 from .transforms import Velocity, check_like, momentum, nesterov
 
@@ -133,50 +134,28 @@ class EKFACOptimizer(torch.optim.Optimizer):
         self.ekfac_state: State | None = None
         self.natural: Params | None = None
         self.info: Info | None = None
+        self._alike = False  # with the other processes
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(model.parameters() if params is None else params, defaults)
+        self._ekfac()  # refuses options and damping
 
-    if not TYPE_CHECKING:  # else every name would be one of its attributes
+    @functools.cached_property
+    def _bound(self) -> Bound:
+        """Made at the first use, and not copied: a copy of a model that holds its optimizer is whole only then."""
+        return bind(self.model, self.loss, self.options)
 
-        def __getattr__(self, name: str) -> Any:
-            """What `_bind` makes, at the first use: a copy of a model that holds its optimizer is whole only then."""
-            if name not in ("names", "precondition", "_alike", "_held", "_bound", "_loss_fn", "_options", "_init"):
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-            self._bind()
-            return self.__dict__[name]
+    def _ekfac(self) -> EKFAC:
+        return ekfac(self._bound.loss_fn, damping=self.damping, **self._bound.options)
 
-    def _bind(self) -> None:
-        """Make what the module and the loss decide, and no copy or pickle carries."""
-        self.names = {p: name for name, p in self.model.named_parameters()}
-        self._alike = False  # with the other processes
-        self._held = _held(self.model)
-        self._bound = bound = _Bound(self.model, self.loss)
-        places = _places(bound)
-        has_aux, batched = self.options.get("has_aux", False), self.options.get("batched", False)
-        options = {**self.options, "has_aux": True} if batched else self.options
+    @functools.cached_property
+    def precondition(self) -> Callable[..., tuple[Params, State, Info]]:
+        """That of `ekfac`, with the damping as its last argument."""
+        loss_fn, options = self._bound.loss_fn, self._bound.options
 
-        def loss_fn(params: Params, example: Any) -> Any:
-            values = {f"model.{name}": p for name, p in params.items()}
-            if not batched:
-                one = pytree.tree_map(lambda leaf: leaf[None], example)
-                return functional_call(bound, _at(places, values), (one,), tie_weights=False)
-            buffers = {name: b.clone() for name, b in bound.named_buffers()}
-            given = _at(places, values | buffers)
-            found = functional_call(bound, given, (example,), tie_weights=False)
-            if has_aux and (not isinstance(found, tuple) or len(found) != 2):
-                raise TypeError(f"loss returned a {type(found).__name__}: with has_aux=True it returns (losses, aux)")
-            losses, aux = found if has_aux else (found, ())
-            # a module that assigned a new tensor to a buffer has it in `given` now
-            return losses, (aux, {name: given[place] for place, name in places.items() if name in buffers})
-
-        def precondition(
-            params: Params, batch: Batch, state: State, damping: Number | Damping
-        ) -> tuple[Params, State, Info]:
+        def precondition(params: Params, batch: Batch, state: State, damping: Number | Damping) -> Any:
             return ekfac(loss_fn, damping=damping, **options).precondition(params, batch, state)
 
-        self._loss_fn, self._options = loss_fn, options
-        self._init = ekfac(loss_fn, damping=self.damping, **options).init
-        self.precondition = precondition
+        return precondition
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As that of `torch.optim.Optimizer`. ValueError for settings out of range and parameters not of the model."""
@@ -190,7 +169,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
     def _check(self, group: dict[str, Any]) -> None:
         _check_settings(group)
         for p in group["params"]:
-            if p not in self.names:
+            if p not in self._bound.names:
                 raise ValueError(
                     f"params has a tensor of shape {tuple(p.shape)} that is no parameter of model: pass "
                     "model.parameters() or some of them"
@@ -229,7 +208,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
             )
         if self.ekfac_state is None or shapes_of(self.ekfac_state.layers).keys() != params.keys():
             self._alike = False
-            self.ekfac_state = self._init(params, batch)
+            self.ekfac_state = self._ekfac().init(params, batch)
         self._take_of_first()
         try:
             found = self.precondition(params, batch, self.ekfac_state, self.damping)
@@ -241,7 +220,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
         if self.options.get("batched", False):
             aux, buffers = self.info.aux
             self.info = self.info._replace(aux=aux)
-            for name, b in self._bound.named_buffers():
+            for name, b in self._bound.module.named_buffers():
                 b.copy_(torch.where(self.info.skipped, b, buffers[name]))
         for group in self.param_groups:
             self._update(group, self.natural, self.info)
@@ -263,17 +242,17 @@ class EKFACOptimizer(torch.optim.Optimizer):
         self._alike = True
 
     def _trainable(self) -> Params:
-        if _held(self.model) != self._held:
+        if set(self.model.named_parameters(remove_duplicate=False)) != self._bound.held:
             raise RuntimeError(
                 "model has other parameters, or has them elsewhere, than when the optimizer was made: make it anew "
                 "after a change of the modules"
             )
-        if self._bound.loss is not self.loss:
+        if self._bound.module.loss is not self.loss:
             raise RuntimeError(
                 "loss is another than when the optimizer was made, which computes with that one: make it anew, and "
                 "load the state_dict of this one"
             )
-        return {self.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        return {self._bound.names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
 
     def check(self, batch: Batch) -> None:
         """Certify the capture on a batch of a few, at a backward pass an example, as `init(..., check=True)` does.
@@ -281,15 +260,16 @@ class EKFACOptimizer(torch.optim.Optimizer):
         ValueError names the first parameter whose gradients are not those of each example alone. The loss may draw no
         random numbers: call `model.eval()` before, where there is dropout.
         """
-        self._init(self._trainable(), _plain(batch), check=True)
+        self._ekfac().init(self._trainable(), _plain(batch), check=True)
 
     def describe(self, batch: Batch) -> Description:
         """Print, and return, what a step on the batch does with each parameter, as `ekfac_func.describe`."""
-        wanted = {name: self._options[name] for name in inspect.signature(describe).parameters if name in self._options}
-        return describe(self._loss_fn, self._trainable(), _plain(batch), **wanted)
+        options = self._bound.options
+        wanted = {name: options[name] for name in inspect.signature(describe).parameters if name in options}
+        return describe(self._bound.loss_fn, self._trainable(), _plain(batch), **wanted)
 
     def _update(self, group: dict[str, Any], natural: Params, info: Info) -> None:
-        params: Params = {self.names[p]: p for p in group["params"] if p.requires_grad}
+        params: Params = {self._bound.names[p]: p for p in group["params"] if p.requires_grad}
         rule = (nesterov if group["nesterov"] else momentum)(group["momentum"])
         for p in params.values():
             if "velocity" not in self.state[p]:
@@ -311,7 +291,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
             if not isinstance(state_dict, Mapping) or key not in state_dict:
                 raise ValueError(f"state_dict has no {key!r}: pass what EKFACOptimizer.state_dict() returned")
         saved = state_dict["ekfac"], state_dict["damping"]
-        shapes = {name: tuple(p.shape) for p, name in self.names.items()}
+        shapes = {name: tuple(p.shape) for p, name in self._bound.names.items()}
         others = {} if saved[0] is None else dict(shapes_of(saved[0].layers).items() - shapes.items())
         if others:
             raise ValueError(
@@ -327,7 +307,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
             )
         rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
         super().load_state_dict(rest)
-        device = next(iter(self.names)).device
+        device = next(iter(self._bound.names)).device
         self._alike = False
         self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), saved)
         if damping is not None:  # which is that of a rule
@@ -335,7 +315,7 @@ class EKFACOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("model", "loss", "options", "damping", "ekfac_state", "natural", "info")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_alike": False}
 
 
 def _check_settings(group: Mapping[str, Any]) -> None:
@@ -344,41 +324,5 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     check_not_negative("weight_decay", group["weight_decay"])
 
 
-def _held(model: nn.Module) -> set[tuple[str, Tensor]]:
-    """The parameters of a model, in each of their places."""
-    return set(model.named_parameters(remove_duplicate=False))
-
-
 def _plain(batch: Batch) -> Batch:
     return batch.data if isinstance(batch, UserDict) else batch  # of a collator of `transformers`
-
-
-def _places(bound: nn.Module) -> dict[str, str]:
-    """For every place of a tensor in the modules, the one name that `named_parameters` or `named_buffers` gives it.
-
-    `functional_call` by itself goes to a module in several places several times, and leaves what it was given there:
-    https://github.com/pytorch/pytorch/issues/164759
-    """
-    names = {t: name for name, t in (*bound.named_parameters(), *bound.named_buffers())}
-    places: dict[str, str] = {}
-    for path, module in bound.named_modules():
-        for tensors in (module.named_parameters, module.named_buffers):
-            places |= {place: names[t] for place, t in tensors(path, recurse=False, remove_duplicate=False)}
-    return places
-
-
-def _at(places: Mapping[str, str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values in all their places."""
-    return {place: values[name] for place, name in places.items() if name in values}
-
-
-class _Bound(nn.Module):
-    """A loss of a module, as a module of its own, for `functional_call`."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor | tuple[Tensor, Any]]) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Any) -> Any:
-        return self.loss(self.model, batch)
