@@ -225,7 +225,7 @@ def test_bases_are_those_of_the_first_process() -> None:
 def test_kept_bases_are_those_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a process that is not the first, in a world without others, so that nothing is kept."""
     case = make("deep")
-    monkeypatch.setattr("ekfac_func.refreshes.eigensolver", lambda C: (C, C * torch.nan))
+    monkeypatch.setattr("ekfac_func.solvers.eigensolver", lambda C: (C, C * torch.nan))
     for first, kept in ((True, True), (False, False)):
         step = ekfac(case.loss_fn, damping=0.1, ranks=Ranks(lambda t: t, first))
         _, _, info = step.precondition(case.params, case.batch(4), step.init(case.params, case.batch(4)))

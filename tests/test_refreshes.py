@@ -31,6 +31,7 @@ from ekfac_func import (
     rank,
     reduce,
     refreshes,
+    solvers,
     staggered,
     thin,
 )
@@ -89,7 +90,7 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     solver = Counted()
-    monkeypatch.setattr(refreshes, "eigensolver", solver)
+    monkeypatch.setattr(solvers, "eigensolver", solver)
     return solver
 
 
@@ -130,7 +131,7 @@ def test_matrices_of_all_sizes_together(threads: int) -> None:
     sizes = [(3, 2, 2), (120, 120), (2, 100, 100), (7, 7), (0, 5, 5), (260, 260), (110, 110), (1, 1)]
     factors = [C + C.mT for C in (torch.randn(size) for size in sizes)]
     factors[3] = factors[3].float()
-    for C, U in zip(factors, refreshes.eigenvectors(factors), strict=True):
+    for C, U in zip(factors, solvers.eigenvectors(factors), strict=True):
         assert U.shape == C.shape
         assert U.dtype == C.dtype
         if C.numel():
@@ -150,9 +151,9 @@ def test_what_float32_cannot_solve_is_solved_in_float64(monkeypatch: pytest.Monk
         bad = (C.dtype is torch.float32) & (C.amax((-2, -1), keepdim=True) == C[..., :1, :1])
         return values, torch.where(bad, torch.nan, vectors)
 
-    monkeypatch.setattr(refreshes, "eigensolver", solver)
+    monkeypatch.setattr(solvers, "eigensolver", solver)
     first_is_largest, other = (torch.diag(torch.tensor(d)).float() for d in ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]))
-    (U,) = refreshes.eigenvectors([torch.stack([first_is_largest, other])])
+    (U,) = solvers.eigenvectors([torch.stack([first_is_largest, other])])
     assert U.dtype is torch.float32
     assert_orthonormal(U)
     assert solved == [(torch.float32, 2), (torch.float32, 1), (torch.float64, 1), (torch.float32, 1)]
@@ -293,7 +294,7 @@ def test_a_failing_solver_keeps_the_old_basis(solver: Any, compiled: bool, monke
         torch.compile(step.precondition, fullgraph=True, backend="aot_eager") if compiled else step.precondition
     )
     _, good, _ = precondition(case.params, batch, step.init(case.params, batch))
-    monkeypatch.setattr(refreshes, "eigensolver", solver)
+    monkeypatch.setattr(solvers, "eigensolver", solver)
     natural, state, info = precondition(case.params, batch, good)
     assert not info.skipped
     assert info.kept_bases == 2 * 2 + 2  # A and B of two groups, and of the head
@@ -305,7 +306,7 @@ def test_a_failing_solver_keeps_the_old_basis(solver: Any, compiled: bool, monke
 
 
 def test_one_failing_block_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refreshes, "eigensolver", raises_on_near_ones)
+    monkeypatch.setattr(solvers, "eigensolver", raises_on_near_ones)
     C = torch.stack([low_rank(20, 8), 1 - 1e-3 * (1 - torch.eye(8)), low_rank(20, 8)])
     basis, kept = refresh(C)
     assert kept == 2  # the second block, on both sides
@@ -517,7 +518,7 @@ def test_every_refresh_keeps_what_it_cannot_solve(refresh: Refresh, monkeypatch:
     state = step.init(case.params, batches[0])
     _, good, info = step.precondition(case.params, batches[0], state)
     assert info.kept_bases == 0
-    monkeypatch.setattr(refreshes, "eigensolver", lambda C: (C, C * torch.nan))
+    monkeypatch.setattr(solvers, "eigensolver", lambda C: (C, C * torch.nan))
     monkeypatch.setattr(torch.linalg, "qr", lambda C, _=torch.linalg.qr: _(C * torch.nan))
     good = State(2, good.factors, good.bases, good.second_moments)
     natural, state, info = step.precondition(case.params, batches[1], good)

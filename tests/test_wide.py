@@ -36,10 +36,10 @@ from ekfac_func import (
     qr,
     rank,
     reduce,
-    refreshes,
     reset,
     running_average,
     second_moments,
+    solvers,
     staggered,
     thin,
     transport,
@@ -528,7 +528,7 @@ def test_a_failing_solver_keeps_the_old_rank(monkeypatch: pytest.MonkeyPatch) ->
     loss_fn, params, batch = wide(20)
     step = ekfac(loss_fn, damping=1e-2, bases={"*": rank(5)})
     _, good, _ = step.precondition(params, batch, step.init(params, batch))
-    monkeypatch.setattr(refreshes, "eigensolver", lambda C: (C, C * torch.nan))
+    monkeypatch.setattr(solvers, "eigensolver", lambda C: (C, C * torch.nan))
     natural, state, info = step.precondition(params, torch.randn(20, 1, 40), good)
     assert info.kept_bases == 2
     same_bits(state.bases, good.bases)
