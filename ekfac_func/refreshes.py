@@ -162,9 +162,10 @@ def due(layers: Mapping[str, Layer], how: Refresh, step: int, every: int) -> lis
 def _grouped(layers: tuple[tuple[str, tuple[int, int, int, int]], ...], groups: int) -> list[list[str]]:
     """The most expensive layer first, always to the group with the least work so far."""
     work, names = [0] * groups, [[] for _ in range(groups)]  # type: tuple[list[int], list[list[str]]]
-    for name, (b, o, i, _) in sorted(layers, key=lambda layer: -layer[1][0] * (layer[1][1] ** 3 + layer[1][2] ** 3)):
+    costs = {name: b * (o**3 + i**3) for name, (b, o, i, _) in layers}
+    for name in sorted(costs, key=costs.__getitem__, reverse=True):
         least = work.index(min(work))
-        work[least] += b * (o**3 + i**3)
+        work[least] += costs[name]
         names[least].append(name)
     return names
 
