@@ -72,6 +72,20 @@ def check_estimator(where: str, second_moment: object, fisher: Fisher, at_refres
         raise TypeError(f"{where}at_refresh={at_refresh!r} is not a function: pass reset, keep or transport")
 
 
+def blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of the curvature loss; a note to its errors, which speak of loss_fn, says whose loss that is."""
+    if fisher.loss is None or torch.compiler.is_compiling():
+        return function(*args)
+    try:
+        return function(*args)
+    except Exception as error:
+        if any("loss_fn" in said for said in (str(error), *getattr(error, "__notes__", ()))):
+            error.add_note(
+                f"The loss_fn of this error is the curvature loss of the {fisher.name} Fisher, not that of ekfac."
+            )
+        raise
+
+
 def _check_functions(model: object, likelihood: object) -> None:
     check_function("model", model, "(params, example) -> output")
     check_function("likelihood", likelihood, "from an output to its distribution")

@@ -24,7 +24,7 @@ from .checks import (
 )
 from .discovery import checked_options, plan
 from .distributed import Ranks, check_ranks
-from .fisher import Fisher, check_estimator, empirical
+from .fisher import Fisher, blaming, check_estimator, empirical
 from .kronecker import WeightSharing, averages, expand
 from .modes import depth
 from .orders import DEFAULT_CONTRACTIONS, Contractions, check_contractions
@@ -33,7 +33,7 @@ from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch
 from .spans import check_of_samples
 from .states import initial_state
-from .step import Method, blaming, step
+from .step import Method, step
 from .types import Batch, Damping, Info, LossAuxFn, LossFn, Number, Params, State
 
 

@@ -18,7 +18,7 @@ from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import Options
 from .distributed import Ranks, of_first, total, total_factors
 from .draws import Draws, draws
-from .fisher import Fisher
+from .fisher import Fisher, blaming
 from .kronecker import (
     WeightSharing,
     average_factors,
@@ -147,20 +147,6 @@ def step(
         data = fold(how.loss_fn, params, batch, how.options, lambda layers: read_gradient, add_gradients)
     with no_autocast(leaf.device):
         return _finish(turn, carried, _means_of(turn, carried, folded, data))
-
-
-def blaming(fisher: Fisher, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of the curvature loss; a note to its errors, which speak of loss_fn, says whose loss that is."""
-    if fisher.loss is None or torch.compiler.is_compiling():
-        return function(*args)
-    try:
-        return function(*args)
-    except Exception as error:
-        if any("loss_fn" in said for said in (str(error), *getattr(error, "__notes__", ()))):
-            error.add_note(
-                f"The loss_fn of this error is the curvature loss of the {fisher.name} Fisher, not that of ekfac."
-            )
-        raise
 
 
 _unchanged = SecondMoment("unchanged", gradient_sums, lambda moment, mean, n: moment, keep)
