@@ -122,7 +122,7 @@ def sampled(model: Model, likelihood: Likelihood, samples: int = 1) -> Fisher:
     check_count("samples", samples)
 
     def loss(params: Params, example: Any) -> Tensor:
-        outputs, poison = _cleaned(model(params, example[0]))
+        outputs, poison = _cleaned(model(params, example))
         with unchecked():
             found = _distributions(likelihood(outputs))
             drawn = [distribution.sample().detach() for distribution in found]
@@ -130,7 +130,7 @@ def sampled(model: Model, likelihood: Likelihood, samples: int = 1) -> Fisher:
         return poison - torch.stack(logs).sum()
 
     def examples(params: Mapping[str, Tensor], batch: Batch) -> Batch:
-        return (pytree.tree_map(lambda leaf: _repeated(leaf, samples), batch),)
+        return pytree.tree_map(lambda leaf: _repeated(leaf, samples), batch)
 
     return Fisher("sampled", loss, examples)
 
