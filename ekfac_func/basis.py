@@ -222,7 +222,7 @@ def moment_shape(layer: Layer, choice: Choice) -> tuple[int, int, int, int]:
 
 def identity(layer: Layer, choice: Choice, like: Tensor) -> Basis:
     """The basis before the first refresh: the parameters' own coordinates; of a side of some rank any columns."""
-    return Basis(*(_start(shape, like, choice) for shape in shapes(layer, choice)))
+    return Basis(*(_identity(shape, like, choice) for shape in shapes(layer, choice)))
 
 
 def start(layer: Layer, choice: Choice, zero: Tensor, averaged: bool) -> tuple[Factors, Basis, Moment]:
@@ -241,7 +241,7 @@ def _reflects(shape: tuple[int, ...], choice: Choice) -> bool:
     return isinstance(choice, Compact) and 2 * choice.samples <= shape[-1]
 
 
-def _start(shape: tuple[int, ...], like: Tensor, choice: Choice) -> Side:
+def _identity(shape: tuple[int, ...], like: Tensor, choice: Choice) -> Side:
     b, *between, rows, columns = shape
     if isinstance(choice, Compact) and _reflects(shape, choice):
         V, W = (torch.zeros(b, rows, choice.samples, dtype=like.dtype, device=like.device) for _ in range(2))

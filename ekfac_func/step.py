@@ -355,7 +355,7 @@ def _finish(turn: _Turn, carried: _Carried, observed: _BatchMeans) -> tuple[Para
         used if callable(turn.how.damping) else used[0],
         observed.aux,
     )
-    return natural, _choose(good, new, turn.state), info
+    return natural, _unless_bad(good, new, turn.state), info
 
 
 def _natural_of(turn: _Turn, layer: Layer, slope: Mean, moment: Moment, added: Tensor, carried: _Carried) -> Tensor:
@@ -384,7 +384,7 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack(extremes)).all()
 
 
-def _choose(good: Tensor, new: State, old: State) -> State:
+def _unless_bad(good: Tensor, new: State, old: State) -> State:
     """The new state where the step was good, else every tensor of the old one; the step number advances."""
     old = replace(old, step=new.step, layers=new.layers)
     return pytree.tree_map(lambda x, y: x if x is y else where(good, x, y), new, old)

@@ -35,7 +35,7 @@ def relative(fraction: Number, scope: Scope = each) -> Damping:
 
 def _relative(fraction: Number, scope: Scope, moments: Mapping[str, Spectrum]) -> dict[str, Number]:
     if isinstance(fraction, Tensor):
-        fraction = torch.where(fraction > 0, fraction, torch.nan)  # which is skipped
+        fraction = torch.where(fraction > 0, fraction, torch.nan)  # which no clamp makes positive
     sums = scope({name: (m.value * m.counts[..., None]).sum() for name, m in moments.items()})
     counts = scope({name: m.value.new_full((), m.size) for name, m in moments.items()})
     means = {name: sums[name] / counts[name].clamp(min=1) for name in moments}
