@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .basis import noise
 from .checks import check_count
@@ -186,7 +187,8 @@ class Problem(NamedTuple):
 
     C: Tensor  # [... d d] symmetric, of entries near 1
     old: Tensor | None  # [... d d] its eigenvectors of last time; None of a problem in a span of its own
-    read: Callable[[Tensor], tuple[Side, Tensor]]  # its eigenvectors -> the side, and how many blocks kept theirs
+    side: Callable[[Tensor], Side]  # that its eigenvectors make
+    wanted: Tensor | bool = True  # [... 1 1] false where the old side will do
 
 
 def refresh_bases(
@@ -216,8 +218,10 @@ def refresh_bases(
         solved += eigenvectors([p.C for *_, p in inner])
     kept = []
     for (name, k, problem), U in zip([*whole, *inner], solved, strict=True):
-        sides[name][k], failed = problem.read(U)
-        kept.append(failed)
+        good = torch.isfinite(U.sum((-2, -1), keepdim=True))  # what a solver returns is orthonormal or NaN
+        taken = good & problem.wanted
+        sides[name][k] = pytree.tree_map(functools.partial(where, taken), problem.side(U), old[name][k])
+        kept.append((~good & problem.wanted).sum())
     if not kept:
         Q = next(iter(old.values())).Q_B
         kept.append((Q.V if isinstance(Q, Reflections) else Q).new_zeros((), dtype=torch.int64))
@@ -232,59 +236,42 @@ def _problem(C: Factor, old: Side, how: Refresh, first: bool) -> Problem | None:
     if outside(old):
         return _iterated(C, old, how.iterations + first)
     if isinstance(C, Gram) and how.from_samples:
-        return _spanned(C.x, old, how)
+        return _spanned(C.x, how)
     C = formed(C)
     if C.shape[-1] <= 1:
         return None
     dtype = _solved_in(how, old)
     C, _ = scaled(C.to(torch.promote_types(C.dtype, dtype)))
     C = C.to(dtype)
-    return Problem((C + C.mT) / 2, old, lambda U: _where_good(U, old))
+    return Problem((C + C.mT) / 2, old, lambda U: U.to(old.dtype))
 
 
 def _solved_in(how: Refresh, like: Tensor) -> torch.dtype:
     return like.dtype if how.dtype is None or like.device.type == "mps" else how.dtype
 
 
-def _where_good(Q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """The new eigenvectors where they are good, else the old ones; how many those are."""
-    good = _good(Q)
-    return where(good, Q.to(old.dtype), old), (~good).sum()
-
-
-def _good(Q: Tensor) -> Tensor:
-    """Whether a matrix was solved, `[... 1 1]`: what a solver returns is orthonormal or NaN."""
-    return torch.isfinite(Q.sum((-2, -1), keepdim=True))
-
-
-def _spanned(x: Tensor, old: Tensor, how: Refresh) -> Problem:
+def _spanned(x: Tensor, how: Refresh) -> Problem:
     """The eigenvectors of `x^T x` of samples `[b samples d]`, ascending: any of the null space, then the others."""
     V, W, R = householder(scaled(x)[0].mT)
     k = R.shape[1]
 
-    def read(U: Tensor) -> tuple[Tensor, Tensor]:
-        good, U = _good(U), U.to(x.dtype)
+    def side(U: Tensor) -> Tensor:
+        U = U.to(x.dtype)
         Q = outer(-V.mT, torch.cat([W[:, k:].mT, W[:, :k].mT @ U], -1))  # outside of their span, and inside
         Q.diagonal(-k, -2, -1).add_(1)
         Q[:, :k, Q.shape[-1] - k :] += U
-        return where(good, Q, old), (~good).sum()
+        return Q
 
     R = R.to(_solved_in(how, x))
-    return Problem(R @ R.mT, None, read)
+    return Problem(R @ R.mT, None, side)
 
 
 def _reflected(x: Tensor, old: Reflections, how: Refresh) -> Problem:
     """The eigenvectors of `x^T x` of samples `[b samples d]`, as reflections onto their span and a rotation in it."""
     missing = old.E.shape[-1] - x.shape[1]
     V, W, R = householder(F.pad(scaled(x)[0], (0, 0, 0, missing)).mT)
-
-    def read(E: Tensor) -> tuple[Reflections, Tensor]:
-        good = _good(E)
-        new = Reflections(V, W, E.to(x.dtype))
-        return Reflections(*(where(good, t, kept) for t, kept in zip(new, old, strict=True))), (~good).sum()
-
     R = R.to(_solved_in(how, x))
-    return Problem(R @ R.mT, None, read)
+    return Problem(R @ R.mT, None, lambda E: Reflections(V, W, E.to(x.dtype)))
 
 
 def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
@@ -307,14 +294,11 @@ def _iterated(C: Factor, old: Tensor, iterations: int) -> Problem:
             U = torch.linalg.qr(x.mT @ (x @ U) if isinstance(C, Gram) else x @ U).Q
         y = x @ U
     T = (y.mT @ y if isinstance(C, Gram) else U.mT @ y).to(old.dtype if x.device.type == "mps" else torch.float64)
-    nothing = largest == 0  # then the old basis is as good as any, and nothing failed
 
-    def read(W: Tensor) -> tuple[Tensor, Tensor]:
-        turned = U @ W.flip(-1)[..., :r].to(U.dtype)
-        good = _good(turned)
-        return torch.where(good & ~nothing, F.pad(turned, (0, 1)), old), (~good & ~nothing).sum()
+    def side(W: Tensor) -> Tensor:
+        return F.pad(U @ W.flip(-1)[..., :r].to(U.dtype), (0, 1))
 
-    return Problem((T + T.mT) / 2, None, read)
+    return Problem((T + T.mT) / 2, None, side, wanted=largest > 0)  # of zeros the old basis is as good as any
 
 
 def scaled(C: Tensor) -> tuple[Tensor, Tensor]:
