@@ -290,27 +290,26 @@ class EKFACOptimizer(torch.optim.Optimizer):
         for key in ("ekfac", "damping"):
             if not isinstance(state_dict, Mapping) or key not in state_dict:
                 raise ValueError(f"state_dict has no {key!r}: pass what EKFACOptimizer.state_dict() returned")
-        saved = state_dict["ekfac"], state_dict["damping"]
+        state, damping = state_dict["ekfac"], state_dict["damping"]
         shapes = {name: tuple(p.shape) for p, name in self._bound.names.items()}
-        others = {} if saved[0] is None else dict(shapes_of(saved[0].layers).items() - shapes.items())
+        others = {} if state is None else dict(shapes_of(state.layers).items() - shapes.items())
         if others:
             raise ValueError(
                 f"state_dict is of a model with {others}, this one {shapes}: load it into an optimizer of a model "
                 "with those names and shapes"
             )
-        own = "a rule" if callable(self.damping) else self.damping
-        if callable(self.damping) != (saved[1] is None):
-            known = "a rule as damping" if saved[1] is None else f"damping={saved[1]!r}"
+        if callable(self.damping) != (damping is None):
+            known = "a rule as damping" if damping is None else f"damping={damping!r}"
+            own = "a rule" if callable(self.damping) else self.damping
             raise ValueError(
                 f"state_dict has {known}, this optimizer {own}: set its damping, as an attribute, to one of that kind "
                 "before"
             )
-        rest = {key: value for key, value in state_dict.items() if key not in ("ekfac", "damping")}
-        super().load_state_dict(rest)
+        super().load_state_dict({k: value for k, value in state_dict.items() if k not in ("ekfac", "damping")})
         device = next(iter(self._bound.names)).device
         self._alike = False
-        self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), saved)
-        if damping is not None:  # which is that of a rule
+        self.ekfac_state, damping = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), (state, damping))
+        if damping is not None:  # else a rule, and this optimizer has one
             self.damping = damping
 
     def __getstate__(self) -> dict[str, Any]:
