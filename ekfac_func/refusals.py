@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils import _pytree as pytree
 
+from .aliases import called
 from .modes import innermost, share
-from .tap import called, name_of
 
 
 def refuse(func: Any, args: Any, kwargs: Any, params: Mapping[str, Tensor], batched: bool) -> None:
@@ -94,8 +94,7 @@ _REFUSALS: dict[Any, tuple[tuple[str, ...], Callable[[Any, Mapping[str, Any], Ma
 
 def _named(tensor: Any, params: Mapping[str, Tensor]) -> str:
     """The name of a parameter for a message, with a space before it; empty for any other tensor."""
-    name = name_of(tensor, [(p, name) for name, p in params.items()])
-    return "" if name is None else f" {name!r}"
+    return next((f" {name!r}" for name, p in params.items() if p is tensor), "")
 
 
 class Changed(RuntimeError):

@@ -41,6 +41,14 @@ Rule = Callable[..., Call | Sequence[Call] | None]  # several readings where eit
 Rules = Mapping[Callable[..., Any], Rule]
 
 
+def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
+    """The readings of a call by the rule of its function: none, one, or one for each operand that may be the weight."""
+    found = rules[func](*args, **kwargs)
+    if found is None:
+        return []
+    return [found] if isinstance(found, Call) else found
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
     """`F.linear` with any leading dimensions: each is a position s. A vector weight has no rule."""
     if weight.dim() != 2:

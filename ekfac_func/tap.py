@@ -1,26 +1,24 @@
-"""The function mode that every run of a loss is under, and what all runs share."""
+"""What every run of a loss is under: the function mode that sees its calls, and settings of PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _len_torch_function_stack
-from torch._ops import OpOverload
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.backends import mha
 from torch.distributions import Distribution
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, resolve_name
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from . import expansions
+from .aliases import as_function
 from .copies import Copies
-from .indexing import entries_of, is_list
-from .rules import Call, Rules
-from .views import VIEWS, Gathered
+from .rules import Rules
+from .views import VIEWS
 
 PYTHON_APPLY = isinstance(vars(Function)["apply"], classmethod)  # up to PyTorch 2.13
 
@@ -44,6 +42,13 @@ class Tap(TorchFunctionMode):
         if func is torch.Tensor.data_ptr:
             return _address(args[0])
         return self.handle(*as_function(func, args, kwargs or {}))
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # it has no storage
+        return 0
 
 
 @contextlib.contextmanager
@@ -130,36 +135,6 @@ def output_of(watcher: Watcher, func: Any, args: Any, kwargs: Any, batched: bool
     return watcher.layer(at, func, args, kwargs)
 
 
-LOOKUPS = (Tensor.__getitem__, torch.index_select, Tensor.index_select)
-
-
-def of_table(func: Any, args: Any, kwargs: Any, params: Iterable[Tensor]) -> tuple[Any, Any, Any]:
-    """`w[ids]` and `index_select(w, 0, ids)` of a matrix in params as calls of `F.embedding`; others as they are."""
-    if not args or not any(args[0] is p for p in params) or args[0].dim() != 2:
-        return func, args, kwargs
-    ids: Any
-    if func is Tensor.__getitem__:
-        ids, *rest = entries_of(args[1])
-        whole = all(e is Ellipsis or (type(e) is slice and e == slice(None)) for e in rest)
-        if not is_list(ids) or not whole or len(rest) > 1:
-            return func, args, kwargs
-        ids = ids.to(args[0].device)  # which may be on the CPU, where `F.embedding` takes none
-        ids = torch.where(ids < 0, ids + len(args[0]), ids)
-    else:
-        given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
-        ids = given.get("index")
-        if given.get("dim") not in (0, -2) or not is_list(ids) or ids.dim() > 1 or "out" in given:
-            return func, args, kwargs
-    return F.embedding, (ids, args[0]), {}
-
-
-def _address(t: Tensor) -> int:
-    try:
-        return t.data_ptr()
-    except RuntimeError:  # it has no storage
-        return 0
-
-
 @contextlib.contextmanager
 def assigned(owner: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute has another value inside."""
@@ -201,141 +176,3 @@ def unchecked() -> contextlib.AbstractContextManager[None]:
     if torch.compiler.is_dynamo_compiling():
         return contextlib.nullcontext()
     return assigned(Distribution, "_validate_args", False)
-
-
-def as_function(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-    """A call as one of a function that rules know: of operators, as `torch.export` has them, and of some methods."""
-    if func is Tensor.unflatten:  # which Dynamo does not find in a dict, nor can trace under a function mode
-        return torch.unflatten, args, kwargs
-    if func in ALIASES:
-        return ALIASES[func], args, kwargs
-    return REORDERED[func](*args, **kwargs) if func in REORDERED else (func, args, kwargs)
-
-
-def _reordered(name: str) -> Any:
-    """From a norm to the one of `torch.nn.functional`: arguments in another order, without the choice of cuDNN."""
-    names = [argument.name for argument in getattr(_aten, name).default._schema.arguments]
-
-    def call(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        named = {k: v for k, v in given.items() if not k.startswith("cudnn_enable")}
-        return getattr(F, name), (named.pop("input"),), named
-
-    return call
-
-
-def _embedding(
-    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
-) -> tuple[Any, Any, Any]:
-    padding = None if padding_idx < 0 else padding_idx
-    return F.embedding, (indices, weight, padding), {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
-
-
-def _cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> tuple[Any, Any, Any]:
-    named = ("none", "mean", "sum")[reduction]
-    rest = {"ignore_index": ignore_index, "reduction": named, "label_smoothing": label_smoothing}
-    return F.cross_entropy, (input, target, weight) if weight is not None else (input, target), rest
-
-
-def _mv(input: Tensor, vec: Tensor, **kwargs: Any) -> tuple[Any, Any, Any]:
-    product = (input.dim(), vec.dim()) == (2, 1) and not kwargs
-    return torch.matmul if product else torch.mv, (input, vec), kwargs
-
-
-def _index(input: Tensor, indices: Sequence[Tensor | None]) -> tuple[Any, Any, Any]:
-    return Tensor.__getitem__, (input, tuple(slice(None) if at is None else at for at in indices)), {}
-
-
-def _split(input: Tensor, split_size: Any, dim: int = 0) -> tuple[Any, Any, Any]:
-    """`x.split(2)`: Dynamo cannot trace Python methods of a tensor under a function mode."""
-    return torch.split, (input, split_size, dim), {}
-
-
-def _to(input: Tensor, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any, Any]:
-    """`x.type(dtype)`."""
-    if isinstance(dtype, torch.dtype) and not kwargs:
-        return Tensor.to, (input, dtype), {}
-    return Tensor.type, (input,) if dtype is None else (input, dtype), kwargs
-
-
-def _with_packets(table: dict[Any, Any]) -> dict[Any, Any]:
-    """The table with the packets of its operators as well: a call of a packet picks the overload."""
-    return table | {op.overloadpacket: of_it for op, of_it in table.items() if isinstance(op, OpOverload)}
-
-
-_aten = torch.ops.aten
-ALIASES = _with_packets(
-    {
-        **{getattr(_aten, f"conv{d}d").default: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
-        **{getattr(_aten, f"conv{d}d").padding: getattr(F, f"conv{d}d") for d in (1, 2, 3)},
-        _aten.conv_transpose1d.default: F.conv_transpose1d,
-        _aten.conv_transpose2d.input: F.conv_transpose2d,
-        _aten.conv_transpose3d.input: F.conv_transpose3d,
-        **{getattr(_aten, name).default: getattr(F, name) for name in ("linear", "scaled_dot_product_attention")},
-        **{getattr(_aten, name).default: getattr(torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm")},
-        **{getattr(_aten, name).default: getattr(torch, name) for name in ("rms_norm", "select_scatter")},
-        **{getattr(_aten, name).default: getattr(torch, name) for name in ("as_strided", "index_select")},
-    }
-)
-REORDERED = _with_packets(
-    {
-        **dict.fromkeys((torch.embedding, _aten.embedding.default), _embedding),
-        _aten.cross_entropy_loss.default: _cross_entropy,
-        Tensor.type: _to,
-        Tensor.split: _split,
-        _aten.index.Tensor: _index,
-        **dict.fromkeys((torch.mv, Tensor.mv, _aten.mv.default), _mv),
-        **{
-            norm: _reordered(name)
-            for name in ("batch_norm", "instance_norm", "layer_norm", "group_norm")
-            for norm in (getattr(torch, name), getattr(_aten, name).default)
-        },
-    }
-)
-"""From the arguments of an operator to a function, its arguments and keywords."""
-
-
-def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
-    """The readings of a call by the rule of its function: none, one, or one for each operand that may be the weight."""
-    found = rules[func](*args, **kwargs)
-    if found is None:
-        return []
-    return [found] if isinstance(found, Call) else found
-
-
-def with_ids(call: Call, gathered: Sequence[Gathered], weight: str) -> Call:
-    """A call whose weight is made of blocks that ids picked, with those ids beside its input."""
-    for one in gathered:
-        if call.weight is one.made:
-            return call._replace(input=(call.input, one.ids))
-    # Dynamo does not show `w[ids].mT`, nor of what `w.mT[ids]` picks
-    size = call.weight.numel()
-    chosen = [x.ids for x in gathered if x.name == weight or (x.name is None and x.made.numel() >= size)]
-    if chosen and all(ids is chosen[0] for ids in chosen):
-        return call._replace(input=(call.input, chosen[0]))
-    raise RuntimeError(
-        f"ids did not pick the weight of a call of {weight!r}, as they did when the layers of the loss were found: in "
-        "a compiled step write w[ids].transpose(-2, -1) for w[ids].mT, which Dynamo does not show"
-    )
-
-
-def name_of(tensor: Any, known: Sequence[tuple[Tensor, str]]) -> str | None:
-    for other, name in known:
-        if tensor is other:
-            return name
-    return None
-
-
-def called(func: Any) -> str:
-    """The name of a torch function as a person writes it."""
-    name = getattr(func, "__name__", "")
-    if getattr(torch, name, None) is func:  # `resolve_name` takes torch.mm for an alias of it
-        return f"torch.{name}"
-    return str(resolve_name(func) or getattr(func, "__name__", func)).removeprefix("torch.nn.functional.")

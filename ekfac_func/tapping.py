@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
+from .aliases import LOOKUPS, of_table
 from .arrivals import output_shape
 from .backward import Copied, Probe, Probed, Run, StalePlan
 from .batching import (
@@ -32,8 +33,8 @@ from .graphs import IN_GRAPHS
 from .made import own_of_each
 from .modes import innermost, share, transformed
 from .refusals import refuse, refuse_changed
-from .rules import RULES
-from .tap import LOOKUPS, Tap, beneath, name_of, of_table, output_of, readings, traced, unfused, with_ids
+from .rules import RULES, readings
+from .tap import Tap, beneath, output_of, traced, unfused
 from .types import LossAuxFn, LossFn, Params
 from .watch import REQUIRES_GRAD, without_gradient
 
@@ -115,6 +116,13 @@ class _Tapping:
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the calls, with the versions that they had
         self.copies = Copies()
 
+    def name_of(self, tensor: Any) -> str | None:
+        """The parameter that a tensor is, or is a view of; None of any other."""
+        for known, name in self.known:
+            if tensor is known:
+                return name
+        return None
+
     def handle(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of any torch function."""
         if self.by_ids and func in LOOKUPS:
@@ -128,9 +136,9 @@ class _Tapping:
             refuse(func, args, kwargs, self.params, self.batched)
         if self.mapping and kwargs.get("memory_format") in CHANNELS_LAST:
             kwargs = {**kwargs, "memory_format": torch.contiguous_format}
-        if func == REQUIRES_GRAD and name_of(args[0], self.known) is not None:  # one of a tapped call is a constant
+        if func == REQUIRES_GRAD and self.name_of(args[0]) is not None:  # one of a tapped call is a constant
             return True
-        own_view = self.looping and func in expansions.COPIES and name_of(args[0], self.known) is None
+        own_view = self.looping and func in expansions.COPIES and self.name_of(args[0]) is None
         return output_of(self, func, args, kwargs, self.as_written or own_view or func in self.replaced.anywhere)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -142,7 +150,7 @@ class _Tapping:
 
     def view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a function of `views.VIEWS`; what it shows of a parameter is known from then on."""
-        name = name_of(args[0], self.known) if len(args) > 0 else None
+        name = self.name_of(args[0]) if len(args) > 0 else None
         if self.compiling and name is not None:
             views.fix((args[1:], kwargs))
         output = (func if name is not None else self.replaced.anywhere.get(func, func))(*args, **kwargs)
@@ -171,8 +179,8 @@ class _Tapping:
         planned, use = self.found.calls[k], self.found.calls[k].use
         reads = readings(self.rules, func, args, kwargs)
         read = reads[use.reading] if use.reading < len(reads) else None
-        name = None if read is None else name_of(read.weight, self.known)
-        bias = None if read is None or read.bias is None else name_of(read.bias, self.known)
+        name = None if read is None else self.name_of(read.weight)
+        bias = None if read is None or read.bias is None else self.name_of(read.bias)
         if read is not None and not self.compiling:
             args, kwargs = without_gradient((args, kwargs), read.weight, None if bias is None else read.bias)
         cast = torch.is_autocast_enabled(self.params[use.weight].device.type)
@@ -194,7 +202,7 @@ class _Tapping:
             if torch.is_grad_enabled():
                 leaves = map(innermost, pytree.tree_leaves(read.input))
                 self.inputs.extend((use.weight, x, x._version) for x in leaves if not x.is_inference())
-        self.calls.append(with_ids(read, self.gathered, use.weight) if use.by_ids else read)
+        self.calls.append(views.with_ids(read, self.gathered, use.weight) if use.by_ids else read)
         # a function of a rule of the user's own may need its output, which a change in place would not let alone
         return self.probe(k, output if func in RULES else output.clone())
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .expansions import blocks_at
 from .indexing import entries_of, is_list
+from .rules import Call
 from .types import constants
 
 
@@ -143,6 +144,22 @@ def ids_of(func: Callable[..., Any], args: Sequence[Any], gathered: Sequence[Gat
         if args[0] is one.made:
             return one.ids
     return None
+
+
+def with_ids(call: Call, gathered: Sequence[Gathered], weight: str) -> Call:
+    """A call whose weight is made of blocks that ids picked, with those ids beside its input."""
+    for one in gathered:
+        if call.weight is one.made:
+            return call._replace(input=(call.input, one.ids))
+    # Dynamo does not show `w[ids].mT`, nor of what `w.mT[ids]` picks
+    size = call.weight.numel()
+    chosen = [x.ids for x in gathered if x.name == weight or (x.name is None and x.made.numel() >= size)]
+    if chosen and all(ids is chosen[0] for ids in chosen):
+        return call._replace(input=(call.input, chosen[0]))
+    raise RuntimeError(
+        f"ids did not pick the weight of a call of {weight!r}, as they did when the layers of the loss were found: in "
+        "a compiled step write w[ids].transpose(-2, -1) for w[ids].mT, which Dynamo does not show"
+    )
 
 
 def _made(view: View, part: Tensor) -> View | None:

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from . import expansions, views
+from .aliases import LOOKUPS, called, of_table
 from .batching import COPIED, DATA, OPEN
 from .checks import check_loss
 from .copies import Copies
@@ -33,21 +34,8 @@ from .made import Made
 from .modes import depth, innermost, share
 from .picked import READS, Picked, has_tensors
 from .refusals import Changed, buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
-from .rules import Rules
-from .tap import (
-    LOOKUPS,
-    Tap,
-    assigned,
-    beneath,
-    called,
-    of_table,
-    output_of,
-    readings,
-    traced,
-    unchecked,
-    unfused,
-    with_ids,
-)
+from .rules import Rules, readings
+from .tap import Tap, assigned, beneath, output_of, traced, unchecked, unfused
 from .types import Batch, Params
 from .views import View
 
@@ -341,7 +329,7 @@ class _Watch:
             self.picked.enter_layer(at)
             output = self.call(func, args, kwargs)
             self.picked.leave_layer()
-            leaves = pytree.tree_leaves((with_ids(call, self.gathered, view.name) if view.by_ids else call).input)
+            leaves = pytree.tree_leaves((views.with_ids(call, self.gathered, view.name) if view.by_ids else call).input)
             self.found.uses.append(
                 Use(
                     at,
