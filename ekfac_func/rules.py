@@ -288,11 +288,9 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Call | None:
     """`F.instance_norm`, as `group_norm`."""
-    if use_input_stats:
-        return _scale(input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
-    assert running_mean is not None
-    assert running_var is not None
-    return _scale(standardised(input, running_mean, running_var, eps), weight, bias)
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _scale(input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
 
 
 def batch_norm(
