@@ -50,11 +50,9 @@ def readings(rules: Rules, func: Any, args: Any, kwargs: Any) -> Sequence[Call]:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
-    """`F.linear` with any leading dimensions: each is a position s. A vector weight has no rule."""
-    if weight.dim() != 2:
-        return None
+    """`F.linear` with any leading dimensions: each is a position s."""
     s = _LETTERS[: input.dim() - 1]
-    return _product(f"{s}y", f"{s}z", input, weight, "zy", bias)
+    return _product(f"{s}y", "zy", f"{s}z", input, weight, bias)
 
 
 def matmul(*operands: Tensor, **named: Any) -> list[Call]:
@@ -66,13 +64,7 @@ def matmul(*operands: Tensor, **named: Any) -> list[Call]:
     dims = max(x.dim(), y.dim()) - 2
     lead, row, column = _LETTERS[: max(dims, 0)], "y" * (x.dim() > 1), "z" * (y.dim() > 1)
     x_letters, y_letters = (lead[dims - t.dim() + 2 :] for t in (x, y))
-    x_letters, y_letters, output = f"{x_letters}{row}x", f"{y_letters}x{column}", f"{lead}{row}{column}"
-    calls = []
-    if y.dim() > 1:
-        calls.append(_product(x_letters, output, x, y, y_letters))
-    if x.dim() > 1:
-        calls.append(_product(y_letters, output, y, x, x_letters))
-    return [call for call in calls if call is not None]
+    return _either(f"{x_letters}{row}x", f"{y_letters}x{column}", f"{lead}{row}{column}", x, y)
 
 
 def addmm(*operands: Tensor, beta: float = 1, alpha: float = 1, **named: Any) -> list[Call]:
@@ -109,14 +101,8 @@ def einsum(equation: Any, *operands: Any) -> list[Call]:
     spare = "".join(letter for letter in _LETTERS if letter not in equation)
     dots = [t.dim() - len(part) + 3 if "..." in part else 0 for part, t in zip(parts, operands, strict=True)]
     lead = spare[: max(dots)]
-    parts = [part.replace("...", lead[len(lead) - count :]) for part, count in zip(parts, dots, strict=True)]
-    output = output.replace("...", lead)
-    calls = [
-        _product(parts[k], output, operands[k], operands[1 - k], parts[1 - k])
-        for k in (0, 1)
-        if operands[1 - k].dim() > 1
-    ]
-    return [call for call in calls if call is not None]
+    left, right = (part.replace("...", lead[len(lead) - count :]) for part, count in zip(parts, dots, strict=True))
+    return _either(left, right, output.replace("...", lead), *operands)
 
 
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> list[Call]:
@@ -312,12 +298,18 @@ def batch_norm(
 _LETTERS = string.ascii_letters
 
 
+def _either(x_letters: str, y_letters: str, output: str, x: Tensor, y: Tensor) -> list[Call]:
+    """An einsum of two tensors, a letter for each axis, read as a layer of each that may be its weight."""
+    calls = _product(x_letters, y_letters, output, x, y), _product(y_letters, x_letters, output, y, x)
+    return [call for call in calls if call is not None]
+
+
 def _product(
-    x_letters: str, output: str, input: Tensor, weight: Tensor, w_letters: str, bias: Tensor | None = None
+    x_letters: str, w_letters: str, output: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Call | None:
-    """An einsum of an input and a weight, a letter for each axis, read as a layer; None if it is none."""
-    if len(x_letters) != input.dim() or len(w_letters) != weight.dim():
-        return None  # which torch refuses
+    """An einsum of an input and a weight, likewise; None if it is no layer."""
+    if weight.dim() < 2 or len(w_letters) != weight.dim() or len(x_letters) != input.dim():
+        return None  # a vector, or what torch refuses
     sizes: dict[str, int] = {}
     for letters, t in ((x_letters, input), (w_letters, weight)):
         for letter, size in zip(letters, t.shape, strict=True):
@@ -328,7 +320,7 @@ def _product(
     if any(letter not in x_letters + output for letter in w_letters):
         return None  # summed before it meets the input
     kinds = "".join("i" if c not in output else "b" if c in x_letters else "o" for c in w_letters)
-    if kinds == "oo" or (len(kinds) > 1 and set(kinds) == {"i"}):
+    if kinds == "oo" or set(kinds) == {"i"}:
         return None  # of which one side would have as many dimensions as the weight has entries
     if len(kinds) > 2 and kinds[0] == "o" and "o" in kinds[1:]:  # experts that all see the same input
         kinds = "b" + kinds[1:]
@@ -339,7 +331,7 @@ def _product(
     def read(x: Tensor, g: Tensor) -> Factored:
         seen = "".join(c for c in b if c in x_letters)
         a = torch.einsum(f"{n}{x_letters}->{n}{seen}{s}{i}", x)
-        if kinds[0] == "b" and w_letters[0] not in x_letters:
+        if len(seen) < len(b):
             a = a.unsqueeze(1).expand(-1, sizes[w_letters[0]], *a.shape[1:])
         g = torch.einsum(f"{n}{output}->{n}{b}{s}{o}", g)
         return Factored(_grouped(a, (len(b), len(s), len(i)))[..., None], _grouped(g, (len(b), len(s), len(o))))
