@@ -39,7 +39,7 @@ class Made:
         output = handle(func, args, kwargs)
         if len(constants) == len(given):
             self.drawn |= func in DRAWN
-            self.storages |= storages(pytree.tree_map_only(Tensor, innermost, output))
+            self.storages |= storages(output)
             return output
         for t, version in versions:
             if t._version != version:
@@ -50,7 +50,7 @@ class Made:
     def _constant(self, t: Tensor) -> bool:
         """Whether a tensor is closed over, or made of constants alone."""
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
-        return not wrapped or not storages(innermost(t)).keys().isdisjoint(self.storages)
+        return not wrapped or not storages(t).keys().isdisjoint(self.storages)
 
 
 MAKES = (

@@ -49,7 +49,7 @@ def past_vmap(f: Callable[[Tensor], Tensor], x: Tensor, n: int = 1) -> Tensor:
 
 def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     """The storages of all tensors of a tree, by their addresses."""
-    parts = [part for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) for part in _strided(t)]
+    parts = [part for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) for part in _strided(innermost(t))]
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in parts}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .modes import innermost, storages
+from .modes import storages
 
 # functions by which Python reads numbers, or makes tensors of numbers that it read, unseen by a dispatch mode
 READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
@@ -60,8 +60,7 @@ class Picked(TorchDispatchMode):
         if function in SPLITS:
             self.numbers |= has_tensors(args[1:])
         if function in SIZES and self.sized:
-            of = pytree.tree_map_only(Tensor, innermost, args)
-            self.numbers |= not storages(of).keys().isdisjoint(self.sized)
+            self.numbers |= not storages(args).keys().isdisjoint(self.sized)
 
     def enter_layer(self, call: int) -> None:
         """The call of a layer begins."""

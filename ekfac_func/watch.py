@@ -88,7 +88,7 @@ def run_of(trial: Trial) -> Observed:
     def observed(params: Params, zero: Tensor) -> Tensor:
         marked = watch.begin(params, zero)
         given = _examples(trial.example, n, values)  # made here, or a change in place would be one of a captured tensor
-        watch.picked.given(pytree.tree_map(innermost, given))
+        watch.picked.given(given)
         versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
         try:
             checks = unchecked() if values is None else contextlib.nullcontext()
