@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -83,37 +84,13 @@ class Trial(NamedTuple):
 
 def run_of(trial: Trial) -> Observed:
     """Run the loss, by default on tensors without values; autograd decides which weights have a path beside calls."""
-    watch, n, values = _Watch(trial), trial.n, trial.values if trial.on_values else None
-
-    def observed(params: Params, zero: Tensor) -> Tensor:
-        marked = watch.begin(params, zero)
-        given = _examples(trial.example, n, values)  # made here, or a change in place would be one of a captured tensor
-        watch.picked.given(given)
-        versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
-        try:
-            checks = unchecked() if values is None else contextlib.nullcontext()
-            with traced(trial.told), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
-                loss = trial.loss_fn(marked, given)
-            watch.picked.over = True
-        except Exception as error:
-            _raise_if_known(error, trial.plain)
-            error.add_note(_called_on(given, n))
-            raise
-        if watch.mutations:
-            raise watch.mutations[0]
-        loss = check_loss(loss, trial.has_aux, n)[0]
-        refuse_changed(watch.given, watch.inputs, versions)
-        if watch.copies.changed():
-            raise DataDependentOutputException(torch.ops.aten.select.int)  # a view, which can be changed in place
-        watch.found.functions |= _custom_functions(loss)
-        return loss if n is None else loss.sum()
-
+    watch, values = _Watch(trial), trial.values if trial.on_values else None
     without_values = FakeTensorMode(allow_non_fake_inputs=True) if values is None else contextlib.nullcontext()
     # random numbers are drawn again, so that the next run takes the same path
     drawn_again = undrawn(() if values is None else pytree.tree_leaves(values))
-    with drawn_again, without_values, contextlib.nullcontext() if n is None else watch.picked:
+    with drawn_again, without_values, contextlib.nullcontext() if trial.n is None else watch.picked:
         params = filled(dict(trial.param_specs)) if values is None else values[0]
-        _differentiate(observed, params, trial.plain)
+        _differentiate(functools.partial(_watched, trial, watch), params, trial.plain)
     found = watch.found
     if not found.reached and not watch.reached_uses and values is None:
         raise ValueError(
@@ -129,12 +106,40 @@ def run_of(trial: Trial) -> Observed:
     return found
 
 
-def _examples(example: Flat, n: int | None, values: tuple[Params, Batch] | None) -> Any:
-    """What a run of the loss is given: one example or n of them, those of the batch repeated where values are known."""
-    if values is None:
-        return filled(pytree.tree_unflatten(*example), () if n is None else (n,))
+def _watched(trial: Trial, watch: _Watch, params: Params, zero: Tensor) -> Tensor:
+    """The loss under a watch, which notes what it may not do or raises an error of it."""
+    marked, n = watch.begin(params, zero), trial.n
+    given = _examples(trial)  # made here, or a change in place would be one of a captured tensor
+    watch.picked.given(given)
+    versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
+    try:
+        checks = contextlib.nullcontext() if trial.on_values else unchecked()
+        with traced(trial.told), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
+            loss = trial.loss_fn(marked, given)
+        watch.picked.over = True
+    except Exception as error:
+        _raise_if_known(error, trial.plain)
+        error.add_note(_called_on(given, n))
+        raise
+    if watch.mutations:
+        raise watch.mutations[0]
+    loss = check_loss(loss, trial.has_aux, n)[0]
+    refuse_changed(watch.given, watch.inputs, versions)
+    if watch.copies.changed():
+        raise DataDependentOutputException(torch.ops.aten.select.int)  # a view, which can be changed in place
+    watch.found.functions |= _custom_functions(loss)
+    return loss if n is None else loss.sum()
+
+
+def _examples(trial: Trial) -> Any:
+    """What a run of the loss is given: one example or n of them, on values those of the batch, repeated."""
+    n = trial.n
+    if not trial.on_values:
+        return filled(pytree.tree_unflatten(*trial.example), () if n is None else (n,))
     assert n is not None
-    return pytree.tree_map(lambda leaf: leaf.repeat(n // leaf.shape[0], *[1] * (leaf.dim() - 1)), values[1])
+    assert trial.values is not None
+    batch = trial.values[1]
+    return pytree.tree_map(lambda leaf: leaf.repeat(n // leaf.shape[0], *[1] * (leaf.dim() - 1)), batch)
 
 
 def _differentiate(loss: Callable[[Params, Tensor], Tensor], params: Params, plain: bool) -> None:
