@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from . import views
 from .rules import Call
 from .types import NO_CALL, Batch, Layer, constants
-from .views import View
+from .views import Axis, View
 
 
 class Spec(NamedTuple):
@@ -129,47 +129,41 @@ def lay_out(call: Call, view: View) -> tuple[Groups, tuple[Window, Window, Windo
             f"the rule of a call of {view.name!r} names its axes {call.letters!r} where its shape is {tuple(shape)}: "
             "give each axis one of the letters b, o, i, k"
         )
-    if call.split is not None:
-        reshaped = views.reshape(view, call.split)
-        if reshaped is None:
-            return None
-        view = reshaped
-    shown = views.axes(view)
+    split = view if call.split is None else views.reshape(view, call.split)
+    shown = None if split is None else views.axes(split)
     if shown is None:
         return None
-    strides = views.contiguous(view.split)
-    # an axis of which the view took one index has no position
-    positions = [-1 if seen.position is None else seen.position for seen in shown]
-    letters = ["b" if position < 0 else call.letters[position] for position in positions]
-    groups: dict[str, list[tuple[int, int]]] = {}
+    by_letter: dict[str, list[Axis]] = {letter: [] for letter in "boik"}
+    for axis in sorted(shown, key=lambda axis: -1 if axis.position is None else axis.position):
+        if axis.size != 1:
+            by_letter["b" if axis.position is None else call.letters[axis.position]].append(axis)
+    groups: dict[str, tuple[tuple[int, int], ...]] = {}
     windows: dict[str, Window] = {}
-    for letter in "boik":
-        axes = [axis for axis, size in enumerate(view.split) if letters[axis] == letter and size != 1]
-        axes.sort(key=positions.__getitem__)
-        partial = [axis for axis in axes if shown[axis].length < view.split[axis]]
-        if view.by_ids and 0 in axes:
-            if axes != [0] or letter != "b":
+    for letter, axes in by_letter.items():
+        partial = any(axis.length < axis.size for axis in axes)
+        if view.by_ids and shown[0] in axes:
+            if len(axes) > 1 or letter != "b":
                 return None
-            partial = []
+            partial = False
         if partial and (len(axes) > 1 or letter == "k"):
             return None
-        size = math.prod(view.split[axis] for axis in axes)
-        start, length = (shown[axes[0]].start, shown[axes[0]].length) if partial else (0, size)
-        windows[letter] = Window(start, length, size)
-        groups[letter] = _merged([(view.split[axis], strides[axis]) for axis in axes])
+        size = math.prod(axis.size for axis in axes)
+        windows[letter] = Window(axes[0].start, axes[0].length, size) if partial else Window(0, size, size)
+        groups[letter] = _merged(axes)
     if call.table and (groups["b"] or groups["k"] or len(groups["o"]) > 1):
         return None
-    return Groups(*(tuple(groups[letter]) for letter in "boik")), (windows["b"], windows["o"], windows["i"])
+    return Groups(**groups), (windows["b"], windows["o"], windows["i"])
 
 
-def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merged(axes: Sequence[Axis]) -> tuple[tuple[int, int], ...]:
+    """The size and stride of each axis, of those that lie one after another together."""
     merged: list[tuple[int, int]] = []
-    for size, stride in axes:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
+    for axis in axes:
+        if merged and merged[-1][1] == axis.size * axis.stride:
+            merged[-1] = (merged[-1][0] * axis.size, axis.stride)
         else:
-            merged.append((size, stride))
-    return merged
+            merged.append((axis.size, axis.stride))
+    return tuple(merged)
 
 
 def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
@@ -181,7 +175,7 @@ def fits(bias: View, windows: tuple[Window, Window, Window]) -> bool:
     positions = [axis.position for axis in shown if axis.position is not None]
     if positions != sorted(positions):  # a transposed one
         return False
-    of_bias = [(axis.start, axis.length, size) for axis, size in zip(shown, bias.split, strict=True) if size != 1]
+    of_bias = [(axis.start, axis.length, axis.size) for axis in shown if axis.size != 1]
     of_weight = [(w.start, w.length, w.size) for w in windows[:2] if w.size != 1]
     if all(start == 0 and length == size for start, length, size in of_bias + of_weight):
         return math.prod(bias.split) == windows[0].size * windows[1].size

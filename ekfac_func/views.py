@@ -40,8 +40,10 @@ class Gathered(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """The part of one axis of a parameter's split that a view shows."""
+    """One axis of a parameter's split, and the part of it that a view shows."""
 
+    size: int
+    stride: int
     position: int | None  # of the view's axes, None where one index was taken
     start: int
     length: int
@@ -58,7 +60,7 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def axes(view: View) -> tuple[Axis, ...] | None:
-    """The part of each axis of its split that the view shows; None where it skips or repeats entries."""
+    """The axes of its split, and what the view shows of them; None where it skips or repeats entries."""
     strides = contiguous(view.split)
     found: dict[int, int] = {}
     for position, (size, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
@@ -73,18 +75,14 @@ def axes(view: View) -> tuple[Axis, ...] | None:
     for axis, (size, stride) in enumerate(zip(view.split, strides, strict=True)):
         start, offset = divmod(offset, stride) if stride > 0 else (0, offset)
         at = found.get(axis)
-        shown.append(Axis(at, start, min(size, 1) if at is None else view.shape[at]))
+        shown.append(Axis(size, stride, at, start, min(size, 1) if at is None else view.shape[at]))
     return tuple(shown)
 
 
 def is_whole(view: View) -> bool:
     """Whether the view shows every entry, each once."""
     shown = axes(view)
-    return (
-        shown is not None
-        and not view.by_ids
-        and all(axis.length == size for axis, size in zip(shown, view.split, strict=True))
-    )
+    return shown is not None and not view.by_ids and all(axis.length == axis.size for axis in shown)
 
 
 def reshape(view: View, shape: Sequence[int]) -> View | None:
