@@ -373,15 +373,15 @@ FOR_VMAP: dict[Any, Expansion] = {
 """What `vmap` does not know, or runs one example at a time."""
 
 
-def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any], Any], batched: bool) -> Any:
+def expanded(func: Any, args: Any, kwargs: Any, handle: Callable[[Any, Any, Any], Any], as_written: bool) -> Any:
     """The output of a function by its expansion, whose calls are handed to handle; NotImplemented if it has none.
 
-    batched: the loss runs without `vmap`.
+    as_written: without those that `vmap` needs.
     """
     key = str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func
-    if batched and key is F.embedding_bag and (kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None):
+    if as_written and key is F.embedding_bag and kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None:
         return NotImplemented  # for the offsets, not the places of the ids, make the examples
-    expansion = _ALWAYS.get(key) or (None if batched else FOR_VMAP.get(key) or COPIES.get(key))
+    expansion = _ALWAYS.get(key) or (None if as_written else FOR_VMAP.get(key) or COPIES.get(key))
     if expansion is None:
         return NotImplemented
     return expansion(lambda f, *a: handle(f, a, {}), *args, **kwargs)

@@ -116,12 +116,12 @@ class Watcher(Protocol):
         """The output of any other function."""
 
 
-def output_of(watcher: Watcher, func: Any, args: Any, kwargs: Any, batched: bool) -> Any:
+def output_of(watcher: Watcher, func: Any, args: Any, kwargs: Any, as_written: bool) -> Any:
     """The output of a call, in one way for both: a plan names calls by their number, as discovery counted them.
 
-    batched: without the expansions that `vmap` needs.
+    as_written: without the expansions that `vmap` needs.
     """
-    output = expansions.expanded(func, args, kwargs, watcher.handle, batched)
+    output = expansions.expanded(func, args, kwargs, watcher.handle, as_written)
     if output is not NotImplemented:
         if func in expansions.COPIES:
             watcher.copies.add(output, *args)
