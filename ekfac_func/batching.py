@@ -2,8 +2,7 @@
 
 The rules of `torch.func.vmap` for convolutions and class-index losses fix the batch size while `torch.compile` traces,
 and every size would cost its own graphs; of attention it runs the fused kernels one example at a time. These are the
-same functions with a rule that takes all examples at once and leaves their number a symbol. They have no derivative of
-their own: the gradient is taken outside `vmap`, of what the rule calls.
+same functions by operators of `operators.py`, which have rules of their own.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import expansions, products
+from . import expansions, operators, products
 from .modes import innermost, past_vmap
 from .rules import margins, per_axis, standardised
 
@@ -55,7 +54,7 @@ def conv_transpose(
 
 def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     x, weight = _under_autocast([x, weight])
-    y = of_one_or_more(_conv, x, weight.dim() - 2, weight, *geometry)
+    y = operators.of_one_or_more(operators.conv, x, weight.dim() - 2, weight, *geometry)
     return y if bias is None else y + _under_autocast([bias])[0].reshape(-1, *(1,) * (weight.dim() - 2))
 
 
@@ -102,7 +101,7 @@ def _of_labels(
     label_smoothing: float = 0.0,
     **defaults: None,
 ) -> Tensor:
-    losses = _nll(logs, target, ignore_index)
+    losses = operators.nll(logs, target, ignore_index)
     if label_smoothing:
         of_all = torch.where(target == ignore_index, 0, -logs.mean(min(logs.dim() - 1, 1)))
         losses = (1 - label_smoothing) * losses + label_smoothing * of_all
@@ -146,7 +145,7 @@ def attention(
     query, key, value = _under_autocast([query, key, value])
     if attn_mask is not None:
         (attn_mask,) = _under_autocast([attn_mask])
-    return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    return operators.attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
 def max_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Tensor]:
@@ -172,7 +171,9 @@ def avg_pool2d(
     """`F.avg_pool2d`."""
     kernel, pads = per_axis(kernel_size, 2), per_axis(padding, 2)
     strides = kernel if stride is None else per_axis(stride, 2)
-    return of_one_or_more(_avg_pool2d, input, 2, kernel, strides, pads, ceil_mode, count_include_pad, divisor_override)
+    return operators.of_one_or_more(
+        operators.avg_pool2d, input, 2, kernel, strides, pads, ceil_mode, count_include_pad, divisor_override
+    )
 
 
 def avg_pool1d(
@@ -263,14 +264,14 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.layer_norm`."""
-    return _norm(_layer_norm, input, weight, bias, 0, list(normalized_shape), eps)
+    return _norm(operators.layer_norm, input, weight, bias, 0, list(normalized_shape), eps)
 
 
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """`F.group_norm`."""
-    return _norm(_group_norm, input, weight, bias, input.dim() - 2, num_groups, eps)
+    return _norm(operators.group_norm, input, weight, bias, input.dim() - 2, num_groups, eps)
 
 
 def instance_norm(
@@ -381,132 +382,3 @@ OPEN_BATCHED: Functions = {F.dropout: dropout}
 
 EAGER_LAYERS: Functions = {F.linear: linear, **dict.fromkeys((torch.addmm, Tensor.addmm), addmm)}
 """Faster than torch's own, for calls that are tapped, in eager mode and in at most one `vmap`."""
-
-
-def examples_first(n: int, tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> list[Tensor]:
-    """Arguments of a `vmap` rule with the examples in front; what does not depend on the example is repeated."""
-    return [
-        t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=True)
-    ]
-
-
-def _plain_conv(
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: list[int] | None,  # by how much its output is longer
-) -> Tensor:
-    extra = [0] * len(stride) if transposed is None else transposed
-    return torch.convolution(x, weight, None, stride, padding, dilation, transposed is not None, extra, groups)
-
-
-_conv = torch.library.custom_op("ekfac_func::conv", _plain_conv, mutates_args=())
-_conv.register_fake(_plain_conv)
-
-
-@_conv.register_vmap
-def _(info: Any, in_dims: Any, x: Tensor, weight: Tensor, *geometry: Any) -> tuple[Tensor, int]:
-    if in_dims[1] is not None:  # of an ensemble: a group for each
-        x, weight = examples_first(info.batch_size, (x, weight), in_dims[:2])
-        stride, padding, dilation, groups, transposed = geometry
-        geometry = stride, padding, dilation, groups * len(weight), transposed
-        y = _plain_conv(x.movedim(0, 1).flatten(1, 2), weight.flatten(0, 1), *geometry)
-        return y.unflatten(1, (len(weight), -1)), 1
-    x = x.movedim(in_dims[0], 0)
-    y = _plain_conv(x.flatten(0, 1), weight, *geometry)
-    return y.unflatten(0, x.shape[:2]), 0
-
-
-@torch.library.custom_op("ekfac_func::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, shape: list[int], eps: float) -> Tensor:
-    return F.layer_norm(x, shape, None, None, eps)
-
-
-@_layer_norm.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_layer_norm.register_vmap
-def _(info: Any, in_dims: Any, x: Tensor, shape: list[int], eps: float) -> tuple[Tensor, int]:
-    return F.layer_norm(x.movedim(in_dims[0], 0), shape, None, None, eps), 0
-
-
-def of_images(name: str, function: Callable[..., Tensor], schema: str) -> Callable[..., Tensor]:
-    """An operator on images along the first axis; under `vmap` it is called once, on the images of all examples."""
-
-    def of_all(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        x = x.movedim(in_dims[0], 0)
-        return function(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2]), 0
-
-    op = torch.library.custom_op(f"ekfac_func::{name}", function, mutates_args=(), schema=schema)
-    op.register_fake(function)
-    op.register_vmap(of_all)
-    return op
-
-
-def of_one_or_more(op: Callable[..., Tensor], x: Tensor, nd: int, *args: Any) -> Tensor:
-    """Call such an operator on images of nd axes, or on a single one."""
-    return op(x, *args) if x.dim() == nd + 2 else op(x[None], *args)[0]
-
-
-_group_norm = of_images(
-    "group_norm",
-    lambda x, groups, eps: F.group_norm(x, groups, None, None, eps),
-    "(Tensor x, SymInt groups, float eps) -> Tensor",
-)
-_avg_pool2d = of_images(
-    "avg_pool2d",
-    F.avg_pool2d,
-    "(Tensor x, SymInt[] kernel, SymInt[] stride, SymInt[] padding, bool ceil, bool all, SymInt? divisor) -> Tensor",
-)
-
-
-@torch.library.custom_op("ekfac_func::nll", mutates_args=())
-def _nll(logs: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    return F.nll_loss(logs, target, ignore_index=ignore_index, reduction="none")
-
-
-@_nll.register_fake
-def _(logs: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    return logs.new_empty(target.shape)
-
-
-@_nll.register_vmap
-def _(info: Any, in_dims: Any, logs: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, int]:
-    logs, target = examples_first(info.batch_size, (logs, target), in_dims[:2])
-    if logs.dim() == 2:  # one distribution an example
-        return F.nll_loss(logs, target, ignore_index=ignore_index, reduction="none"), 0
-    losses = F.nll_loss(logs.flatten(0, 1), target.flatten(0, 1), ignore_index=ignore_index, reduction="none")
-    return losses.unflatten(0, target.shape[:2]), 0
-
-
-@torch.library.custom_op("ekfac_func::attention", mutates_args=())
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool
-) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
-
-
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-@_attention.register_vmap
-def _(
-    info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, gqa: bool
-) -> tuple[Tensor, int]:
-    n = info.batch_size
-    q, k, v = examples_first(n, (q, k, v), in_dims[:3])
-    lead = q.shape[:-3]
-    if mask is not None and (in_dims[3] is not None or mask.dim() > 2):
-        mask = mask.expand(n, *mask.shape) if in_dims[3] is None else mask.movedim(in_dims[3], 0)
-        mask = mask.reshape(n, *(1,) * (q.dim() - mask.dim()), *mask.shape[1:])
-        mask = mask.expand(*lead, *mask.shape[-3:]).flatten(0, -4)
-    q, k, v = (t.flatten(0, -4) for t in (q, k, v))  # [(n ...) heads l d], as the kernels want it
-    y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
-    return y.unflatten(0, lead), 0

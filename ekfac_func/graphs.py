@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import Functions, examples_first, of_images, of_one_or_more
+from . import operators
+from .batching import Functions
 from .expansions import reduced
 from .rules import per_axis
 
@@ -21,7 +22,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **named: Any) -> Tensor:
     rest = [t for t in tensors if t.shape != (0,)]  # torch leaves such out, whatever the others' shapes
     if named or not rest:
         return torch.cat(list(tensors), dim, **named)
-    return _cat(rest, range(rest[0].dim())[dim])
+    return operators.cat(rest, range(rest[0].dim())[dim])
 
 
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def binary_cross_entropy(
     """`F.binary_cross_entropy`."""
     if size_average is not None or reduce is not None or target.shape != input.shape:
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
-    losses = _binary_cross_entropy(input, target)
+    losses = operators.binary_cross_entropy(input, target)
     return reduced(losses if weight is None else losses * weight, reduction)
 
 
@@ -117,12 +118,12 @@ def interpolate(
     axes = input.shape[2:]
     sizes = None if size is None else per_axis(size, len(axes))
     scales = [scale_factor] * len(axes) if isinstance(scale_factor, int | float) else scale_factor
-    return _interpolate(input, sizes, scales, mode, align_corners, recompute_scale_factor, antialias)
+    return operators.interpolate(input, sizes, scales, mode, align_corners, recompute_scale_factor, antialias)
 
 
 def adaptive_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Tensor]:
     """An average or a maximum over windows of the last nd axes, as many as are asked for."""
-    op = of_images(function.__name__, function, "(Tensor input, SymInt[] output_size) -> Tensor")
+    op = operators.of_images(function.__name__, function, "(Tensor input, SymInt[] output_size) -> Tensor")
 
     def pool(input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False) -> Any:
         if return_indices:
@@ -130,45 +131,9 @@ def adaptive_pool(function: Callable[..., Tensor], nd: int) -> Callable[..., Ten
         axes = input.shape[-nd:]
         given = [output_size] * nd if isinstance(output_size, int) else output_size
         sizes = [old if new is None else new for old, new in zip(axes, given, strict=True)]
-        return of_one_or_more(op, input, nd, sizes)
+        return operators.of_one_or_more(op, input, nd, sizes)
 
     return pool
-
-
-_interpolate = of_images(
-    "interpolate",
-    F.interpolate,
-    "(Tensor input, SymInt[]? size, float[]? scales, str mode, bool? corners, bool? again, bool antialias) -> Tensor",
-)
-
-
-def _plain_cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    return torch.cat(list(tensors), dim)
-
-
-_cat = torch.library.custom_op("ekfac_func::cat", _plain_cat, mutates_args=())
-_cat.register_fake(_plain_cat)
-
-
-@_cat.register_vmap
-def _(info: Any, in_dims: Any, tensors: Sequence[Tensor], dim: int) -> tuple[Tensor, int]:
-    return torch.cat(examples_first(info.batch_size, tensors, in_dims[0]), dim + 1), 0
-
-
-@torch.library.custom_op("ekfac_func::binary_cross_entropy", mutates_args=())
-def _binary_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy(input, target, reduction="none")
-
-
-@_binary_cross_entropy.register_fake
-def _(input: Tensor, target: Tensor) -> Tensor:
-    return torch.empty_like(input)
-
-
-@_binary_cross_entropy.register_vmap
-def _(info: Any, in_dims: Any, *both: Tensor) -> tuple[Tensor, int]:
-    input, target = examples_first(info.batch_size, both, in_dims)
-    return F.binary_cross_entropy(input, target, reduction="none"), 0
 
 
 def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
