@@ -102,7 +102,7 @@ class Changed(RuntimeError):
 
 
 def unless_mutating(
-    func: Any, args: Any, kwargs: Any, mutations: list[Changed], n: int | None, level: int | None
+    func: Any, args: Any, kwargs: Any, mutations: list[Changed], batched: bool, level: int | None
 ) -> Any:
     """Call func. Where it changes a tensor from outside of the loss, note the error for later; raise it for an `out=`.
 
@@ -113,27 +113,27 @@ def unless_mutating(
     for out in pytree.tree_leaves(kwargs.get("out")):
         # torch refuses a captured tensor that is changed in place, but not as an output
         if level is not None and isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < level:
-            raise _mutation(func, out, n)
+            raise _mutation(func, out, batched)
     try:
         return func(*args, **kwargs)
     except RuntimeError as error:
         if "mutate a captured Tensor" not in str(error):
             raise
-        new = _mutation(func, args[0], n)
+        new = _mutation(func, args[0], batched)
         new.__cause__ = error
         mutations.append(new)
         return args[0]
 
 
-def _mutation(func: Any, changed: Tensor, n: int | None) -> Changed:
+def _mutation(func: Any, changed: Tensor, batched: bool) -> Changed:
     return Changed(
         f"loss_fn changes a tensor that it did not make in place by {called(func)}, on one of shape "
-        f"{tuple(changed.shape)}: change a copy of it, and return that as aux (has_aux=True){_unless_batched(n)}"
+        f"{tuple(changed.shape)}: change a copy of it, and return that as aux (has_aux=True){_unless(batched)}"
     )
 
 
-def _unless_batched(n: int | None) -> str:
-    if n is not None:
+def _unless(batched: bool) -> str:
+    if batched:
         return ""
     return ", or if it is a buffer of a model call model.eval(), or take the batch as it is with batched=True"
 
@@ -165,7 +165,7 @@ def refuse_changed(
 
 
 @contextlib.contextmanager
-def buffers_kept(n: int | None) -> Iterator[None]:
+def buffers_kept(batched: bool) -> Iterator[None]:
     """Refuse a loss that puts a tensor of its run into a buffer of a module; the module gets its old buffer back."""
     before: dict[tuple[weakref.ref[nn.Module], str], tuple[Tensor | None, ...]] = {}  # of a new one nothing
     thread = threading.get_ident()
@@ -197,7 +197,7 @@ def buffers_kept(n: int | None) -> Iterator[None]:
             raise Changed(
                 f"loss_fn puts another tensor into the buffer {name!r} of {type(module).__name__}: if it is a cache "
                 "that the first call fills, call the model once before; else keep it apart from the model, and return "
-                f"it as aux (has_aux=True){_unless_batched(n)}"
+                f"it as aux (has_aux=True){_unless(batched)}"
             )
 
 

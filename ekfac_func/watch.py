@@ -81,6 +81,10 @@ class Trial(NamedTuple):
     on_values: bool = False  # for a loss that looks at them: it gets n examples of the batch
     plain: bool = False  # by autograd, not by `torch.func`
 
+    @property
+    def batched(self) -> bool:
+        return self.n is not None
+
 
 def run_of(trial: Trial) -> Observed:
     """Run the loss, by default on tensors without values; autograd decides which weights have a path beside calls."""
@@ -88,7 +92,7 @@ def run_of(trial: Trial) -> Observed:
     without_values = FakeTensorMode(allow_non_fake_inputs=True) if values is None else contextlib.nullcontext()
     # random numbers are drawn again, so that the next run takes the same path
     drawn_again = undrawn(() if values is None else pytree.tree_leaves(values))
-    with drawn_again, without_values, contextlib.nullcontext() if trial.n is None else watch.picked:
+    with drawn_again, without_values, watch.picked if trial.batched else contextlib.nullcontext():
         params = filled(dict(trial.param_specs)) if values is None else values[0]
         _differentiate(functools.partial(_watched, trial, watch), params, trial.plain)
     found = watch.found
@@ -108,27 +112,28 @@ def run_of(trial: Trial) -> Observed:
 
 def _watched(trial: Trial, watch: _Watch, params: Params, zero: Tensor) -> Tensor:
     """The loss under a watch, which notes what it may not do or raises an error of it."""
-    marked, n = watch.begin(params, zero), trial.n
+    marked = watch.begin(params, zero)
     given = _examples(trial)  # made here, or a change in place would be one of a captured tensor
     watch.picked.given(given)
     versions = [(leaf, leaf._version) for leaf in pytree.tree_leaves(given)]
     try:
         checks = contextlib.nullcontext() if trial.on_values else unchecked()
-        with traced(trial.told), unfused(), checks, buffers_kept(n), _unlogged(), beneath(Tap(watch.handle)):
+        kept = buffers_kept(trial.batched)
+        with traced(trial.told), unfused(), checks, kept, _unlogged(), beneath(Tap(watch.handle)):
             loss = trial.loss_fn(marked, given)
         watch.picked.over = True
     except Exception as error:
         _raise_if_known(error, trial.plain)
-        error.add_note(_called_on(given, n))
+        error.add_note(_called_on(given, trial.n))
         raise
     if watch.mutations:
         raise watch.mutations[0]
-    loss = check_loss(loss, trial.has_aux, n)[0]
+    loss = check_loss(loss, trial.has_aux, trial.n)[0]
     refuse_changed(watch.given, watch.inputs, versions)
     if watch.copies.changed():
         raise DataDependentOutputException(torch.ops.aten.select.int)  # a view, which can be changed in place
     watch.found.functions |= _custom_functions(loss)
-    return loss if n is None else loss.sum()
+    return loss.sum() if trial.batched else loss
 
 
 def _examples(trial: Trial) -> Any:
@@ -218,9 +223,9 @@ class _Watch:
     """Watches one run of a loss: what it does with its parameters, call by call."""
 
     def __init__(self, trial: Trial) -> None:
-        self.rules, self.n, self.skip, self.plain = trial.rules, trial.n, trial.skip, trial.plain
+        self.rules, self.batched, self.skip, self.plain = trial.rules, trial.batched, trial.skip, trial.plain
         self.without_values = not trial.on_values
-        self.by_masks = self.n is None and trial.values is not None  # a graph cannot hold what a mask picks
+        self.by_masks = not self.batched and trial.values is not None  # a graph cannot hold what a mask picks
         self.found = Observed()
         self.given: list[tuple[str, Tensor, int]] = []  # parameters, with the versions that they had
         self.inputs: list[tuple[str, Tensor, int]] = []  # of the uses, likewise
@@ -243,12 +248,12 @@ class _Watch:
 
     def handle(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a call of a torch function."""
-        return self.made.call(self.noted, func, args, kwargs) if self.n is None else self.noted(func, args, kwargs)
+        return self.noted(func, args, kwargs) if self.batched else self.made.call(self.noted, func, args, kwargs)
 
     def before_call(self, func: Any, args: Any, kwargs: Any) -> None:
         """Note what a call says about the loss, before it runs."""
         inner = self.inner()
-        refuse(func, args, kwargs, self.params, self.n is not None)
+        refuse(func, args, kwargs, self.params, self.batched)
         if self.without_values and func in READS:  # where a fake tensor has nothing, and says so in other words
             raise DataDependentOutputException(func)
         if self.without_values and func == SET_DATA and not isinstance(innermost(args[0]), FakeTensor):
@@ -264,7 +269,7 @@ class _Watch:
                 self.found.reached.add(asked.name)
         if func is torch.autograd.grad and _differentiates(self.level, *args, **kwargs):
             raise SecondOrder
-        if inner and self.n is None and func is Tensor.__setitem__ and has_tensors(args[1]):
+        if inner and not self.batched and func is Tensor.__setitem__ and has_tensors(args[1]):
             # a `vmap` within another misplaces what is written
             raise DataDependentOutputException(torch.ops.aten.index_put.default)
         if inner and self.by_masks and func == DATA:
@@ -278,12 +283,11 @@ class _Watch:
 
     def noted(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a call, and note which parameters it uses, and how."""
-        batched = self.n is not None
         # in a batch rows in another order would be taken for other examples'
-        if func in LOOKUPS and not batched and F.embedding in self.rules:
+        if func in LOOKUPS and not self.batched and F.embedding in self.rules:
             func, args, kwargs = of_table(func, args, kwargs, self.params.values())
         self.before_call(func, args, kwargs)
-        output = output_of(self, func, args, kwargs, batched)
+        output = output_of(self, func, args, kwargs, self.batched)
         if func in expansions.FOR_VMAP:  # not all the calls of its expansion are handed over
             self.note(func, (args, kwargs))
         return output
@@ -308,12 +312,12 @@ class _Watch:
         """The output of a call that is no layer's, and why, where a rule would have read it."""
         self.note(func, (args, kwargs), why)
         output = self.call(func, args, kwargs)
-        if func in COPIED and args and self.n is None:
+        if func in COPIED and args and not self.batched:
             self.copies.add(output, args[0])
         if func == DATA:  # the same memory, with a version of its own
             of = [name for name, p in self.params.items() if share(output, p)]
             self.given.extend((name, output, output._version) for name in of)
-            if not of and self.n is None:
+            if not (of or self.batched):
                 self.copies.add(output, output)
         return output
 
@@ -359,7 +363,7 @@ class _Watch:
         if self.without_values:
             func = CHECKS.get(func, func)
         level = None if self.plain else self.level
-        return unless_mutating(func, args, kwargs, self.mutations, self.n, level)
+        return unless_mutating(func, args, kwargs, self.mutations, self.batched, level)
 
     def view_of(self, tensor: Any) -> View | None:
         """The view of a parameter that a tensor is; None if it is none, or a constant."""
