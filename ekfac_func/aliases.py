@@ -81,9 +81,8 @@ def _cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Any, Any, Any]:
-    named = ("none", "mean", "sum")[reduction]
-    rest = {"ignore_index": ignore_index, "reduction": named, "label_smoothing": label_smoothing}
-    return F.cross_entropy, (input, target, weight) if weight is not None else (input, target), rest
+    named = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    return F.cross_entropy, (input, target), named | {"reduction": ("none", "mean", "sum")[reduction]}
 
 
 def _mv(input: Tensor, vec: Tensor, **kwargs: Any) -> tuple[Any, Any, Any]:
