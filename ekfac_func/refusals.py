@@ -15,7 +15,6 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_buffer_registration_hook
-from torch.utils import _pytree as pytree
 
 from .aliases import called
 from .modes import innermost, share
@@ -101,31 +100,8 @@ class Changed(RuntimeError):
     """The loss changes a tensor, or puts another into a buffer, that it did not make."""
 
 
-def unless_mutating(
-    func: Any, args: Any, kwargs: Any, mutations: list[Changed], batched: bool, level: int | None
-) -> Any:
-    """Call func. Where it changes a tensor from outside of the loss, note the error for later; raise it for an `out=`.
-
-    Later, for a BatchNorm counts its batches in place before it is seen to use their statistics, the clearer error.
-
-    level: of the tensors that the loss made; None where no transform marks them.
-    """
-    for out in pytree.tree_leaves(kwargs.get("out")):
-        # torch refuses a captured tensor that is changed in place, but not as an output
-        if level is not None and isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < level:
-            raise _mutation(func, out, batched)
-    try:
-        return func(*args, **kwargs)
-    except RuntimeError as error:
-        if "mutate a captured Tensor" not in str(error):
-            raise
-        new = _mutation(func, args[0], batched)
-        new.__cause__ = error
-        mutations.append(new)
-        return args[0]
-
-
-def _mutation(func: Any, changed: Tensor, batched: bool) -> Changed:
+def mutation(func: Any, changed: Tensor, batched: bool) -> Changed:
+    """The error for a function that changes a tensor from outside of the loss."""
     return Changed(
         f"loss_fn changes a tensor that it did not make in place by {called(func)}, on one of shape "
         f"{tuple(changed.shape)}: change a copy of it, and return that as aux (has_aux=True){_unless(batched)}"

@@ -34,7 +34,7 @@ from .layout import Flat, Observed, Spec, Use, filled, fits, lay_out, spec
 from .made import Made
 from .modes import depth, innermost, share
 from .picked import READS, Picked, has_tensors
-from .refusals import Changed, buffers_kept, refuse, refuse_changed, refuse_checkpoint, unless_mutating
+from .refusals import Changed, buffers_kept, mutation, refuse, refuse_changed, refuse_checkpoint
 from .rules import Rules, readings
 from .tap import Tap, assigned, beneath, output_of, traced, unchecked, unfused
 from .types import Batch, Params
@@ -360,10 +360,25 @@ class _Watch:
         return NotImplemented
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of a function. Where it changes a tensor from outside of the loss, the error is noted for later.
+
+        Later, for a BatchNorm counts its batches in place before it is seen to use their statistics, the clearer error.
+        """
         if self.without_values:
             func = CHECKS.get(func, func)
-        level = None if self.plain else self.level
-        return unless_mutating(func, args, kwargs, self.mutations, self.batched, level)
+        for out in pytree.tree_leaves(kwargs.get("out")):
+            # torch refuses a captured tensor that is changed in place, but not as an output; autograd marks none
+            if not self.plain and isinstance(out, Tensor) and torch._C._functorch.maybe_get_level(out) < self.level:
+                raise mutation(func, out, self.batched)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" not in str(error):
+                raise
+            new = mutation(func, args[0], self.batched)
+            new.__cause__ = error
+            self.mutations.append(new)
+            return args[0]
 
     def view_of(self, tensor: Any) -> View | None:
         """The view of a parameter that a tensor is; None if it is none, or a constant."""
