@@ -116,7 +116,8 @@ def _(info: Any, in_dims: Any, logs: Tensor, target: Tensor, ignore_index: int) 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool
 ) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+    y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+    return y.contiguous()  # as its fake is, where the kernels have the heads within the positions
 
 
 @attention.register_fake

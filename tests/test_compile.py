@@ -407,6 +407,31 @@ def test_operators_are_what_a_graph_takes_them_for(name: str, rules: Any) -> Non
                 torch.library.opcheck(torch.ops.ekfac_func.formed_sums, (*given, total), test_utils=FAKE)
 
 
+def test_operators_on_any_layout_are_what_a_graph_takes_them_for() -> None:
+    """Of what is one for all examples: heads within positions, channels last, turned."""
+    heads, images, logs = (
+        torch.randn(2, 5, 3, 4).transpose(1, 2),
+        torch.randn(2, 5, 5, 4).movedim(-1, 1),
+        torch.randn(3, 6),
+    )
+    turned, labels = torch.rand(3, 4).mT, torch.randint(0, 3, (6,))
+    calls: dict[str, tuple[Any, ...]] = {
+        "attention": (heads, heads, heads, None, False, None, False),
+        "conv": (images, torch.randn(6, 2, 3, 3), [1, 1], [1, 1], [1, 1], 2, None),
+        "group_norm": (images, 2, 1e-5),
+        "avg_pool2d": (images, [2, 2], [2, 2], [0, 0], False, True, None),
+        "interpolate": (images, [3, 3], None, "bilinear", False, None, False),
+        "layer_norm": (turned, [3], 1e-5),
+        "binary_cross_entropy": (turned, torch.rand(4, 3)),
+        "nll": (logs.mT.log_softmax(1), labels, -100),
+        "cat": ([turned, turned], 1),
+        "householder": (torch.randn(2, 3, 5).mT,),
+        "eigenvectors": ([turned.mT[:, :3].expand(2, 3, 3).transpose(0, 1)],),
+    }
+    for name, given in calls.items():
+        torch.library.opcheck(getattr(torch.ops.ekfac_func, name), given, test_utils=FAKE)
+
+
 @pytest.mark.parametrize(
     "name",
     [
