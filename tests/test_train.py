@@ -356,5 +356,5 @@ def test_a_picture_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     path.write_bytes(b"old")
     monkeypatch.setattr(Figure, "savefig", half)
     with pytest.raises(KeyboardInterrupt):
-        report.plot([run.Curve("SGD", [run.Point(0, 0.0, 1.0, 1.0, None)])], "title", path)
+        report.plot({"SGD": [run.Point(0, 0.0, 1.0, 1.0, None)]}, "title", path)
     assert path.read_bytes() == b"old"

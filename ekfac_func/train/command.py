@@ -125,9 +125,9 @@ def train(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None
         print(reason)
         raise SystemExit(130) from None
     print(report.table(curves))
-    for curve in curves:
-        if curve.points[-1].step < settings.steps:
-            print(f"{curve.name} stopped: its loss is not finite. Lower its learning rate or raise the damping.")
+    for name, points in curves.items():
+        if points[-1].step < settings.steps:
+            print(f"{name} stopped: its loss is not finite. Lower its learning rate or raise the damping.")
     report.plot(curves, title, Path(f"{stem}.png"))
     print(f"wrote {stem}.png")
     if options.metrics_every:

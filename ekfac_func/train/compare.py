@@ -16,7 +16,7 @@ from ..second_moment import SecondMoment
 from . import checkpoint
 from .data import Data
 from .models import Task
-from .run import Curve, NaturalGradient, Point, Progress, TorchOptimizer, Trainer, batches, record
+from .run import NaturalGradient, Point, Progress, TorchOptimizer, Trainer, batches, record
 from .settings import Settings
 
 
@@ -39,8 +39,8 @@ def compare(
     seed: int,
     compiled: bool,
     files: Files,
-) -> list[Curve]:
-    """One curve for each optimizer. Goes on from a checkpoint that is there, which stays for the caller to delete.
+) -> dict[str, list[Point]]:
+    """The points of each optimizer. Goes on from a checkpoint that is there, which stays for the caller to delete.
 
     `checkpoint.Unusable` where the checkpoint is of other options; `checkpoint.Interrupted` after Ctrl-C.
     """
@@ -60,16 +60,16 @@ def compare(
         "AdamW": lambda: TorchOptimizer(task, lambda p: torch.optim.AdamW(p, lr=s.adamw_lr)),
     }
     saved = _saved(files)
-    if not saved["reached"]:
-        files.checkpoint.unlink(missing_ok=True)  # before its metrics are written over
     reached = {
         name: Progress(step, seconds, [Point(*p) for p in points])
         for name, (step, seconds, points) in saved["reached"].items()
     }
-    with files.metrics.open("r+" if saved["reached"] else "w", newline="") as table, checkpoint.interruptible() as stop:
+    if not reached:
+        files.checkpoint.unlink(missing_ok=True)  # before its metrics are written over
+    with files.metrics.open("r+" if reached else "w", newline="") as table, checkpoint.interruptible() as stop:
         table.seek(saved["metrics_bytes"])
         table.truncate()
-        if not saved["reached"]:
+        if not reached:
             csv.writer(table).writerow(["optimizer", "step", "metric", "value"])
         for name, make in trainers.items():
             before = reached.get(name)
@@ -81,7 +81,7 @@ def compare(
             given = batches(data.train, s.batch_size, s.steps, seed, start=0 if before is None else before.step)
             after_step = _Written(name, trainer, reached, files, table, stop).after_step
             reached[name] = record(name, trainer, given, s.steps, task, data, before, after_step)
-    return [Curve(name, reached[name].points) for name in trainers]
+    return {name: reached[name].points for name in trainers}
 
 
 class _Written(NamedTuple):
@@ -127,12 +127,15 @@ class _Written(NamedTuple):
         checkpoint.write(self.files.checkpoint, tree)
 
 
+START: dict[str, Any] = {"reached": {}, "training": None, "trainer": None, "metrics_bytes": 0}
+
+
 def _saved(files: Files) -> dict[str, Any]:
     """The checkpoint, or the start."""
     saved = None if files.restart else checkpoint.read(files.checkpoint)
     if saved is None:
-        return {"reached": {}, "training": None, "trainer": None, "metrics_bytes": 0}
-    if not isinstance(saved, dict) or not {"about", "reached", "training", "trainer", "metrics_bytes"} <= saved.keys():
+        return START
+    if not isinstance(saved, dict) or not {"about", *START} <= saved.keys():
         raise checkpoint.Unusable(
             f"{files.checkpoint} is no checkpoint of this command: give --restart, or another directory"
         )

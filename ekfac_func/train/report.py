@@ -2,41 +2,43 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from .checkpoint import replacing
-from .run import Curve
+from .run import Point
+
+Curves = Mapping[str, Sequence[Point]]  # by optimizer
 
 ROWS = 5  # of each optimizer in the table
 
 
-def table(curves: Sequence[Curve]) -> str:
+def table(curves: Curves) -> str:
     """Losses against steps and seconds, about `ROWS` of each optimizer, the last point among them."""
     lines = [
         f"{'optimizer':<10} {'step':>6} {'seconds':>8} {'training loss':>14} {'test loss':>10} {'test accuracy':>14}"
     ]
-    for curve in curves:
-        every = max(1, math.ceil((len(curve.points) - 1) / ROWS))
-        for point in curve.points[::-1][::every][::-1]:
+    for name, points in curves.items():
+        every = max(1, math.ceil((len(points) - 1) / ROWS))
+        for point in points[::-1][::every][::-1]:
             accuracy = "-" if point.test_accuracy is None else f"{point.test_accuracy:.1%}"
             lines.append(
-                f"{curve.name:<10} {point.step:>6} {point.seconds:>8.2f} {point.train_loss:>14.4g} "
+                f"{name:<10} {point.step:>6} {point.seconds:>8.2f} {point.train_loss:>14.4g} "
                 f"{point.test_loss:>10.4g} {accuracy:>14}"
             )
     return "\n".join(lines)
 
 
-def plot(curves: Sequence[Curve], title: str, path: Path) -> None:
+def plot(curves: Curves, title: str, path: Path) -> None:
     """Training loss (solid) and test loss (dashed) against steps and against seconds, written as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for number, curve in enumerate(curves):
-        for axes, x in ((left, [p.step for p in curve.points]), (right, [p.seconds for p in curve.points])):
-            axes.plot(x, [p.train_loss for p in curve.points], color=f"C{number}", label=curve.name)
-            axes.plot(x, [p.test_loss for p in curve.points], color=f"C{number}", linestyle="--", linewidth=1)
+    for number, (name, points) in enumerate(curves.items()):
+        for axes, x in ((left, [p.step for p in points]), (right, [p.seconds for p in points])):
+            axes.plot(x, [p.train_loss for p in points], color=f"C{number}", label=name)
+            axes.plot(x, [p.test_loss for p in points], color=f"C{number}", linestyle="--", linewidth=1)
     left.set(xlabel="steps", ylabel="loss", yscale="log")
     right.set(xlabel="seconds")
     left.legend(title="training; dashed: test")

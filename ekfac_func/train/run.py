@@ -29,13 +29,6 @@ class Point(NamedTuple):
     test_accuracy: float | None
 
 
-class Curve(NamedTuple):
-    """One optimizer's points, the first before any step."""
-
-    name: str
-    points: list[Point]
-
-
 def batches(examples: Examples, batch_size: int, steps: int, seed: int, start: int = 0) -> Iterator[Examples]:
     """Batches of one size, every epoch in a new order of the seed; what does not fill a batch is left out.
 
@@ -148,7 +141,7 @@ class Progress(NamedTuple):
 
     step: int
     seconds: float
-    points: list[Point]
+    points: list[Point]  # the first before any step
 
 
 POINTS = 20  # evaluations after the first
