@@ -62,7 +62,7 @@ from ekfac_func.optim import (
 )
 from ekfac_func.types import Info, Layer, Params
 
-from .cases import Case, N, make
+from .cases import N, make
 from .oracles import blocks, close, close_trees, loop, same_bits
 from .watching import NoHostRead
 
@@ -1252,33 +1252,6 @@ def test_the_clocks_of_moment_and_basis(estimator: Any) -> None:
         state = new
     with pytest.raises(ValueError, match=r"moment_every=0.*at least 1"):
         ekfac(case.loss_fn, damping=1.0, moment_every=0)
-
-
-@pytest.mark.parametrize("estimator", [intra_batch, running_average(0.9)])
-def test_chunks_and_joined_micro_batches_are_the_large_batch(estimator: Any) -> None:
-    """Over several steps, with dropout off: factors, moments and natural gradients alike."""
-    case = make("conv groups")
-    micro = [[case.batch(8) for _ in range(3)] for _ in range(4)]
-    joined = [pytree.tree_map(lambda *t: torch.cat(t), *parts) for parts in micro]
-    whole = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=2)
-    parts = ekfac(case.loss_fn, damping=1e-2, second_moment=estimator, basis_every=2, chunk_size=8)
-    state = whole.init(case.params, joined[0])
-    for batch in joined:
-        expected, after, _ = whole.precondition(case.params, batch, state)
-        found, other, _ = parts.precondition(case.params, batch, state)
-        close_trees(found, expected, 1e-8)
-        close_trees(other.factors, after.factors)
-        mean = [whole.precondition(case.params, piece, state)[2].gradient for piece in batch_pieces(batch, 8)]
-        close_trees({name: sum(g[name] for g in mean) / 3 for name in found}, loop_mean(case, batch))
-        state = after
-
-
-def batch_pieces(batch: Any, size: int) -> list[Any]:
-    return [pytree.tree_map(lambda t, k=k: t[k : k + size], batch) for k in range(0, len(batch[0]), size)]
-
-
-def loop_mean(case: Case, batch: Any) -> Params:
-    return {name: g.mean(0) for name, g in loop(case.loss_fn, case.params, batch)[1].items()}
 
 
 def half_precision() -> tuple[Params, Any, Callable[..., Any], Callable[..., Any]]:
