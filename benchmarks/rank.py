@@ -70,7 +70,7 @@ def main() -> None:
     batches = [(x[at], y[at]) for at in (torch.randint(0, len(x), (BATCH,)) for _ in range(STEPS))]
     losses, _, _ = train(FULL, loss_fn, start, batches)
     params = train(FULL, loss_fn, start, batches[: LOOKS[0]])[2]
-    full_step = ekfac(loss_fn, **{**OPTIONS, "bases": {"*": FULL}})
+    full_step = ekfac(loss_fn, bases={"*": FULL}, **OPTIONS)
     looked = batches[LOOKS[0] : LOOKS[0] + 10]
     print(f"{'rank':>6}  {'F + damping':>11}  {'cosine':>7}  " + "  ".join(f"loss {at:>4}" for at in LOOKS))
     for r in RANKS:
