@@ -179,7 +179,7 @@ WORKLOADS = {
 TINY = {
     "W1": Workload(lambda: mlp(12, 20), 6, (20,)),
     "W2": Workload(lambda: deep_cnn(2), 4, (3, 8, 8)),
-    "W3": Workload(lambda: GPT(11, 5, 8, 2, 2), 3, (5,), 11, 11),
+    "W3": Workload(lambda: GPT(11, 5, 8, 1, 2), 3, (5,), 11, 11),
     "W4": Workload(lambda: nn.Sequential(nn.Linear(16, 16, bias=False)), 4, (16,), 16),
     "W5": Workload(lambda: resnet18(2), 3, (3, 8, 8)),
 }
