@@ -76,6 +76,20 @@ def addmm(*operands: Any, **named: Any) -> Tensor:
     return torch.addmm(*operands, **named)
 
 
+def cast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` as autocast has it: `vmap` would add the bias in a larger dtype than that of the product."""
+    return F.linear(input, weight, None if bias is None else _under_autocast([bias])[0])
+
+
+def cast_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.addmm` and the like, which add to their first operand, likewise."""
+
+    def cast(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+        return function(_under_autocast([input])[0], *operands, **named)
+
+    return cast
+
+
 def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.cross_entropy`; class indices without weights keep the batch size open."""
     known = {"ignore_index", "reduction", "label_smoothing"}
@@ -337,7 +351,14 @@ DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 EXACT: Functions = {F.batch_norm: batch_norm}
 """Torch's own derivative is wrong, with `vmap` and without."""
 
+CAST: Functions = {
+    F.linear: cast_linear,
+    **{function: cast_sum(function) for of in (torch, Tensor) for function in (of.addmm, of.baddbmm, of.addbmm)},
+}
+"""Torch's own gives another dtype under `vmap` and autocast."""
+
 MAPPED: Functions = {
+    **CAST,
     DATA: Tensor.detach,
     F.embedding: embedding,
     F.one_hot: one_hot,

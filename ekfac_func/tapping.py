@@ -16,6 +16,7 @@ from .aliases import LOOKUPS, of_table
 from .arrivals import output_shape
 from .backward import Copied, Probe, Probed, Run, StalePlan
 from .batching import (
+    CAST,
     COPIED,
     EAGER_LAYERS,
     EXACT,
@@ -69,18 +70,18 @@ def _replaced(found: Plan, batched: bool) -> Replaced:
         if batched:  # `found.way is Way.BATCHED` would be a guard that Dynamo cannot check
             return Replaced(OPEN_BATCHED, {}, {})
         if found.way.name == "EACH":  # in which operators without a derivative of their own would be differentiated
-            return Replaced(EXACT | MAPPED, {}, {})
-        return Replaced(EXACT | MAPPED | (OPEN | IN_GRAPHS if found.open else {}), OPEN_LAYERS, OPEN_LAYERS)
+            return Replaced(EXACT | MAPPED, {}, CAST)
+        return Replaced(EXACT | MAPPED | (OPEN | IN_GRAPHS if found.open else {}), OPEN_LAYERS, OPEN_LAYERS | CAST)
     if batched:
-        return Replaced({}, {} if mapped else EAGER_LAYERS, {})
+        return Replaced(CAST, {}, CAST) if mapped else Replaced({}, EAGER_LAYERS, {})
     if found.way is Way.LOOPED:
         return Replaced(EXACT, EXACT, EXACT)
     if found.way is Way.EACH or mapped:  # by a `vmap` of the caller's own
-        return Replaced(EXACT | MAPPED, {}, {})
+        return Replaced(EXACT | MAPPED, {}, CAST)
     if not found.open:
-        return Replaced(EXACT | MAPPED, EAGER_LAYERS, {})
+        return Replaced(EXACT | MAPPED, EAGER_LAYERS, CAST)
     # of a convolution with a bias `vmap` makes calls that autocast does not cast, or in part
-    return Replaced(EXACT | MAPPED | OPEN, EAGER_LAYERS | OF_CHANNELS, OPEN_LAYERS)
+    return Replaced(EXACT | MAPPED | OPEN, EAGER_LAYERS | OF_CHANNELS, OPEN_LAYERS | CAST)
 
 
 class _Tapping:

@@ -61,6 +61,33 @@ def test_half_precision_has_statistics_in_float32(kind: str, estimator: Any) -> 
             close(p.float(), natural[name].float(), BF16)
 
 
+@pytest.mark.parametrize("way", ["eager", "compiled", "batched", "mapped", "batched and mapped", "each"])
+def test_autocast_casts_as_outside_of_a_step(way: str) -> None:
+    """Under `vmap` torch adds a bias in the dtype that it has; the loss mixes no dtypes, which torch would refuse."""
+    p = {name: torch.randn(4, 4).float() for name in "uvw"} | {name: torch.randn(4).float() for name in "bcd"}
+
+    def losses(p: Params, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = F.linear(x, p["u"])
+            z = torch.addmm(p["c"], F.linear(x, p["v"], p["b"]), p["w"].mT)
+            frozen = F.linear(z, torch.ones(4, 4).float(), p["d"].detach())
+        if way == "each":
+            assert z.requires_grad in (False, True)
+        return torch.lerp(y, z, frozen.sigmoid()).square().mean(1).float()
+
+    batched = way.startswith("batched")
+    step = ekfac(losses if batched else lambda p, x: losses(p, x[None])[0], damping=0.1, batched=batched)
+    batch = torch.randn(6, 4).float()
+    run = step.precondition
+    if way == "compiled":
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    elif way.endswith("mapped"):
+        few, state = {name: torch.stack([t, -t]) for name, t in p.items()}, step.init(p, batch)
+        close(torch.vmap(lambda p: run(p, batch, state)[2].loss)(few)[0], losses(p, batch).mean(), BF16)
+        return
+    close(run(p, batch, step.init(p, batch))[2].loss, losses(p, batch).mean(), BF16)
+
+
 @pytest.mark.parametrize("options", [{}, pytest.param({"bases": {"*": rank(4)}}, marks=pytest.mark.slow)])
 def test_autocast_around_the_step_is_autocast_inside_the_loss(options: Any) -> None:
     """As of Lightning's `precision="bf16-mixed"`: the forward pass in bfloat16, the statistics not."""
