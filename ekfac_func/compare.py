@@ -15,7 +15,7 @@ from .checks import check_batch, check_count, check_decay, check_params, check_p
 from .contraction import mean_sums
 from .discovery import checked_options
 from .fisher import Fisher, check_estimator, check_fisher, empirical
-from .kronecker import average_factors, count, eigenvalue_product, factor_sums, into_basis, mean_factors, unpack
+from .kronecker import average_factors, count, eigenvalue_product, factor_sums, mean_factors, unpack
 from .orders import contraction
 from .records import Record, figures, signal_to_noise, sums_of
 from .reference import part
@@ -353,7 +353,7 @@ def _judge(
         moment, exact, basis = frame.moments[name][layer], frame.exact[layer], frame.bases[layer]
         if watch is not None:
             watch(Seen(name, layer, t, moment.value, exact))
-        natural = natural_of(into_basis(truth.slope, basis), moment, basis, data.damping, truth.layer)
+        natural = natural_of(truth.slope, moment, basis, data.damping, truth.layer)
         direction = unpack(truth.layer, natural, data.params)
         directions |= direction
         ratios.append(signal_to_noise(frame.noise[layer]))

@@ -107,7 +107,7 @@ class Data:
             natural, target = exact.natural, "dense"
             if natural is None:
                 moment = Moment(square, torch.ones((), dtype=slope.dtype, device=slope.device))
-                natural = natural_of(into_basis(slope, everywhere), moment, everywhere, self.damping, layer)
+                natural = natural_of(slope, moment, everywhere, self.damping, layer)
                 target = "ekfac"
             norm, trace = exact.square_norm.item(), square.double().sum().item()
             found[name] = Truth(layer, slope, norm, trace, natural.to(torch.float64), target)
@@ -176,10 +176,10 @@ def started(layers: tuple[Layer, ...], params: Params) -> State:
     return initial_state(layers, choose(layers, {}), params)
 
 
-def natural_of(projected: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
-    """The natural gradient `[b o i k]` of a layer, from its gradient in the basis."""
-    mean = Mean(projected, projected, None, 1)  # of a whole basis, for which the gradient itself is not read
-    added = torch.as_tensor(damping, dtype=projected.dtype, device=projected.device)
+def natural_of(slope: Tensor, moment: Moment, basis: Basis, damping: float, layer: Layer) -> Tensor:
+    """The natural gradient `[b o i k]` of a layer whose mean gradient is slope."""
+    mean = Mean(slope, into_basis(slope, basis), None, 1)
+    added = torch.as_tensor(damping, dtype=slope.dtype, device=slope.device)
     return rescaled(mean, moment, basis, added, -1.0, layer.sizes)
 
 
