@@ -13,7 +13,7 @@ from .basis import fills_up, real
 from .checks import check_count, check_not_negative, check_number, check_tree
 from .kronecker import into_basis, out_of_basis, pack, unpack_all, written
 from .reference import DenseBlocks, refuse_large
-from .types import Basis, Layer, Number, Params, State, shapes_of
+from .types import Basis, Layer, Number, Params, State, outside, shapes_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -211,9 +211,9 @@ def curvature(state: State) -> Curvature:
 
 
 def _refuse_few_columns(layer: Layer, basis: Basis) -> None:
-    for Q, dim in ((basis.Q_A, layer.sizes[2]), (basis.Q_B, layer.sizes[1])):
-        if Q.dim() == 3 and Q.shape[-1] < dim:
+    for Q in basis:
+        if outside(Q):
             raise ValueError(
-                f"the basis of {layer.weight!r} has {Q.shape[-1]} columns on a side of {dim}, as rank(r) and thin "
-                "leave it: an operator needs a full basis, or one of blocks(max_dim)"
+                f"the basis of {layer.weight!r} has {Q.shape[-1]} columns on a side of {Q.shape[-2]}, as rank(r) and "
+                "thin leave it: an operator needs a full basis, or one of blocks(max_dim)"
             )
