@@ -54,23 +54,14 @@ class Row(NamedTuple):
     contraction: Contraction
 
 
+_HEAD = ("parameter", "read by", "b s i o k", "Q_A", "Q_B", "factors", "basis", "moment", "second moment", "operations")
+
+
 class Description(tuple[Row, ...]):
     """Rows in the order of params; `str` is a table."""
 
     def __str__(self) -> str:
-        head = (
-            "parameter",
-            "read by",
-            "b s i o k",
-            "Q_A",
-            "Q_B",
-            "factors",
-            "basis",
-            "moment",
-            "second moment",
-            "operations",
-        )
-        lines = [head, *(_cells(row) for row in self)]
+        lines = [_HEAD, *map(_cells, self)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
