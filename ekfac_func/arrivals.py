@@ -31,7 +31,6 @@ class Arrivals:
         self.layers = {layer.weight: layer for layer in found.layers}
         self.planned, self.params, self.calls, self.take, self.n = found.calls, params, calls, take, n
         self.inputs: list[Any] = []
-        self.started = False
         self.gradients: dict[int, Tensor] = {}
         self.missing = set(range(len(found.calls)))
         self.uses: dict[str, list[int]] = {}
@@ -42,7 +41,7 @@ class Arrivals:
 
     def start(self, inputs: list[Any]) -> None:
         """inputs: of the calls; they are taken out of this list."""
-        self.inputs, self.started = inputs, True
+        self.inputs = inputs
         for k, planned in enumerate(self.planned):
             if planned.along is not None:
                 leaves, tree = pytree.tree_flatten(inputs[k])
@@ -55,7 +54,7 @@ class Arrivals:
 
     def arrived(self, k: int, g: Tensor) -> None:
         """Take the gradient w.r.t. the output of a call; one before the start is of a pass for what has no rule."""
-        if not self.started:
+        if not self.inputs:
             return
         planned = self.planned[k]
         self.gradients[k] = g if planned.along is None else _examples_first(g, planned.along[0], self.n)
