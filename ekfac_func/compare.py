@@ -277,28 +277,23 @@ def _advance(frame: _Frame | None, data: Data, members: Mapping[str, Estimator],
     for_basis, for_moment = recipe.basis(captured.terms, batch_size(data.batches[t]))
     if frame is None:
         state = started(tuple(captured.layers.values()), data.params)
-        moments = {name: dict(state.second_moments) for name in members}
+        moments = dict.fromkeys(members, state.second_moments)
         frame = _Frame(data, t, t, state.factors, state.bases, moments, truths, {}, {})
     turn = for_basis is not None and t % recipe.basis_every == 0
-    factors, bases = dict(frame.factors), dict(frame.bases)
-    used: dict[str, Means] = {}
-    averaged = recipe.factor_decay > 0  # else the bases are those of `ekfac`, of few samples the samples' own
     own = for_basis is None and t == 0  # K-FAC's eigenvalues in the parameters' own coordinates
-    if turn or own:
-        source = for_moment if for_basis is None else for_basis
-        used = {
-            name: mean_factors(factor_sums(terms, bases[name], formed=averaged or own))
-            for name, terms in source.items()
-        }
-        for name, mean in used.items():
-            factors[name] = average_factors(frame.factors[name], mean, recipe.factor_decay)
+    averaged = recipe.factor_decay > 0  # else the bases are those of `ekfac`, of few samples the samples' own
+    used, factors, bases = dict[str, Means](), dict(frame.factors), frame.bases
+    source = (for_basis or for_moment) if turn or own else {}
+    for name, terms in source.items():
+        used[name] = mean_factors(factor_sums(terms, bases[name], formed=averaged or own))
+        factors[name] = average_factors(factors[name], used[name], recipe.factor_decay)
     if turn:
-        bases |= refresh_bases({name: factors[name] for name in used} if averaged else used, frame.bases)[0]
+        bases = bases | refresh_bases({name: factors[name] for name in used} if averaged else used, bases)[0]
 
     @functools.cache
     def means(sums: Callable[..., Sums], name: str) -> Sums:
-        term, basis = for_moment[name], bases[name]
-        return mean_sums(sums(term, basis, contraction(term, basis)), count(term))
+        terms, basis = for_moment[name], bases[name]
+        return mean_sums(sums(terms, basis, contraction(terms, basis)), count(terms))
 
     def moment_of(member: str, estimator: Estimator, name: str) -> Moment:
         rule, moment = estimator.second_moment, frame.moments[member][name]
