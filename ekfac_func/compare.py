@@ -52,12 +52,11 @@ def whole_batch(terms: OfLayers, n: int) -> tuple[OfLayers, OfLayers]:
 def split_batch(terms: OfLayers, n: int) -> tuple[OfLayers, OfLayers]:
     """The basis from the first half of the batch, the moment from the second: the moment does not see its own basis."""
 
-    def halved(term: Terms, first: bool) -> Terms:
-        total = count(term)
+    first, second = {}, {}
+    for name, of_layer in terms.items():
+        total = count(of_layer)
         middle = n // 2 * (total // n)  # an example's draws stay together
-        return part(term, 0, middle) if first else part(term, middle, total)
-
-    first, second = ({name: halved(term, side) for name, term in terms.items()} for side in (True, False))
+        first[name], second[name] = part(of_layer, 0, middle), part(of_layer, middle, total)
     return first, second
 
 
