@@ -137,14 +137,14 @@ class Exact(NamedTuple):
     natural: Tensor | None  # [b o i k] of the damped inverse times a gradient, where it fits
 
 
-def second_moment_block(terms: Sequence[Terms], layer: Layer) -> Tensor:
+def second_moment_block(batches: Sequence[Terms], layer: Layer) -> Tensor:
     """`mean_n vec(G[n]) vec(G[n])^T` over the examples of several batches, `[b d d]` in float64."""
     refuse_large(layer)
-    total = functools.reduce(torch.add, (torch.einsum("nbd,nbe->bde", G, G) for G in _dense(terms)))
-    return total / sum(map(count, terms))
+    total = functools.reduce(torch.add, (torch.einsum("nbd,nbe->bde", G, G) for G in _dense(batches)))
+    return total / sum(map(count, batches))
 
 
-def exact_block(terms: Sequence[Terms], layer: Layer, slope: Tensor, damping: float, limit: int) -> Exact:
+def exact_block(batches: Sequence[Terms], layer: Layer, slope: Tensor, damping: float, limit: int) -> Exact:
     """The Frobenius norm of a layer's blocks and `(F + damping)^-1 slope`, from the smaller of two matrices.
 
     With N examples and d coordinates F has the nonzero eigenvalues of the Gram matrix of the per-example gradients
@@ -153,20 +153,20 @@ def exact_block(terms: Sequence[Terms], layer: Layer, slope: Tensor, damping: fl
 
     limit: the largest matrix that is solved; where both d and N exceed it there is a norm alone.
     """
-    n = sum(map(count, terms))
+    n = sum(map(count, batches))
     d = math.prod(layer.sizes[1:])
     v = slope.flatten(1).to(torch.float64)
     if d <= min(n, limit):
-        F = second_moment_block(terms, layer)
+        F = second_moment_block(batches, layer)
         return Exact(F.square().sum(), torch.linalg.solve(F + damping * _eye(F), v).reshape(slope.shape))
     if n > limit:
-        pairs = itertools.combinations_with_replacement(range(len(terms)), 2)
-        squares = [gram(terms[j], terms[k]).square().sum() * (1 if j == k else 2) for j, k in pairs]
+        pairs = itertools.combinations_with_replacement(range(len(batches)), 2)
+        squares = [gram(batches[j], batches[k]).square().sum() * (1 if j == k else 2) for j, k in pairs]
         return Exact(torch.stack(squares).sum() / n**2, None)
-    K = torch.cat([torch.cat([gram(x, y) for y in terms], dim=2) for x in terms], dim=1)  # [b n n]
-    Gv = [torch.einsum("nbd,bd->bn", G, v) for G in _dense(terms)]
+    K = torch.cat([torch.cat([gram(x, y) for y in batches], dim=2) for x in batches], dim=1)  # [b n n]
+    Gv = [torch.einsum("nbd,bd->bn", G, v) for G in _dense(batches)]
     weights = torch.linalg.solve(K + n * damping * _eye(K), torch.cat(Gv, dim=1)).split([x.shape[1] for x in Gv], 1)
-    parts = (torch.einsum("nbd,bn->bd", G, w) for G, w in zip(_dense(terms), weights, strict=True))
+    parts = (torch.einsum("nbd,bn->bd", G, w) for G, w in zip(_dense(batches), weights, strict=True))
     back = functools.reduce(torch.add, parts)
     return Exact(K.square().sum() / n**2, ((v - back) / damping).reshape(slope.shape))
 
@@ -189,13 +189,12 @@ def part(terms: Terms, start: int, stop: int) -> Terms:
     return pytree.tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, terms)
 
 
-def _dense(terms: Sequence[Terms]) -> Iterator[Tensor]:
+def _dense(batches: Sequence[Terms]) -> Iterator[Tensor]:
     """Per-example gradients `[n b d]` in float64, a few examples at a time."""
-    for term in terms:
-        n = count(term)
-        size = fitting(8 * dense(part(term, 0, 1)).numel(), MAX_BYTES)
-        for start in range(0, n, size):
-            yield dense(part(term, start, start + size)).flatten(2).to(torch.float64)
+    for terms in batches:
+        size = fitting(8 * dense(part(terms, 0, 1)).numel(), MAX_BYTES)
+        for start in range(0, count(terms), size):
+            yield dense(part(terms, start, start + size)).flatten(2).to(torch.float64)
 
 
 def _eye(F: Tensor) -> Tensor:

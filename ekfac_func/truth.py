@@ -99,10 +99,10 @@ class Data:
         captures = self.references[table]
         found = {}
         for name, layer in captures[0].layers.items():
-            terms = [captured.terms[name] for captured in captures]
+            batches = [captured.terms[name] for captured in captures]
             slope = pack(layer, self.slope)
-            exact = exact_block(terms, layer, slope, self.damping, self.limit)
-            mean, everywhere = self._everywhere(terms, layer)
+            exact = exact_block(batches, layer, slope, self.damping, self.limit)
+            mean, everywhere = self._everywhere(batches, layer)
             square = square_of(mean)
             natural, target = exact.natural, "dense"
             if natural is None:
@@ -113,13 +113,13 @@ class Data:
             found[name] = Truth(layer, slope, norm, trace, natural.to(torch.float64), target)
         return found
 
-    def _everywhere(self, terms: Sequence[Terms], layer: Layer) -> tuple[Sums, Basis]:
+    def _everywhere(self, batches: Sequence[Terms], layer: Layer) -> tuple[Sums, Basis]:
         """Exact means over all the data in the eigenbasis of all the data's factors."""
         name, bases = layer.weight, started((layer,), self.params).bases
-        sums = (factor_sums(of_batch, bases[name]) for of_batch in terms)
+        sums = (factor_sums(terms, bases[name]) for terms in batches)
         total = functools.reduce(lambda some, more: add_factor_sums(some, more, bases[name]), sums)
         basis = refresh_bases({name: mean_factors(total)}, bases)[0][name]
-        return exact_means(terms, basis), basis
+        return exact_means(batches, basis), basis
 
     def mean_loss(self, params: Params) -> float:
         """Over all the data."""
@@ -165,10 +165,10 @@ def _weighed(captures: list[Captured], examples: list[int]) -> list[Captured]:
     return weighed
 
 
-def exact_means(terms: Sequence[Terms], basis: Basis) -> Sums:
-    """Means over the examples of all terms of G, of G in the basis and of its square."""
-    total = functools.reduce(add_sums, (exact_sums(term, basis) for term in terms))
-    return mean_sums(total, sum(map(count, terms)))
+def exact_means(batches: Sequence[Terms], basis: Basis) -> Sums:
+    """Means over the examples of all batches of G, of G in the basis and of its square."""
+    total = functools.reduce(add_sums, (exact_sums(terms, basis) for terms in batches))
+    return mean_sums(total, sum(map(count, batches)))
 
 
 def started(layers: tuple[Layer, ...], params: Params) -> State:
