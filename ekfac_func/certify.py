@@ -10,7 +10,7 @@ from .capture import capture
 from .checks import check_loss
 from .discovery import Options
 from .kronecker import dense, unpack_all
-from .types import Batch, LossAuxFn, LossFn, Params
+from .types import Batch, LossAuxFn, LossFn, Params, batch_size
 
 TF32 = 2.0**-10  # precision of a product of float32 that matrix units take as TF32
 
@@ -20,26 +20,14 @@ def certify(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Ba
 
     One backward pass an example, for a batch of a few. The loss must draw no random numbers. The distance allowed is
     the root of the dtype's precision, relative to the parameter's own gradients, and for those that are zero but for
-    rounding a hundred times the precision, relative to the whole gradient; of float32 on a CUDA device the root of the
-    precision of TF32, and once that.
+    rounding a hundred times the precision, relative to the whole gradient; for float32 on a CUDA device the root of
+    the precision of TF32, and that precision itself.
     """
     params = dict(params)
     captured = capture(loss_fn, params, batch, options)
     gradients_of = {name: dense(terms) for name, terms in captured.terms.items()}
     found = unpack_all(captured.layers.values(), gradients_of, params)
-
-    def loss(params: Params, example: Batch) -> Tensor:
-        return check_loss(loss_fn(params, example), options.has_aux, 2 if options.batched else None)[0].mean()
-
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    gradients = []
-    for k in range(len(captured.losses)):
-        # a batch of one has no statistics, two of the same have
-        example = pytree.tree_map(lambda t, k=k: t[[k, k]] if options.batched else t[k], batch)
-        with torch.enable_grad():
-            value = loss(leaves, example)
-        gradients.append(torch.autograd.grad(value, list(leaves.values()), materialize_grads=True))
-    expected = dict(zip(params, map(torch.stack, zip(*gradients, strict=True)), strict=True))
+    expected = _alone(loss_fn, params, batch, options)
     size = torch.stack([g.double().square().sum() for g in expected.values()]).sum().sqrt()
     if not size.isfinite():
         raise ValueError(
@@ -59,6 +47,19 @@ def certify(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Ba
                 f"alone, of norm {own:.1e}, by {distances.norm():.1e}, most for example {int(distances.argmax())}: "
                 f"{remedy}"
             )
+
+
+def _alone(loss_fn: LossFn | LossAuxFn, params: Params, batch: Batch, options: Options) -> Params:
+    """The gradients of each example's loss, `[n ...]`, by plain autograd."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    gradients = []
+    for k in range(batch_size(batch)):
+        # a batch of one has no statistics, two of the same have
+        example = pytree.tree_map(lambda t, k=k: t[[k, k]] if options.batched else t[k], batch)
+        with torch.enable_grad():
+            loss, _ = check_loss(loss_fn(leaves, example), options.has_aux, 2 if options.batched else None)
+            gradients.append(torch.autograd.grad(loss.mean(), list(leaves.values()), materialize_grads=True))
+    return dict(zip(params, map(torch.stack, zip(*gradients, strict=True)), strict=True))
 
 
 _SINGLE = "its rule reads its calls wrongly, or the loss draws random numbers: check with dropout off"
