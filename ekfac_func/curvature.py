@@ -202,18 +202,13 @@ def curvature(state: State) -> Curvature:
         raise ValueError(f"state has seen no batch, its step is {state.step}: pass what precondition returned")
     values, inside = {}, {}
     for layer in state.layers:
-        moment = state.second_moments[layer.weight]
-        _refuse_few_columns(layer, state.bases[layer.weight])
-        inside[layer.weight] = real(state.bases[layer.weight], layer)
-        seen = torch.where(moment.weight > 0, moment.value, torch.nan)
-        values[layer.weight] = torch.where(inside[layer.weight], seen, 1)
+        name, basis, moment = layer.weight, state.bases[layer.weight], state.second_moments[layer.weight]
+        for Q in basis:
+            if outside(Q):
+                raise ValueError(
+                    f"the basis of {name!r} has {Q.shape[-1]} columns on a side of {Q.shape[-2]}, as rank(r) and thin "
+                    "leave it: an operator needs a full basis, or one of blocks(max_dim)"
+                )
+        inside[name] = real(basis, layer)
+        values[name] = torch.where(inside[name], torch.where(moment.weight > 0, moment.value, torch.nan), 1)
     return Curvature(state.layers, state.bases, values, inside)
-
-
-def _refuse_few_columns(layer: Layer, basis: Basis) -> None:
-    for Q in basis:
-        if outside(Q):
-            raise ValueError(
-                f"the basis of {layer.weight!r} has {Q.shape[-1]} columns on a side of {Q.shape[-2]}, as rank(r) and "
-                "thin leave it: an operator needs a full basis, or one of blocks(max_dim)"
-            )
