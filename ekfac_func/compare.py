@@ -259,7 +259,7 @@ class _Frame(NamedTuple):
     moments: dict[str, dict[str, Moment]]  # by estimator and layer
     truths: Mapping[str, Truth]
     exact: dict[str, Tensor]  # [b O I k] of the reference
-    noise: dict[str, tuple[Tensor, Tensor] | None]  # mean and second moment of the data's gradient
+    noise: dict[str, tuple[Tensor, Tensor]]  # mean and second moment of the data's gradient, where it has the layer
 
 
 def _advance(frame: _Frame | None, data: Data, members: Mapping[str, Estimator], t: int) -> _Frame:
@@ -312,20 +312,17 @@ def _advance(frame: _Frame | None, data: Data, members: Mapping[str, Estimator],
 
 def _all_data_in(
     bases: Mapping[str, Basis], data: Data, table: Any
-) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor] | None]]:
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """`exact` and `noise` of a `_Frame` with these bases, from all the data."""
-    exact: dict[str, Tensor] = {}
-    noise: dict[str, tuple[Tensor, Tensor] | None] = {}
+    exact, noise = {}, {}
     own = data.captures[empirical, table]
     for name, truth in data.truths[table].items():
         means = exact_means([c.terms[name] for c in data.references[table]], bases[name])
         exact[name] = square_of(means)
-        if own[0].layers.get(name) != truth.layer:
-            noise[name] = None
-            continue
-        if data.reference is not empirical:
-            means = exact_means([c.terms[name] for c in own], bases[name])
-        noise[name] = means.projected, square_of(means)
+        if own[0].layers.get(name) == truth.layer:
+            if data.reference is not empirical:
+                means = exact_means([c.terms[name] for c in own], bases[name])
+            noise[name] = means.projected, square_of(means)
     return exact, noise
 
 
@@ -350,7 +347,7 @@ def _judge(
         natural = natural_of(truth.slope, moment, basis, data.damping, truth.layer)
         direction = unpack(truth.layer, natural, data.params)
         directions |= direction
-        ratios.append(signal_to_noise(frame.noise[layer]))
+        ratios.append(signal_to_noise(frame.noise.get(layer)))
         parts.append(sums_of(moment.value, exact, truth, natural))
         yield record(layer, truth.target, parts[-1:], ratios[-1], direction)
     target = " and ".join(sorted({truth.target for truth in frame.truths.values()}))
