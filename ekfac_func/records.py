@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -58,11 +58,7 @@ class Record(NamedTuple):
     step_size: float
 
 
-FIGURES = tuple(
-    field
-    for field in Record._fields
-    if field not in ("estimator", "layer", "step", "since_refresh", "examples", "target")
-)
+FIGURES = tuple(field for field, kind in get_type_hints(Record).items() if kind is float)
 
 
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
