@@ -31,7 +31,7 @@ from .second_moment import (
     kfac,
     running_average,
 )
-from .truth import Data, Truth, exact_means, natural_of, square_of, started, table_of
+from .truth import Data, Truth, exact_means, natural_of, started, table_of
 from .types import Basis, Batch, Factors, LossFn, Means, Moment, Params, Sums, Terms, batch_size
 
 try:
@@ -317,12 +317,10 @@ def _all_data_in(
     exact, noise = {}, {}
     own = data.captures[empirical, table]
     for name, truth in data.truths[table].items():
-        means = exact_means([c.terms[name] for c in data.references[table]], bases[name])
-        exact[name] = square_of(means)
+        mean, exact[name] = exact_means([c.terms[name] for c in data.references[table]], bases[name])
         if own[0].layers.get(name) == truth.layer:
-            if data.reference is not empirical:
-                means = exact_means([c.terms[name] for c in own], bases[name])
-            noise[name] = means.projected, square_of(means)
+            same = data.reference is empirical
+            noise[name] = (mean, exact[name]) if same else exact_means([c.terms[name] for c in own], bases[name])
     return exact, noise
 
 

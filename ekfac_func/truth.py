@@ -34,7 +34,7 @@ from .rescaling import rescaled
 from .rules import Rules
 from .states import initial_state
 from .subspace import Mean
-from .types import Basis, Batch, Layer, LossFn, Moment, Params, State, Sums, Terms, batch_size
+from .types import Basis, Batch, Layer, LossFn, Moment, Params, State, Terms, batch_size
 
 
 def table_of(rules: Rules) -> Any:
@@ -102,24 +102,22 @@ class Data:
             batches = [captured.terms[name] for captured in captures]
             slope = pack(layer, self.slope)
             exact = exact_block(batches, layer, slope, self.damping, self.limit)
-            mean, everywhere = self._everywhere(batches, layer)
-            square = square_of(mean)
+            moment, everywhere = self._everywhere(batches, layer)
             natural, target = exact.natural, "dense"
             if natural is None:
-                moment = Moment(square, torch.ones((), dtype=slope.dtype, device=slope.device))
-                natural = natural_of(slope, moment, everywhere, self.damping, layer)
-                target = "ekfac"
-            norm, trace = exact.square_norm.item(), square.double().sum().item()
+                natural, target = natural_of(slope, moment, everywhere, self.damping, layer), "ekfac"
+            norm, trace = exact.square_norm.item(), moment.value.double().sum().item()
             found[name] = Truth(layer, slope, norm, trace, natural.to(torch.float64), target)
         return found
 
-    def _everywhere(self, batches: Sequence[Terms], layer: Layer) -> tuple[Sums, Basis]:
-        """Exact means over all the data in the eigenbasis of all the data's factors."""
+    def _everywhere(self, batches: Sequence[Terms], layer: Layer) -> tuple[Moment, Basis]:
+        """The exact moment of all the data in the eigenbasis of all the data's factors, and that basis."""
         name, bases = layer.weight, started((layer,), self.params).bases
         sums = (factor_sums(terms, bases[name]) for terms in batches)
         total = functools.reduce(lambda some, more: add_factor_sums(some, more, bases[name]), sums)
         basis = refresh_bases({name: mean_factors(total)}, bases)[0][name]
-        return exact_means(batches, basis), basis
+        _, square = exact_means(batches, basis)
+        return Moment(square, square.new_ones(())), basis
 
     def mean_loss(self, params: Params) -> float:
         """Over all the data."""
@@ -165,10 +163,12 @@ def _weighed(captures: list[Captured], examples: list[int]) -> list[Captured]:
     return weighed
 
 
-def exact_means(batches: Sequence[Terms], basis: Basis) -> Sums:
-    """Means over the examples of all batches of G, of G in the basis and of its square."""
+def exact_means(batches: Sequence[Terms], basis: Basis) -> tuple[Tensor, Tensor]:
+    """Means over the examples of all batches of G in the basis and of its square."""
     total = functools.reduce(add_sums, (exact_sums(terms, basis) for terms in batches))
-    return mean_sums(total, sum(map(count, batches)))
+    _, mean, square = mean_sums(total, sum(map(count, batches)))
+    assert square is not None
+    return mean, square
 
 
 def started(layers: tuple[Layer, ...], params: Params) -> State:
@@ -181,8 +181,3 @@ def natural_of(slope: Tensor, moment: Moment, basis: Basis, damping: float, laye
     mean = Mean(slope, into_basis(slope, basis), None, 1)
     added = torch.as_tensor(damping, dtype=slope.dtype, device=slope.device)
     return rescaled(mean, moment, basis, added, -1.0, layer.sizes)
-
-
-def square_of(means: Sums) -> Tensor:
-    assert means.square is not None
-    return means.square
