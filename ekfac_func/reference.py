@@ -173,13 +173,14 @@ def exact_block(batches: Sequence[Terms], layer: Layer, slope: Tensor, damping: 
 
 def gram(x: Terms, y: Terms) -> Tensor:
     """`G_x[n] . G_y[m]` of each block, `[b n m]` in float64; from pairs of positions where that is less work."""
-    if len(x) == len(y) == 1 and isinstance(x[0], Factored) and isinstance(y[0], Factored):
-        s, i, k = x[0].a.shape[2:]
-        o, t = x[0].g.shape[3], y[0].g.shape[2]
-        if s * t * (i * k + o) <= o * i * k:
-            a = torch.einsum("nbsik,mbtik->bnmst", x[0].inputs.to(torch.float64), y[0].inputs.to(torch.float64))
-            g = torch.einsum("nbso,mbto->bnmst", x[0].g.to(torch.float64), y[0].g.to(torch.float64))
-            return torch.einsum("bnmst,bnmst->bnm", a, g)
+    match x, y:
+        case (Factored() as one,), (Factored() as other,):
+            s, i, k = one.a.shape[2:]
+            o, t = one.g.shape[3], other.g.shape[2]
+            if s * t * (i * k + o) <= o * i * k:
+                a = torch.einsum("nbsik,mbtik->bnmst", one.inputs.double(), other.inputs.double())
+                g = torch.einsum("nbso,mbto->bnmst", one.g.double(), other.g.double())
+                return torch.einsum("bnmst,bnmst->bnm", a, g)
     rows = [torch.cat([torch.einsum("nbd,mbd->bnm", G, H) for H in _dense([y])], dim=2) for G in _dense([x])]
     return torch.cat(rows, dim=1)
 
