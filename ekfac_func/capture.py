@@ -37,7 +37,7 @@ class Captured(NamedTuple):
     layers: dict[str, Layer]  # by the name of the weight, in the order of params
     kept: dict[str, Any]  # what was kept of the terms of each
     aux: Any  # what the loss returned beside, each tensor with an axis n in front unless batched; () if nothing
-    bytes_each: int  # of the inputs and output gradients of all layers, for one example
+    bytes_each: int  # of the inputs and output gradients of all calls, and of dense gradients, for one example
 
     @property
     def terms(self) -> dict[str, Terms]:

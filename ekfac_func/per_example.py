@@ -53,8 +53,8 @@ class PerExampleGradients:
     def norms(self) -> Tensor:
         """Euclidean norm over all parameters of each example's gradient, `[n]`.
 
-        Summed from pairs of positions where that is less work: to the root of the dtype's precision where those of an
-        example cancel in more than what they all have in common. `dense` is as exact as the gradients are.
+        Where it is less work they are summed over pairs of positions. If the positions of an example nearly cancel, in
+        more than what they have in common, that is exact to the root of the dtype's precision; `dense` loses nothing.
         """
         squares = [square_norms(term) for term in self.captured.terms.values()]
         return torch.stack([square.to(self.losses.dtype) for square in squares]).sum(0).sqrt()
