@@ -126,7 +126,7 @@ def _discover(
     def discovered(told: bool) -> Plan:
         trial = Trial(loss, param_specs, example, rules, has_aux, values, told)
         try:
-            return (_of_batched(trial) if batched else _of_examples(trial))._replace(told=told)
+            found = _of_batched(trial) if batched else _of_examples(trial)
         except SecondOrder:  # a derivative of a call's output w.r.t. its input is one more path to its weight
             if batched and values is None:
                 raise ValueError(
@@ -134,8 +134,8 @@ def _discover(
                     "step with batched=True cannot differentiate: use torch.func.grad or jacfwd in it, or call the "
                     "step in eager mode"
                 ) from None
-            way = Way.BATCHED if batched else Way.EACH
-            return _unread(param_specs, "torch.autograd.grad", way)._replace(told=told)
+            found = _unread(param_specs, "torch.autograd.grad", Way.BATCHED if batched else Way.EACH)
+        return found._replace(told=told)
 
     try:
         return discovered(told=True)
