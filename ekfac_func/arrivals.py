@@ -143,7 +143,7 @@ def _placed(term: Factored | OneHot, planned: Tapped, layer: Layer, params: Para
     a, g, x, counted = term.a.to(dtype), term.g.to(dtype), term.x, term.counted
     last = float(planned.bias is not None)  # 1 where the call added the bias
     if b.length < b.size:
-        counted = _within(torch.ones_like(g[..., 0], dtype=torch.bool), b, 1)
+        counted = _within(_counted(term), b, 1)
     g = _within(_within(g, o, 3), b, 1)
     x = None if x is None else _within(_within(x.to(dtype), i, 3), b, 1)
     if isinstance(a, Patches):
@@ -165,9 +165,14 @@ def _of_blocks(call: Call, inputs: Any, g: Tensor, blocks: int) -> Factored:
     assert isinstance(term, Factored)
     ids = torch.where(ids < 0, ids + blocks, ids)
     counted = torch.arange(blocks, device=ids.device)[None, :, None] == ids[:, None]  # [n b p]
-    counted = counted.repeat_interleave(term.g.shape[2], dim=2)
+    counted = counted.repeat_interleave(term.g.shape[2], dim=2) & _counted(term).flatten(1)[:, None]
     a, g = (t.flatten(1, 2)[:, None] for t in (term.inputs, term.g))  # [n 1 (p s) ...]
     return Factored(torch.where(counted[..., None, None], a, 0), torch.where(counted[..., None], g, 0), None, counted)
+
+
+def _counted(term: Factored) -> Tensor:
+    """Which positions are samples of the factors, `[n b s]`."""
+    return torch.ones_like(term.g[..., 0], dtype=torch.bool) if term.counted is None else term.counted
 
 
 def _within(t: Tensor, window: Window, axis: int) -> Tensor:
@@ -196,8 +201,7 @@ def _of_factored(terms: Sequence[Factored]) -> Factored:
     if any(t.x is not None for t in terms):
         x = torch.cat([t.inputs[..., 0] if t.x is None else t.x for t in terms], 2)
     if any(t.counted is not None for t in terms):
-        every = [torch.ones_like(t.g[..., 0], dtype=torch.bool) if t.counted is None else t.counted for t in terms]
-        counted = torch.cat(every, 2)
+        counted = torch.cat([_counted(t) for t in terms], 2)
     return Factored(a, g, x, counted)
 
 

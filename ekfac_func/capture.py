@@ -154,7 +154,7 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
     """What `capture` would return, of tensors without values where the loss looks at none."""
     owned = separate(params)
     found = plan(loss_fn, owned, batch, options)
-    if found.way is Way.LOOPED:
+    if found.way is Way.LOOPED and not found.calls:
         n = batch_size(batch)
         none: dict[str, Terms] = {}
         for layer in found.layers:
@@ -190,6 +190,15 @@ UNMAPPED = (
 """Parts of torch's errors for what `vmap` cannot run: an operator, an `autograd.Function`, a write in place."""
 
 
+def unmapped(error: RuntimeError) -> bool:
+    """Whether an error of a loss says that `vmap` cannot run it."""
+    return _of_vmap(error) or any(said in str(error) for said in UNMAPPED)
+
+
+def _of_vmap(error: RuntimeError) -> bool:
+    return str(error).lower().startswith("vmap")
+
+
 def _retried(
     found: Plan, before: Draws, tapped: Callable[[Plan], tuple[Captured, list[Any]]]
 ) -> tuple[Captured, list[Any], Plan]:
@@ -199,10 +208,9 @@ def _retried(
     except RuntimeError as error:
         if found.way in (Way.BATCHED, Way.LOOPED):
             raise
-        of_vmap = str(error).lower().startswith("vmap")
-        if of_vmap and found.way is Way.SUMMED:
+        if _of_vmap(error) and found.way is Way.SUMMED:
             found = found._replace(way=Way.EACH, open=False)
-        elif of_vmap or isinstance(error, Copied) or any(said in str(error) for said in UNMAPPED):
+        elif unmapped(error) or isinstance(error, Copied):
             found = found._replace(way=Way.LOOPED, open=False, fills=False, draws=False)
         else:
             raise

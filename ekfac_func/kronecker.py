@@ -49,6 +49,7 @@ from .types import (
     Terms,
     is_matrix,
     outside,
+    statistics_dtype,
 )
 
 FEW = 0.7  # samples for each dimension, below which an eigenvalue problem in their span takes less time
@@ -606,3 +607,8 @@ def unpack_all(layers: Iterable[Layer], blocks: Mapping[str, Tensor], like: Mapp
     for layer in layers:
         tree |= unpack(layer, blocks[layer.weight], like)
     return {name: tree[name] for name in like}
+
+
+def unpack_exactly(layers: Iterable[Layer], blocks: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Params:
+    """The same in the dtypes of statistics."""
+    return unpack_all(layers, blocks, {name: p.new_empty(0, dtype=statistics_dtype(p)) for name, p in like.items()})

@@ -28,6 +28,7 @@ from .kronecker import (
     mean_factors,
     pack,
     unpack_all,
+    unpack_exactly,
 )
 from .modes import no_autocast, where
 from .orders import Contractions, budget, contraction_of
@@ -52,7 +53,6 @@ from .types import (
     State,
     Sums,
     Terms,
-    statistics_dtype,
 )
 
 
@@ -318,8 +318,7 @@ def _of_data(
     """
     gradients, loss, n = sums
     means = {name: gradient / n for name, gradient in gradients.items()}
-    exact = {name: p.new_empty(0, dtype=statistics_dtype(p)) for name, p in turn.params.items()}
-    tree = unpack_all(own.values(), means, exact)
+    tree = unpack_exactly(own.values(), means, turn.params)
     slopes = {}
     for name, layer in turn.layers.items():
         M = pack(layer, tree)

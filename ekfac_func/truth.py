@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .basis import choose
-from .capture import UNMAPPED, Captured, capture
+from .capture import Captured, capture, unmapped
 from .contraction import add_sums, exact_sums, mean_sums
 from .discovery import Options
 from .fisher import Fisher, empirical
@@ -26,7 +26,7 @@ from .kronecker import (
     mean_factors,
     pack,
     times,
-    unpack_all,
+    unpack_exactly,
 )
 from .reference import exact_block
 from .refreshes import refresh_bases
@@ -90,7 +90,7 @@ class Data:
         slopes = {
             name: functools.reduce(torch.add, (gradient(c.terms[name]) for c in own)) / n for name in own[0].layers
         }
-        self.slope = unpack_all(own[0].layers.values(), slopes, self.params)
+        self.slope = unpack_exactly(own[0].layers.values(), slopes, self.params)
         for table in tables:
             self.references[table] = _weighed(self.captures[self.reference, table], [len(c.losses) for c in own])
             self.truths[table] = self._truth(table)
@@ -133,7 +133,7 @@ class Data:
             each = torch.func.vmap(self.loss_fn, (None, 0), randomness=self.randomness, chunk_size=self.chunk_size)
             return each(params, batch)
         except RuntimeError as error:
-            if not str(error).startswith("vmap: ") and not any(said in str(error) for said in UNMAPPED):
+            if not unmapped(error):
                 raise
             examples = (pytree.tree_map(lambda leaf, k=k: leaf[k], batch) for k in range(batch_size(batch)))
             return torch.stack([self.loss_fn(params, example) for example in examples])

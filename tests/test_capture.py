@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac_func import RULES, SUA, PerExampleGradients, ekfac, kfac, per_example_gradients
+from ekfac_func import RULES, SUA, Call, Factored, PerExampleGradients, ekfac, kfac, per_example_gradients
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
 from ekfac_func.types import Dense, Params
@@ -149,3 +149,35 @@ def test_dense_gradients_are_the_callers_own() -> None:
         before = found.norms()
         found.dense("w").zero_()
         close(found.norms(), before)
+
+
+@pytest.mark.parametrize("kind", ["whole", "one by one", "by ids"])
+def test_positions_that_a_rule_of_ones_own_does_not_count(kind: str) -> None:
+    """Are no samples of the factors, of blocks that stand in different calls or are picked by ids either."""
+
+    def read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+        def term(x: Tensor, g: Tensor) -> Factored:
+            return Factored(x[:, None, :, :, None], g[:, None], None, (x != 0).any(-1)[:, None])
+
+        return Call(weight, "oi", input, term)
+
+    def read_bmm(input: Tensor, mat2: Tensor) -> Call:
+        def term(x: Tensor, g: Tensor) -> Factored:
+            return Factored(x[..., None], g, None, (x != 0).any(-1))
+
+        return Call(mat2, "bio", input, term)
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        if kind == "by ids":
+            return torch.bmm(x[None].expand(2, -1, -1), params["w"][torch.tensor([1, 0])]).square().sum()
+        uses = [params["w"]] if kind == "whole" else params["w"].unbind()
+        return torch.stack([F.linear(x, w).square().sum() for w in uses]).sum()
+
+    params = {"w": torch.randn(3, 3) if kind == "whole" else torch.randn(2, 3, 3)}
+    x = torch.randn(N, 5, 3)
+    x[:, 2:] = 0
+    options = Options({**RULES, F.linear: read_linear, torch.bmm: read_bmm})
+    (term,) = capture(loss_fn, params, x, options).terms["w"]
+    assert isinstance(term, Factored)
+    assert term.counted is not None
+    assert term.counted.sum((0, 2)).tolist() == [2 * N] * (1 if kind == "whole" else 2)

@@ -43,7 +43,7 @@ from ekfac_func.capture import capture
 from ekfac_func.discovery import Options
 from ekfac_func.types import Basis, Layer, Number, Params
 
-from .cases import Case, every_case, make
+from .cases import Case, every_case, function, make
 from .oracles import blocks, close, examples, loop, side
 
 DAMPING = 0.05
@@ -183,10 +183,32 @@ def test_norm_and_natural_gradient_by_identities(name: str, monkeypatch: pytest.
         close(sliced.natural, natural, 1e-8)
 
 
-def test_losses_that_vmap_cannot_run() -> None:
-    case = make("custom")
+def _comparing(params: Params, x: Tensor) -> Tensor:
+    return x @ params["w"].mT.sum(1) if torch.allclose(x, x) else x.sum()
+
+
+@pytest.mark.parametrize("kind", ["custom", "branch"])
+def test_losses_that_vmap_cannot_run(kind: str) -> None:
+    case = make("custom") if kind == "custom" else function(_comparing, {"w": torch.randn(3, 4)}, 4, ruled=set())
     records = compare(case.loss_fn, case.params, [case.batch(3)], damping=DAMPING, progress=False)
     assert all(math.isfinite(record.decrease) for record in records)
+
+
+def test_parameters_in_half_precision() -> None:
+    """Are judged by statistics in float32, but that the loss along a direction has the digits of a parameter."""
+    params = {"w": torch.randn(4, 3).bfloat16(), "b": torch.randn(4).bfloat16()}
+
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x.to(params["w"].dtype), params["w"], params["b"]).float().square().sum()
+
+    batches = [torch.randn(6, 3).bfloat16() for _ in range(2)]
+    options: Any = {"damping": DAMPING, "progress": False, "estimators": {"kfac": Estimator(kfac)}}
+    found = compare(loss_fn, params, batches, **options)
+    single = {name: p.float() for name, p in params.items()}
+    for low, high in zip(found, compare(loss_fn, single, [b.float() for b in batches], **options), strict=True):
+        assert low.fisher_error == pytest.approx(high.fisher_error, rel=0.1)
+        assert low.cosine == pytest.approx(high.cosine, rel=0.1)
+        assert low.decrease > 0
 
 
 def seen_by(case: Case, batches: list[Any], estimators: Any, **options: Any) -> tuple[list[Record], dict[Any, Seen]]:

@@ -67,6 +67,29 @@ def test_a_parameter_without_a_use_says_so() -> None:
     assert [row.hidden_by for row in rows] == [None, "no call", "a use that no call shows"]
 
 
+class _Square(torch.autograd.Function):
+    """Which no `vmap` takes: its forward has the context."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0] * ctx.saved_tensors[0]
+
+
+def test_a_loss_that_runs_example_by_example_is_described_by_its_layers() -> None:
+    params = {"w": torch.randn(4, 3), "table": torch.randn(9, 3)}
+
+    def loss_fn(params: Params, ids: Tensor) -> Any:
+        return _Square.apply(F.linear(F.embedding(ids, params["table"]), params["w"])).sum()
+
+    rows = describe(loss_fn, params, torch.randint(0, 9, (6, 5)))
+    assert [(row.rule, row.s) for row in rows] == [("linear", 5), ("embedding", 5)]
+
+
 @every_case
 def test_the_certificate_holds(name: str) -> None:
     case = make(name)
