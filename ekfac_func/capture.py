@@ -150,8 +150,10 @@ def separate(params: Mapping[str, Tensor]) -> Params:
     return {name: p.detach() for name, p in params.items()}
 
 
-def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options) -> Captured:
-    """What `capture` would return, of tensors without values where the loss looks at none."""
+def shapes(
+    loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Batch, options: Options
+) -> tuple[Captured, Way]:
+    """What `capture` would return, of tensors without values where the loss looks at none, and how the loss is run."""
     owned = separate(params)
     found = plan(loss_fn, owned, batch, options)
     if found.way is Way.LOOPED and not found.calls:
@@ -160,7 +162,8 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
         for layer in found.layers:
             dtype = statistics_dtype(params[layer.weight])
             none[layer.weight] = (Dense(torch.empty(n, *layer.sizes, dtype=dtype, device="meta")),)
-        return Captured(torch.empty(n, device="meta"), {layer.weight: layer for layer in found.layers}, none, (), 0)
+        layers = {layer.weight: layer for layer in found.layers}
+        return Captured(torch.empty(n, device="meta"), layers, none, (), 0), found.way
 
     def tapped(found: Plan, params: Params, batch: Batch) -> tuple[Captured, list[Any]]:
         return _tapped(found, loss_fn, params, batch, options, _as_they_are, _together)
@@ -168,12 +171,12 @@ def shapes(loss_fn: LossFn | LossAuxFn, params: Mapping[str, Tensor], batch: Bat
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             like, examples = pytree.tree_map(torch.empty_like, (owned, batch))
-            folded = _retried(found, draws([]), lambda found: tapped(found, like, examples))[0]
+            folded, _, found = _retried(found, draws([]), lambda found: tapped(found, like, examples))
     except RuntimeError:  # values are looked at, which torch says in several ways
         leaves = pytree.tree_leaves((owned, batch))
         with undrawn(leaves):
-            folded = _retried(found, draws(leaves), lambda found: tapped(found, owned, batch))[0]
-    return _whole(folded)
+            folded, _, found = _retried(found, draws(leaves), lambda found: tapped(found, owned, batch))
+    return _whole(folded), found.way
 
 
 UNMAPPED = (

@@ -13,7 +13,7 @@ from . import basis as eigenbasis
 from .basis import Choice, Choices, Thin, check_choices, check_patterns, choose, factor_shapes, moment_shape
 from .capture import Captured, shapes
 from .checks import check_batch, check_decay, check_params
-from .discovery import checked_options
+from .discovery import Way, checked_options
 from .kronecker import averages, positions
 from .orders import DEFAULT_CONTRACTIONS, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
@@ -54,16 +54,23 @@ class Row(NamedTuple):
     contraction: Contraction
 
 
+LOOPED = "the loss runs for one example after another, which takes longer: vmap cannot run it, batched=True may"
 _HEAD = ("parameter", "read by", "b s i o k", "Q_A", "Q_B", "factors", "basis", "moment", "second moment", "operations")
 
 
 class Description(tuple[Row, ...]):
-    """Rows in the order of params; `str` is a table."""
+    """Rows in the order of params; `str` is a table.
+
+    looped: whether the loss runs for one example after another, which takes longer, for `vmap` cannot run it.
+    """
+
+    looped = False
 
     def __str__(self) -> str:
         lines = [_HEAD, *map(_cells, self)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*table, *[LOOPED] * self.looped])
 
     __repr__ = __str__
 
@@ -90,7 +97,7 @@ def describe(
     options = checked_options(rules, "different", None, has_aux, batched)
     choices = {} if bases is None else bases
     check_choices(choices)
-    captured = shapes(loss_fn, params, batch, options)
+    captured, way = shapes(loss_fn, params, batch, options)
     check_contractions(contractions)
     layers = captured.layers
     check_patterns("bases", layers.values(), choices)
@@ -100,6 +107,7 @@ def describe(
     rows = Description(
         _row(layer, captured, chosen[name], params[name], averaged, contractions) for name, layer in layers.items()
     )
+    rows.looped = way is Way.LOOPED
     print(rows)
     return rows
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ekfac_func import RULES, Blocks, Call, Factored, blocks, describe, ekfac
 from ekfac_func.types import Params
 
-from .cases import N, every_case, make
+from .cases import LOOPED, N, every_case, make
 
 
 @every_case
@@ -21,6 +21,7 @@ def test_every_parameter_has_a_row(name: str, capsys: pytest.CaptureFixture[str]
     assert sorted(p for row in rows for p in (row.name, row.bias) if p) == sorted(case.params)
     assert {p for row in rows if row.rule for p in (row.name, row.bias) if p} == case.ruled
     printed = capsys.readouterr().out
+    assert rows.looped == ("one example after another" in printed) == (name in LOOPED)
     state = ekfac(case.loss_fn, damping=1.0).init(case.params, batch)
     for row in rows:
         assert row.name in printed
