@@ -200,7 +200,7 @@ def contraction(
             if isinstance(factored.a, Tensor) and kernels.takes(factored.g, factored.a, basis):
                 possible.append(Order.KERNEL)
             _check(order, possible, name)
-            wanted = possible if order is None else [order]
+            wanted = [one for one in possible if _sensible(one, basis)] if order is None else [order]
             return _of_factored(factored, basis, wanted, max_bytes, _cost(factored.g, costs))
     raise AssertionError(f"no contraction for {[type(term).__name__ for term in terms]}")
 
@@ -220,8 +220,6 @@ class Sizes(NamedTuple):
     o: int
     A: int  # products of each entry that a side turns
     B: int
-    matrix_A: bool  # a side that G[n] may be projected on as well
-    matrix_B: bool
     rest_A: bool  # a side with a complement, whose squares are wanted too
     rest_B: bool
     unwritten: bool  # inputs that are patches
@@ -231,28 +229,24 @@ class Sizes(NamedTuple):
 
 def _sizes(term: Factored, basis: Basis) -> Sizes:
     b, s, i, k = term.a.shape[1:]
-    (A, matrix_A, rest_A), (B, matrix_B, rest_B) = ((turns(Q), is_matrix(Q), outside(Q) > 0) for Q in basis)
+    (A, rest_A), (B, rest_B) = ((turns(Q), outside(Q) > 0) for Q in basis)
     unwritten, itemsize = isinstance(term.a, Patches), term.g.element_size()
-    sides = A, B, matrix_A, matrix_B, rest_A, rest_B
-    return Sizes(b, s, i, k, term.g.shape[3], *sides, unwritten, filters_inputs(term, basis), itemsize)
+    return Sizes(b, s, i, k, term.g.shape[3], A, B, rest_A, rest_B, unwritten, filters_inputs(term, basis), itemsize)
+
+
+def _sensible(order: Order, basis: Basis) -> bool:
+    """Whether a side that is not one matrix, which costs little, is early, and two sides with complements together."""
+    first = early(order)
+    apart = len(first) == 1 and all(outside(Q) for Q in basis)
+    return not apart and all(side in first or is_matrix(Q) for side, Q in zip("ag", basis, strict=True))
 
 
 @torch.compiler.assume_constant_result
 def _cheapest(possible: tuple[Order, ...], given: tuple[int, ...], cost: Cost) -> tuple[Order, tuple[Step, ...]]:
-    """The order and its products.
-
-    A side that is not one matrix costs little and is projected before G[n]; two sides with complements go together.
-    """
+    """The order and its products."""
     sizes = Sizes(*given)  # type: ignore[arg-type]  # a plain tuple, for Dynamo's constants
-    no_matrix = {side for side, is_matrix in (("a", sizes.matrix_A), ("g", sizes.matrix_B)) if not is_matrix}
-    rest = {side for side, has_rest in (("a", sizes.rest_A), ("g", sizes.rest_B)) if has_rest}
-
-    def sensible(order: Order) -> bool:
-        first = set(early(order))
-        return no_matrix <= first and rest & first in (rest, set())
-
-    left = [order for order in possible if len(possible) == 1 or sensible(order)]
-    return min(((order, _products(order, sizes, cost)) for order in left), key=lambda found: _seconds(found[1], cost))
+    found = ((order, _products(order, sizes, cost)) for order in possible)
+    return min(found, key=lambda pair: _seconds(pair[1], cost))
 
 
 def _seconds(steps: Iterable[Step], cost: Cost) -> float:
@@ -342,7 +336,7 @@ def _cost(t: Tensor, costs: Costs) -> Cost:
 @functools.lru_cache
 def _products(order: Order, sizes: Sizes, cost: Cost) -> tuple[Step, ...]:
     """The products of an order. An entry of `[o i]` that does not stay in cache is written, and read by the next."""
-    b, s, i, k, o, A, B, _, _, rest_A, rest_B, unwritten, filtered, size = sizes
+    b, s, i, k, o, A, B, rest_A, rest_B, unwritten, filtered, size = sizes
     n = NOMINAL_N
     of_a, of_g, of_G = n * b * s * i * k, n * b * s * o, n * b * o * i * k
     cached = b * o * i * k * size <= cost.cache
