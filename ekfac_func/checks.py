@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -122,7 +122,7 @@ def _of_subclass(named: str, t: Tensor) -> TypeError:
 
 
 def check_kind_of_state(state: object) -> None:
-    """state: what `check_state` looks at, whose layers are read before it."""
+    """state: a State, before its layers are read; `check_state` looks at what it has."""
     if not isinstance(state, State):
         raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
 
@@ -207,25 +207,51 @@ def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:
 NUMBER = "a Python number or a 0-d tensor"
 
 
-def check_positive(name: str, value: Number, kind: str = NUMBER) -> None:
-    """Refuse a Python number that is not positive and finite; a tensor cannot be checked and shows in `info`.
+def _check_number(name: str, value: Number, holds: Callable[[float], bool], remedy: str, kind: str = NUMBER) -> None:
+    """Refuse what is no number, and a Python number of which something does not hold: a tensor's value is not read.
 
     kind: what an error says to give.
     """
-    if not _unknown(name, value, kind) and not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: give a positive number, not infinity")
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: give {kind}")
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or isinstance(value, Fraction):
+        raise TypeError(f"{name} is a {type(value).__name__}: give {kind}")
+    if not holds(value):
+        raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+def check_positive(name: str, value: Number, kind: str = NUMBER) -> None:
+    """A positive number; a tensor that is not shows in `info`. kind: what an error says to give."""
+    _check_number(name, value, lambda x: 0 < x < math.inf, "give a positive number, not infinity", kind)
 
 
 def check_damping(damping: Number) -> None:
-    """Refuse what is no positive number; rules, which are functions, are not for here."""
+    """A positive number; rules, which are functions, are not for here."""
     rule = "a rule from second moments to the damping of each layer, such as optim.relative(0.1)"
     check_positive("damping", damping, f"{NUMBER}, or {rule}")
 
 
 def check_not_negative(name: str, value: Number) -> None:
-    """Refuse a Python number below zero; a tensor cannot be checked."""
-    if not _unknown(name, value) and not value >= 0:
-        raise ValueError(f"{name}={value!r}: give a number, at least 0")
+    """Zero or more."""
+    _check_number(name, value, lambda x: x >= 0, "give a number, at least 0")
+
+
+def check_decay(name: str, decay: Number) -> None:
+    """A weight of the past."""
+    remedy = f"it is the weight of the past in each step, give 0 <= {name} < 1"
+    _check_number(name, decay, lambda x: 0 <= x < 1, remedy)
+
+
+def check_exponent(name: str, exponent: Number) -> None:
+    """An exponent that shrinks what has a large second moment."""
+    _check_number(name, exponent, lambda x: -math.inf < x < 0, "give a negative number, -1 for the natural gradient")
+
+
+def check_number(name: str, value: Number) -> None:
+    """A finite number."""
+    _check_number(name, value, math.isfinite, "give a finite number")
 
 
 def check_dampings(dampings: Mapping[str, Number], layers: Iterable[str]) -> None:
@@ -257,35 +283,6 @@ def check_moment(name: str, estimator: str, new: object, old: Moment) -> None:
             f"of shape {tuple(new.weight.shape)} for the layer {name!r}: let its update return them as they are given, "
             f"{tuple(old.value.shape)} and {tuple(old.weight.shape)}"
         )
-
-
-def check_decay(name: str, decay: Number) -> None:
-    """Refuse a Python number that is no weight of the past, and a tensor that is no number."""
-    if not _unknown(name, decay) and not 0 <= decay < 1:
-        raise ValueError(f"{name}={decay!r}: it is the weight of the past in each step, give 0 <= {name} < 1")
-
-
-def check_exponent(name: str, exponent: Number) -> None:
-    """Refuse a Python number that does not shrink what has a large second moment, and a tensor that is no number."""
-    if not _unknown(name, exponent) and not -math.inf < exponent < 0:
-        raise ValueError(f"{name}={exponent!r}: give a negative number, -1 for the natural gradient")
-
-
-def check_number(name: str, value: Number) -> None:
-    """Refuse what is no finite Python number, and a tensor that is no number."""
-    if not _unknown(name, value) and not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: give a finite number")
-
-
-def _unknown(name: str, value: Number, kind: str = NUMBER) -> bool:
-    """Whether a number is a 0-d tensor, whose value is not looked at. Refuse what is no number."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: give {kind}")
-        return True
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or isinstance(value, Fraction):
-        raise TypeError(f"{name} is a {type(value).__name__}: give {kind}")
-    return False
 
 
 def check_function(name: str, function: object, kind: str) -> None:
