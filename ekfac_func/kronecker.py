@@ -227,13 +227,19 @@ def mean_factors(sums: Sequence[FactorSums]) -> Means:
     means = [Means(_ratio(s.A, s.count_A), _ratio(s.B, s.count_B), s.positions) for s in sums]
     if len(means) == 1:
         return means[0]
-    traces = [(_trace(mean.A), _trace(mean.B)) for mean in means]
-    shares = [mean.positions * tr_A * tr_B for mean, (tr_A, tr_B) in zip(means, traces, strict=True)]
-    parts_A, parts_B = [], []
-    for mean, (tr_A, tr_B), share in zip(means, traces, shares, strict=True):
-        parts_A.append(_times(_ratio(mean.A, tr_A), share))
-        parts_B.append(_times(_ratio(mean.B, tr_B), share))
-    return Means(_ratio(_sum(parts_A), torch.stack(shares).sum(0)), _sum(parts_B), 1)
+    shares = [mean.positions * _trace(mean.A) * _trace(mean.B) for mean in means]
+    A = _sum_by_shares([mean.A for mean in means], shares)
+    B = _sum_by_shares([mean.B for mean in means], shares)
+    return Means(_ratio(A, torch.stack(shares).sum(0)), B, 1)
+
+
+def _sum_by_shares(factors: Sequence[Factor], shares: Sequence[Tensor]) -> Factor:
+    """The sum of a layer's factors, each with its share as its trace: as samples where all are."""
+    parts = [_times(_ratio(C, _trace(C)), share) for C, share in zip(factors, shares, strict=True)]
+    samples = [part.x for part in parts if isinstance(part, Gram)]
+    if len(samples) == len(parts):
+        return Gram(torch.cat(samples, dim=1))
+    return torch.stack([formed(part) for part in parts]).sum(0)
 
 
 def _ratio(C: Factor, by: Number) -> Factor:
@@ -246,14 +252,6 @@ def _ratio(C: Factor, by: Number) -> Factor:
 
 def _times(C: Factor, by: Tensor) -> Factor:
     return Gram(C.x * _along(by.sqrt(), C.x)) if isinstance(C, Gram) else C * _along(by, C)
-
-
-def _sum(parts: Sequence[Factor]) -> Factor:
-    """Of factors of one layer: samples where all are."""
-    samples = [p.x for p in parts if isinstance(p, Gram)]
-    if len(samples) == len(parts):
-        return Gram(torch.cat(samples, dim=1))
-    return torch.stack([formed(p) for p in parts]).sum(0)
 
 
 def _along(numbers: Tensor, C: Tensor) -> Tensor:
