@@ -359,9 +359,9 @@ def _patching(term: Factored, basis: Basis, how: Contraction) -> Patching:
         return Patching.CONVOLVED
     if projected and writable(term.g, a.x) and filters_inputs(term, basis, split(a, how.block)[0].shape[0]):
         return Patching.FILTERED
-    whole = isinstance(basis.Q_A, Tensor) and basis.Q_A.dim() == 3
     few = 2 * nominal(a.shape[0]) * a.shape[2] < a.shape[3]
-    return Patching.WRITTEN if a.apart or not whole or (projected and few) else Patching.REORDERED
+    as_it_is = a.apart or not is_matrix(basis.Q_A) or (projected and few)
+    return Patching.WRITTEN if as_it_is else Patching.REORDERED
 
 
 def _add(sum: Tensor | None, G: Tensor, squared: bool = False) -> Tensor:

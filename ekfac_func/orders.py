@@ -31,6 +31,7 @@ from .checks import check_count
 from .kronecker import count
 from .modes import opaque
 from .patches import Patches
+from .subspace import incomplete
 from .types import NO_CALL, Basis, Dense, Factored, Layer, OneHot, Terms, constants, is_matrix, outside, turns
 from .winograd import POSITIONS, filters
 
@@ -140,9 +141,9 @@ def check_contractions(chosen: Contractions) -> None:
             raise TypeError(f"orders[{pattern!r}] is {order!r}: give one of {', '.join(map(str, Order))}")
 
 
-def budget(chosen: Contractions, bytes_each: int) -> int:
-    """max_bytes. bytes_each: bytes of the layers' inputs and output gradients."""
-    return max(MAX_BYTES, bytes_each // 4) if chosen.max_bytes is None else chosen.max_bytes
+def budget(chosen: Contractions, of_batch: int) -> int:
+    """max_bytes. of_batch: bytes of the layers' inputs and output gradients."""
+    return max(MAX_BYTES, of_batch // 4) if chosen.max_bytes is None else chosen.max_bytes
 
 
 def contraction_of(
@@ -318,8 +319,7 @@ def filters_inputs(term: Factored, basis: Basis, n: int | None = None) -> bool:
 
     What lies outside of a basis is read from the patches. n: examples at a time, by default as many as pay.
     """
-    whole = is_matrix(basis.Q_A) and not (outside(basis.Q_A) or outside(basis.Q_B))
-    if not whole or not isinstance(term.a, Patches):
+    if not is_matrix(basis.Q_A) or incomplete(basis) or not isinstance(term.a, Patches):
         return False
     return filters(term.a, -(-POSITIONS // term.a.shape[2]) if n is None else n)
 
