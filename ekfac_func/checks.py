@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Layer, Moment, Number, State, shapes_of, statistics_dtype
+from .types import Batch, Layer, Moment, Number, State, shapes_of
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:
@@ -122,62 +122,9 @@ def _of_subclass(named: str, t: Tensor) -> TypeError:
 
 
 def check_kind_of_state(state: object) -> None:
-    """state: a State, before its layers are read; `check_state` looks at what it has."""
+    """state: a State; whether it fits, `check_state` says once the layers are known."""
     if not isinstance(state, State):
         raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
-
-
-def check_state(
-    state: State,
-    shapes: Mapping[str, tuple[int, ...]],
-    factor_shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
-    params: Mapping[str, Tensor],
-    layers: Mapping[str, Layer],
-) -> None:
-    """state: made by `init` for these params, loss_fn, rules and bases; shapes: of what they need."""
-    for name, shape in shapes.items():
-        if name not in state.second_moments:
-            raise ValueError(f"state has no layer {name!r}, params has: make it with init(params, batch)")
-        _check_kept_moment(name, state.second_moments[name].value, shape, params[name])
-        A, B, _ = state.factors[name]
-        if (tuple(A.shape), tuple(B.shape)) != factor_shapes[name]:
-            raise ValueError(
-                f"state has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for the layer {name!r}, bases and "
-                f"factor_decay need {factor_shapes[name][0]} and {factor_shapes[name][1]}: make it with "
-                "init(params, batch)"
-            )
-    for old in state.layers:
-        new = layers.get(old.weight)
-        if new is None or old.order == new.order:  # Dynamo of torch 2.11 knows no `!=` of tuples here
-            continue
-        if old.split == new.split:
-            raise ValueError(
-                f"state has the layer {old.weight!r} with its axes in the order {old.order}, the loss has them in the "
-                f"order {new.order}: let it call its layers in one order, or make the state with init(params, batch)"
-            )
-    for name in state.second_moments:
-        if name not in shapes:
-            that = "is now the bias of another" if name in params else "params has not"
-            raise ValueError(f"state has a layer {name!r} that {that}: make it with init(params, batch)")
-
-
-def _check_kept_moment(name: str, value: Tensor, shape: tuple[int, ...], p: Tensor) -> None:
-    """state: a second moment of a layer whose weight is p; shape: that it needs."""
-    if tuple(value.shape) != shape:
-        raise ValueError(
-            f"state has a second moment of shape {tuple(value.shape)} for the layer {name!r}, params, rules and bases "
-            f"need {shape} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
-        )
-    if value.dtype != statistics_dtype(p):
-        raise TypeError(
-            f"state has a second moment of dtype {value.dtype} for the layer {name!r}, params of dtype {p.dtype} need "
-            f"{statistics_dtype(p)}: make it with init(params, batch)"
-        )
-    if value.device != p.device:
-        raise ValueError(
-            f"state has the layer {name!r} on {value.device}, params on {p.device}: move it by "
-            "torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), state)"
-        )
 
 
 def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:

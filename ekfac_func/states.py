@@ -1,4 +1,4 @@
-"""The state before the first step, and what it says of layers that only some batches use."""
+"""The state: before the first step, what a step asks of it, and what it says of layers that only some batches use."""
 
 from __future__ import annotations  # Dynamo does not evaluate those of functions made while it traces
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import Choice, start
+from .basis import Choice, factor_shapes, moment_shape, start
 from .types import NO_CALL, Layer, State, statistics_dtype
 
 
@@ -22,6 +22,59 @@ def initial_state(
         zero = torch.zeros((), dtype=statistics_dtype(p), device=p.device)
         factors[name], bases[name], second_moments[name] = start(layer, chosen[name], zero, averaged)
     return State(0, factors, bases, second_moments, layers)
+
+
+def check_state(
+    state: State,
+    layers: Mapping[str, Layer],
+    chosen: Mapping[str, Choice],
+    params: Mapping[str, Tensor],
+    averaged: bool,
+) -> None:
+    """Refuse a state that `init` did not make for these params, loss_fn, rules and bases."""
+    for name, layer in layers.items():
+        if name not in state.second_moments:
+            raise ValueError(f"state has no layer {name!r}, params has: make it with init(params, batch)")
+        _check_kept_moment(name, state.second_moments[name].value, moment_shape(layer, chosen[name]), params[name])
+        A, B, _ = state.factors[name]
+        needed = factor_shapes(layer, chosen[name], averaged)
+        if (tuple(A.shape), tuple(B.shape)) != needed:
+            raise ValueError(
+                f"state has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for the layer {name!r}, bases and "
+                f"factor_decay need {needed[0]} and {needed[1]}: make it with init(params, batch)"
+            )
+    for old in state.layers:
+        new = layers.get(old.weight)
+        if new is None or old.order == new.order:  # Dynamo of torch 2.11 knows no `!=` of tuples here
+            continue
+        if old.split == new.split:
+            raise ValueError(
+                f"state has the layer {old.weight!r} with its axes in the order {old.order}, the loss has them in the "
+                f"order {new.order}: let it call its layers in one order, or make the state with init(params, batch)"
+            )
+    for name in state.second_moments:
+        if name not in layers:
+            that = "is now the bias of another" if name in params else "params has not"
+            raise ValueError(f"state has a layer {name!r} that {that}: make it with init(params, batch)")
+
+
+def _check_kept_moment(name: str, value: Tensor, shape: tuple[int, ...], p: Tensor) -> None:
+    """Refuse a second moment of a layer whose weight is p; shape: that it needs."""
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"state has a second moment of shape {tuple(value.shape)} for the layer {name!r}, params, rules and bases "
+            f"need {shape} (blocks, outputs, inputs with the bias, offsets): make it with init(params, batch)"
+        )
+    if value.dtype != statistics_dtype(p):
+        raise TypeError(
+            f"state has a second moment of dtype {value.dtype} for the layer {name!r}, params of dtype {p.dtype} need "
+            f"{statistics_dtype(p)}: make it with init(params, batch)"
+        )
+    if value.device != p.device:
+        raise ValueError(
+            f"state has the layer {name!r} on {value.device}, params on {p.device}: move it by "
+            "torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), state)"
+        )
 
 
 def refuse_changed_use(state: State, layers: Mapping[str, Layer]) -> None:

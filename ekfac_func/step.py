@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .basis import Choice, Choices, Compact, Rank, Thin, choose, factor_shapes, moment_shape
+from .basis import Choice, Choices, Compact, Rank, Thin, choose
 from .capture import Captured, Reading, fold, joined
-from .checks import check_moment, check_state
+from .checks import check_moment
 from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import Options
 from .distributed import Ranks, of_first, total, total_factors
@@ -37,7 +37,7 @@ from .refreshes import Refresh, check_samples, due, refresh_bases
 from .rescaling import dampings_of, rescaled
 from .second_moment import AtRefresh, SecondMoment, carry_over, keep
 from .spans import Span, expand_span, in_span, into_span, into_spans, out_of_spans
-from .states import marked, refuse_changed_use, unused, with_first_uses
+from .states import check_state, marked, refuse_changed_use, unused, with_first_uses
 from .subspace import Mean, incomplete, mean_outside, rescales_samples
 from .types import (
     Basis,
@@ -163,13 +163,7 @@ def _turn_of(
         refuse_changed_use(state, layers)
     else:
         state = with_first_uses(state, layers, chosen, params, how.averaged)
-    check_state(
-        state,
-        {name: moment_shape(layer, chosen[name]) for name, layer in layers.items()},
-        {name: factor_shapes(layer, chosen[name], how.averaged) for name, layer in layers.items()},
-        params,
-        layers,
-    )
+    check_state(state, layers, chosen, params, how.averaged)
     refreshing = due(layers, how.refresh, state.step, how.basis_every)
     # in one condition, for each is a guard of Dynamo, which may cost a graph
     every = len(refreshing) == len(layers) or state.step % how.moment_every == 0
