@@ -28,8 +28,8 @@ from .contraction import exact_squares, exact_sums, gradient_sums
 from .curvature import Curvature, curvature
 from .describe import Description, Row, describe
 from .distributed import Ranks, ranks
+from .factors import WeightSharing, expand, reduce
 from .fisher import Fisher, empirical, exact, gradient, sampled
-from .kronecker import WeightSharing, expand, reduce
 from .optim import EKFACOptimizer, set_grads
 from .orders import COSTS, Contraction, Contractions, Cost, Order
 from .per_example import PerExampleGradients, per_example_gradients, second_moments

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from .checks import check_batch, check_count, check_decay, check_params, check_positive
 from .contraction import mean_sums
 from .discovery import checked_options
+from .factors import average_factors, eigenvalue_product, factor_sums, mean_factors
 from .fisher import Fisher, check_estimator, check_fisher, empirical
-from .kronecker import average_factors, count, eigenvalue_product, factor_sums, mean_factors, unpack
+from .kronecker import count, unpack
 from .orders import contraction
 from .records import Record, figures, signal_to_noise, sums_of
 from .reference import part

@@ -14,7 +14,8 @@ from .basis import Choice, Choices, Thin, check_choices, check_patterns, choose,
 from .capture import Captured, shapes
 from .checks import check_batch, check_decay, check_params
 from .discovery import Way, checked_options
-from .kronecker import averages, positions
+from .factors import averages
+from .kronecker import positions
 from .orders import DEFAULT_CONTRACTIONS, Contraction, Contractions, check_contractions, contraction_of
 from .rules import RULES, Rules
 from .spans import compress, in_span

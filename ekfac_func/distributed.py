@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .kronecker import FactorSums
+from .factors import FactorSums
 
 
 class Ranks(NamedTuple):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .contraction import add_sums
-from .kronecker import FactorSums, add_factor_sums, gradient
+from .factors import FactorSums, add_factor_sums
+from .kronecker import gradient
 from .types import Layer, State, Sums, Terms
 
 

@@ -24,8 +24,8 @@ from .checks import (
 )
 from .discovery import checked_options, plan
 from .distributed import Ranks, check_ranks
+from .factors import WeightSharing, averages, expand
 from .fisher import Fisher, blaming, check_estimator, empirical
-from .kronecker import WeightSharing, averages, expand
 from .modes import depth
 from .orders import DEFAULT_CONTRACTIONS, Contractions, check_contractions
 from .refreshes import EIGH, Refresh, check_refresh

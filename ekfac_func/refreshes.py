@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .basis import noise
 from .checks import check_count
-from .kronecker import formed
+from .factors import formed
 from .modes import where
 from .products import outer
 from .solvers import eigenvectors, eigenvectors_where_due, householder

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .checks import check_decay
 from .contraction import exact_sums, gradient_sums
-from .kronecker import into_basis, past_share
+from .factors import past_share
+from .kronecker import into_basis
 from .orders import Contraction
 from .subspace import squared_rotations
 from .types import Basis, Moment, Number, Sums, Terms

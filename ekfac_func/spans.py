@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .basis import FULL, Choice, Choices, Compact, Thin, start
 from .capture import joined
-from .kronecker import WeightSharing, as_samples, averages, factor_sums, gradient
+from .factors import WeightSharing, averages, factor_sums
+from .kronecker import as_samples, gradient
 from .passes import LayerSums
 from .refreshes import scaled
 from .second_moment import AtRefresh, SecondMoment, reset

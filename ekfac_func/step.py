@@ -18,18 +18,9 @@ from .contraction import exact_sums, gradient_sums, mean_sums
 from .discovery import Options
 from .distributed import Ranks, of_first, total, total_factors
 from .draws import Draws, draws
+from .factors import WeightSharing, average_factors, eigenvalue_product, factor_sums, mean_factors
 from .fisher import Fisher, blaming
-from .kronecker import (
-    WeightSharing,
-    average_factors,
-    eigenvalue_product,
-    factor_sums,
-    into_basis,
-    mean_factors,
-    pack,
-    unpack_all,
-    unpack_exactly,
-)
+from .kronecker import into_basis, pack, unpack_all, unpack_exactly
 from .modes import no_autocast, where
 from .orders import Contractions, budget, contraction_of
 from .passes import LayerSums, add_gradients, add_if_any, add_layer_sums, read_gradient

@@ -16,18 +16,9 @@ from .basis import choose
 from .capture import Captured, capture, unmapped
 from .contraction import add_sums, exact_sums, mean_sums
 from .discovery import Options
+from .factors import add_factor_sums, factor_sums, mean_factors
 from .fisher import Fisher, empirical
-from .kronecker import (
-    add_factor_sums,
-    count,
-    factor_sums,
-    gradient,
-    into_basis,
-    mean_factors,
-    pack,
-    times,
-    unpack_exactly,
-)
+from .kronecker import count, gradient, into_basis, pack, times, unpack_exactly
 from .reference import exact_block
 from .refreshes import refresh_bases
 from .rescaling import rescaled

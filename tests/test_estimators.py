@@ -45,7 +45,8 @@ from ekfac_func import (
 from ekfac_func import contraction as contraction_room
 from ekfac_func.capture import capture
 from ekfac_func.discovery import Options, plan
-from ekfac_func.kronecker import factor_sums, gradient, into_basis, mean_factors
+from ekfac_func.factors import factor_sums, mean_factors
+from ekfac_func.kronecker import gradient, into_basis
 from ekfac_func.orders import FORMED, Contraction, contraction, convolves, early
 from ekfac_func.patches import Patches
 from ekfac_func.types import Layer, Number, Params, Sums

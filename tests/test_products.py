@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ekfac_func import compact, curvature, ekfac, per_example_gradients
 from ekfac_func.capture import WAYS
-from ekfac_func.kronecker import symmetric
+from ekfac_func.factors import symmetric
 from ekfac_func.products import ONEDNN, linear, outer, product, rotate
 from ekfac_func.types import Params
 

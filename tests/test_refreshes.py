@@ -36,7 +36,7 @@ from ekfac_func import (
     thin,
 )
 from ekfac_func import basis as eigenbasis
-from ekfac_func.kronecker import symmetric
+from ekfac_func.factors import symmetric
 from ekfac_func.types import Basis, Factors, Gram, Layer, Means, Params
 
 from .cases import Case, N, every_case_and_table, make, wide
@@ -200,7 +200,7 @@ def test_a_step_from_samples(name: str, rules: Any, estimator: SecondMoment, mon
     initial = step.init(case.params, batch)
     found = {}
     for few in (0, math.inf):
-        monkeypatch.setattr("ekfac_func.kronecker.FEW", few)
+        monkeypatch.setattr("ekfac_func.factors.FEW", few)
         found[few] = step.precondition(case.params, batch, initial)
         assert found[few][2].kept_bases == 0
     (natural, state, _), (other, new, _) = found.values()
