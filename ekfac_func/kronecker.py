@@ -16,7 +16,6 @@ follow the weight's axes.
 """
 
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -184,19 +183,17 @@ def square_norms(terms: Terms) -> Tensor:
 def _square_norms(term: Term) -> Tensor:
     if isinstance(term, OneHot):
         return coalesce(term).g.square().sum((1, 2))
-    if isinstance(term, Factored):
-        s, i, k = term.a.shape[2:]
-        o = term.g.shape[3]
-        if s * (i * k + o) <= o * i * k:
-            g, a = common_first(term.g, term.inputs)
-            pairs_a = torch.einsum("nbsik,nbtik->nbst", a, a)
-            pairs_g = torch.einsum("nbso,nbto->nbst", g, g)
-            return torch.einsum("nbst,nbst->n", pairs_a, pairs_g)
-        entries = math.prod(term.a.shape[1:2] + term.a.shape[3:]) * o
-        blocks = zip(in_blocks(term.g, entries), in_blocks(term.a, entries), strict=True)
-        squares = [_dense(Factored(a, g)).square().sum((1, 2, 3, 4)) for g, a in blocks]
-        return torch.cat(squares)[: term.g.shape[0]]
-    return _dense(term).square().sum((1, 2, 3, 4))
+    if isinstance(term, Dense):
+        return term.G.square().sum((1, 2, 3, 4))
+    n, b, s, i, k = term.a.shape
+    o = term.g.shape[3]
+    if s * (i * k + o) <= o * i * k:
+        g, a = common_first(term.g, term.inputs)
+        pairs_a = torch.einsum("nbsik,nbtik->nbst", a, a)
+        pairs_g = torch.einsum("nbso,nbto->nbst", g, g)
+        return torch.einsum("nbst,nbst->n", pairs_a, pairs_g)
+    blocks = zip(in_blocks(term.g, b * o * i * k), in_blocks(term.a, b * o * i * k), strict=True)
+    return torch.cat([_dense(Factored(a, g)).square().sum((1, 2, 3, 4)) for g, a in blocks])[:n]
 
 
 def as_blocks(x: Tensor, Q: Side, axis: int) -> Tensor:
