@@ -113,6 +113,27 @@ def _check_leaf(batch: Batch, leaf: Any) -> None:
         )
 
 
+def _remedy(leaf: object) -> str:
+    if dataclasses.is_dataclass(leaf):
+        return f"register it, torch.utils._pytree.register_dataclass({type(leaf).__name__})"
+    if hasattr(leaf, "__array__"):
+        return "pass torch.as_tensor of it"
+    if isinstance(leaf, bool | int | float):
+        return "give numbers as a tensor with a leading axis of examples, or close over what is one for all"
+    if hasattr(leaf, "__iter__") and not isinstance(leaf, str):
+        return "pass one batch of it, as torch.utils.data.default_collate makes of a list of examples"
+    return "leave out what the loss does not need, close over what stays as it is from batch to batch"
+
+
+def _place(batch: Batch, leaf: Any) -> str:
+    """Where a leaf of the batch is, for a message."""
+    if not torch.compiler.is_compiling():
+        for path, other in pytree.tree_flatten_with_path(batch)[0]:
+            if other is leaf:
+                return f"batch{pytree.keystr(path)}"
+    return "batch"
+
+
 def _of_subclass(named: str, t: Tensor) -> TypeError:
     """The error for a subclass of Tensor that has torch functions of its own."""
     return TypeError(
@@ -290,24 +311,3 @@ def check_randomness(randomness: str) -> None:
     """Refuse what `torch.func.vmap` does not know."""
     if randomness not in ("different", "same", "error"):
         raise ValueError(f"randomness={randomness!r}: give 'different', 'same' or 'error', as to torch.func.vmap")
-
-
-def _remedy(leaf: object) -> str:
-    if dataclasses.is_dataclass(leaf):
-        return f"register it, torch.utils._pytree.register_dataclass({type(leaf).__name__})"
-    if hasattr(leaf, "__array__"):
-        return "pass torch.as_tensor of it"
-    if isinstance(leaf, bool | int | float):
-        return "give numbers as a tensor with a leading axis of examples, or close over what is one for all"
-    if hasattr(leaf, "__iter__") and not isinstance(leaf, str):
-        return "pass one batch of it, as torch.utils.data.default_collate makes of a list of examples"
-    return "leave out what the loss does not need, close over what stays as it is from batch to batch"
-
-
-def _place(batch: Batch, leaf: Any) -> str:
-    """Where a leaf of the batch is, for a message."""
-    if not torch.compiler.is_compiling():
-        for path, other in pytree.tree_flatten_with_path(batch)[0]:
-            if other is leaf:
-                return f"batch{pytree.keystr(path)}"
-    return "batch"

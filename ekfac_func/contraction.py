@@ -66,6 +66,29 @@ def exact_squares(terms: Terms, basis: Basis, how: Contraction | None = None) ->
     return _summed(terms, basis, how, total=False).square
 
 
+def gradient_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
+    """Sums over the examples of G, `[b o i k]`, and of G in the basis, `[b O I k]`; no moment."""
+    total = gradient(terms)
+    return Sums(total, into_basis(total, basis), None)
+
+
+def add_sums(sums: Sums, more: Sums) -> Sums:
+    """Those of more examples."""
+    square = None if sums.square is None or more.square is None else sums.square + more.square
+    return Sums(sums.gradient + more.gradient, sums.projected + more.projected, square)
+
+
+def mean_sums(sums: Sums, n: Number, own: bool = False) -> Sums:
+    """The one division of the sums over examples. own: they may be overwritten, where no two share memory."""
+    tensors = [t for t in sums if t is not None]
+    own = own and not transformed() and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
+
+    def mean(t: Tensor) -> Tensor:
+        return torch.div(t, n, out=t if own else None)
+
+    return Sums(mean(sums.gradient), mean(sums.projected), None if sums.square is None else mean(sums.square))
+
+
 class _Found(NamedTuple):
     """Sums over the examples: that of the squares, and those that an order has on its way to it."""
 
@@ -123,29 +146,6 @@ def _by_kernel(term: Factored, basis: Basis, total: bool) -> _Found:
 def _in_columns(t: Tensor, Q: Tensor) -> Tensor:
     """`t Q` of `[n 1 s d]` with positions as the last axis in memory, as the kernel reads them."""
     return matmul(Q.mT.expand(t.shape[0], -1, -1), t[:, 0].mT)[:, None].mT
-
-
-def add_sums(sums: Sums, more: Sums) -> Sums:
-    """Those of more examples."""
-    square = None if sums.square is None or more.square is None else sums.square + more.square
-    return Sums(sums.gradient + more.gradient, sums.projected + more.projected, square)
-
-
-def mean_sums(sums: Sums, n: Number, own: bool = False) -> Sums:
-    """The one division of the sums over examples. own: they may be overwritten, where no two share memory."""
-    tensors = [t for t in sums if t is not None]
-    own = own and not transformed() and len({t.untyped_storage()._cdata for t in tensors}) == len(tensors)
-
-    def mean(t: Tensor) -> Tensor:
-        return torch.div(t, n, out=t if own else None)
-
-    return Sums(mean(sums.gradient), mean(sums.projected), None if sums.square is None else mean(sums.square))
-
-
-def gradient_sums(terms: Terms, basis: Basis, how: Contraction | None = None) -> Sums:
-    """Sums over the examples of G, `[b o i k]`, and of G in the basis, `[b O I k]`; no moment."""
-    total = gradient(terms)
-    return Sums(total, into_basis(total, basis), None)
 
 
 def _of_table(table: OneHot, basis: Basis, total: bool) -> _Found:
