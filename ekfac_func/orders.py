@@ -146,9 +146,7 @@ def budget(chosen: Contractions, of_batch: int) -> int:
     return max(MAX_BYTES, of_batch // 4) if chosen.max_bytes is None else chosen.max_bytes
 
 
-def contraction_of(
-    layer: Layer, terms: Terms, basis: Basis, chosen: Contractions = DEFAULT_CONTRACTIONS, bytes_each: int = 0
-) -> Contraction:
+def contraction_of(layer: Layer, terms: Terms, basis: Basis, chosen: Contractions, bytes_each: int) -> Contraction:
     """How the moment of a layer is summed. ValueError where an order that is asked for cannot do it.
 
     A layer that the batch does not use has gradients of zero as they are, whatever order its calls are to have.

@@ -2,7 +2,7 @@
 
 Four output pixels see a tile of 4 x 4 input pixels, and a column of the matrix is a filter for each channel. Tiles and
 filters are turned along both axes and multiplied entry by entry, with the channels as the inner axis: minimal
-filtering, Lavin & Gray 2015, https://arxiv.org/abs/1509.09308. Its halves stand on the side of the tiles.
+filtering, Lavin & Gray 2015, https://arxiv.org/abs/1509.09308. What it halves, it halves in the tiles.
 """
 
 import torch

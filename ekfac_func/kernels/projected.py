@@ -37,7 +37,7 @@ LOW_BITS = 0x1FFF  # of float32, that TF32 does not have
 
 PROGRAMS = 132  # multiprocessors, where there is no device to ask
 WRITTEN = 600  # positions that take as long to multiply as two sums of a tile to write
-LEAST_POSITIONS = 6  # a product takes a row of positions at a time: up to here pairs of positions are less work
+LEAST_POSITIONS = 6  # a product takes a row of positions at a time: of fewer, pairs of positions are less work
 EXTRA = 2  # times the operations of the cheapest order that are taken for the memory traffic saved
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which multiplies the bits of bfloat16 as integers
