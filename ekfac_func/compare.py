@@ -285,7 +285,7 @@ def _advance(frame: _Frame | None, data: Data, members: Mapping[str, Estimator],
     used, factors, bases = dict[str, Means](), dict(frame.factors), frame.bases
     source = (for_basis or for_moment) if turn or own else {}
     for name, terms in source.items():
-        used[name] = mean_factors(factor_sums(terms, bases[name], formed=averaged or own))
+        used[name] = mean_factors(factor_sums(terms, bases[name], matrices=averaged or own))
         factors[name] = average_factors(factors[name], used[name], recipe.factor_decay)
     if turn:
         bases = bases | refresh_bases({name: factors[name] for name in used} if averaged else used, bases)[0]

@@ -72,7 +72,7 @@ def reduce(term: Factored) -> Factored:
 
 
 def factor_sums(
-    terms: Terms, basis: Basis, sharing: WeightSharing = expand, formed: bool = True
+    terms: Terms, basis: Basis, sharing: WeightSharing = expand, matrices: bool = True
 ) -> tuple[FactorSums, ...]:
     """`A = sum a a^T` and `B = sum g g^T` of each term; of dense gradients `sum G^T G` and `sum G G^T`.
 
@@ -80,19 +80,19 @@ def factor_sums(
     https://arxiv.org/abs/1802.09568, but per example) B has unit trace, so that the product of eigenvalues has the
     scale of `E[G^2]`, which the product of both factors has squared. The basis says which blocks of a side are kept.
 
-    formed: whether all factors are wanted as matrices. Else `_left_as_samples` says which are left as their samples.
+    matrices: whether all factors are wanted as such. Else `_left_as_samples` says which are left as their samples.
     """
-    return tuple(_factor_sums(term, basis, sharing, formed, len(terms) == 1) for term in terms)
+    return tuple(_factor_sums(term, basis, sharing, matrices, len(terms) == 1) for term in terms)
 
 
-def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool, single: bool) -> FactorSums:
+def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, matrices: bool, single: bool) -> FactorSums:
     match term:
         case Factored():
             a, g, x, counted = sharing(term)
             samples = a if x is None else x[..., None]
             count = nominal(samples.shape[0]) * samples.shape[2] * samples.shape[4]
-            left_A = not formed and _left_as_samples(basis.Q_A, count, single, isinstance(samples, Patches))
-            left_B = not formed and _left_as_samples(basis.Q_B, nominal(g.shape[0]) * g.shape[2], single)
+            left_A = not matrices and _left_as_samples(basis.Q_A, count, single, isinstance(samples, Patches))
+            left_B = not matrices and _left_as_samples(basis.Q_B, nominal(g.shape[0]) * g.shape[2], single)
             A = _gram_of_inputs(samples, basis.Q_A, left_A)
             B = _gram(g, "nbsmd,nbsme->bmde", basis.Q_B, -1, left_B)
             n, _, s, _ = g.shape
@@ -102,7 +102,7 @@ def _factor_sums(term: Term, basis: Basis, sharing: WeightSharing, formed: bool,
         case OneHot(ids=ids, size=size, g=g, counted=counted):
             seen = counted.sum().to(g)
             counts = g.new_zeros(size).index_add(0, ids.flatten(), counted.flatten().to(g))
-            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, not formed and outside(basis.Q_A) > 0)
+            A = _gram(g[:, None], "nbsmd,nbsme->bmde", basis.Q_A, -1, not matrices and outside(basis.Q_A) > 0)
             return FactorSums(A, counts.reshape(basis.Q_B.shape), seen, seen, seen / g.shape[0], g.shape[0])
         case Dense(G=G):
             A = _gram(G, "nbomdk,nbomek->bmde", basis.Q_A, -2)
