@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from .types import Batch, Layer, Moment, Number, State, shapes_of
+from .types import Batch, Layer, Moment, Number, shapes_of
 
 
 def check_params(params: Mapping[str, Tensor]) -> None:
@@ -140,12 +140,6 @@ def _of_subclass(named: str, t: Tensor) -> TypeError:
         f"{named} of shape {tuple(t.shape)} is a {type(t).__name__}, which overrides what torch functions do with it, "
         "unseen by the rules: pass as_subclass(torch.Tensor) of it"
     )
-
-
-def check_kind_of_state(state: object) -> None:
-    """state: a State; whether it fits, `check_state` says once the layers are known."""
-    if not isinstance(state, State):
-        raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
 
 
 def check_tree(layers: Iterable[Layer], tree: Mapping[str, Tensor]) -> None:

@@ -12,16 +12,7 @@ from torch.utils import _pytree as pytree
 from .basis import Choices, check_choices, check_patterns, choose, warn_of_large
 from .capture import separate
 from .certify import certify
-from .checks import (
-    check_batch,
-    check_count,
-    check_damping,
-    check_decay,
-    check_exponent,
-    check_kind_of_state,
-    check_loss_fn,
-    check_params,
-)
+from .checks import check_batch, check_count, check_damping, check_decay, check_exponent, check_loss_fn, check_params
 from .discovery import checked_options, plan
 from .distributed import Ranks, check_ranks
 from .factors import WeightSharing, averages, expand
@@ -32,7 +23,7 @@ from .refreshes import EIGH, Refresh, check_refresh
 from .rules import RULES, Rules
 from .second_moment import AtRefresh, SecondMoment, intra_batch
 from .spans import check_of_samples
-from .states import initial_state
+from .states import check_kind_of_state, initial_state
 from .step import Method, step
 from .types import Batch, Damping, Info, LossAuxFn, LossFn, Number, Params, State
 

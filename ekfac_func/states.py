@@ -24,6 +24,12 @@ def initial_state(
     return State(0, factors, bases, second_moments, layers)
 
 
+def check_kind_of_state(state: object) -> None:
+    """Refuse what is no state, before its layers are read."""
+    if not isinstance(state, State):
+        raise TypeError(f"state is a {type(state).__name__}: pass what init or the last precondition returned")
+
+
 def check_state(
     state: State,
     layers: Mapping[str, Layer],
