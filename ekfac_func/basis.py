@@ -77,12 +77,13 @@ class Thin(NamedTuple):
 thin = Thin()
 """The eigenvectors in the span of the batch's own samples, outside of which its gradients and factors are zero.
 
-The natural gradient is that of the full basis, for the price of a QR of the samples `[n s, i]` and an eigenvalue
-problem of n s dimensions in place of i. It is exact for the batch that made the basis, so that it takes
-`basis_every=1`, `factor_decay=0` and an estimator that carries nothing from step to step (`intra_batch`, `centred`,
-`kfac`); it is solved as `eigh` does, whatever `refresh` is. A side with `n s >= i` is full, and so are one whose factor
-has samples of its own (SUA) and one of gradients that are taken as they are. With `weight_sharing=reduce`, whose factor
-has fewer samples than the gradients, a null space stays within the span, where bases that are all right differ.
+The natural gradient is that of the full basis (where eigenvalues are equal, of one of those that are right), for the
+price of a QR of the samples `[n s, i]` and an eigenvalue problem of n s dimensions in place of i. It is exact for the
+batch that made the basis, so that it takes `basis_every=1`, `factor_decay=0` and an estimator that carries nothing from
+step to step (`intra_batch`, `centred`, `kfac`); it is solved as `eigh` does, whatever `refresh` is. A side with
+`n s >= i` is full, and so are one whose factor has samples of its own (SUA) and one of gradients that are taken as they
+are. With `weight_sharing=reduce`, whose factor has fewer samples than the gradients, a null space stays within the
+span, where bases that are all right differ.
 
 The state carries nothing of such a layer: its factors, basis and moment there have no entries. A compiled step takes
 graphs of its own for each batch size.

@@ -69,6 +69,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return products.linear(input, weight, bias)
 
 
+def linear_of_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, whose own fusion with a bias under `torch.func.grad` reads the sizes of an input of three axes."""
+    if input.dim() != 3 or bias is None:
+        return F.linear(input, weight, bias)
+    return F.linear(input.flatten(0, 1), weight, bias).unflatten(0, input.shape[:2])
+
+
 def addmm(*operands: Any, **named: Any) -> Tensor:
     """`torch.addmm`; of a vector and two matrices it is a linear layer."""
     if len(operands) == 3 and not named and operands[0].dim() == 1:
@@ -398,7 +405,7 @@ OPEN_LAYERS: Functions = {
 }
 """The same, for calls that are tapped."""
 
-OPEN_BATCHED: Functions = {F.dropout: dropout}
+OPEN_BATCHED: Functions = {F.dropout: dropout, F.linear: linear_of_rows}
 """Torch's own fixes the number of examples in the graph of a batched loss."""
 
 EAGER_LAYERS: Functions = {F.linear: linear, **dict.fromkeys((torch.addmm, Tensor.addmm), addmm)}

@@ -187,14 +187,14 @@ def arrange(
 ) -> tuple[tuple[Layer, ...], tuple[Tapped, ...]]:
     """A weight is a layer if its calls are its only paths and agree on its axes; a bias belongs to one weight."""
     uses: dict[str, list[Use]] = {}
-    users: dict[str, set[str]] = {}
+    users: dict[str, list[Use]] = {}  # of a bias
     for use in found.uses:
         uses.setdefault(use.weight, []).append(use)
         if use.bias is not None:
-            users.setdefault(use.bias, set()).add(use.weight)
+            users.setdefault(use.bias, []).append(use)
     groups = {weight: _agreed(of_it) for weight, of_it in uses.items() if weight not in found.reached | users.keys()}
     tapped = {weight: layout for weight, layout in groups.items() if layout is not None}
-    alone = {bias for bias, of_it in users.items() if len(of_it) == 1} - found.reached - uses.keys()
+    alone = {bias for bias, by in users.items() if len({use.weight for use in by}) == 1} - found.reached - uses.keys()
     biases = {weight: _bias(uses[weight], layout, alone) for weight, layout in tapped.items()}
     layers = []
     for name, param in param_specs.items():
@@ -202,7 +202,9 @@ def arrange(
             layers.append(_layer(uses[name], tapped[name], biases[name], param_specs))
         elif name not in biases.values():
             unseen = "a use that no call shows" if name in found.reached else NO_CALL
-            hidden = list(found.hidden_by.get(name, {})) or ["calls that differ in axes" if name in uses else unseen]
+            adders = (use.func for use in users.get(name, []))
+            hidden = list(dict.fromkeys([*found.hidden_by.get(name, {}), *adders]))
+            hidden = hidden or ["calls that differ in axes" if name in uses else unseen]
             layers.append(dense_layer(name, param.shape, " + ".join(hidden)))
     calls = [
         Tapped(use, place, use.groups != tapped[use.weight], None if use.bias is None else biases[use.weight])

@@ -68,7 +68,7 @@ def _replaced(found: Plan, batched: bool) -> Replaced:
     mapped = transformed()
     if torch.compiler.is_compiling():
         if batched:  # `found.way is Way.BATCHED` would be a guard that Dynamo cannot check
-            return Replaced(OPEN_BATCHED, {}, {})
+            return Replaced(OPEN_BATCHED, OPEN_BATCHED, OPEN_BATCHED)
         if found.way.name == "EACH":  # in which operators without a derivative of their own would be differentiated
             return Replaced(EXACT | MAPPED, {}, CAST)
         return Replaced(EXACT | MAPPED | (OPEN | IN_GRAPHS if found.open else {}), OPEN_LAYERS, OPEN_LAYERS | CAST)

@@ -305,6 +305,19 @@ def test_number_of_graphs_of_other_functions(loss_fn: Any, backend: str) -> None
 
 
 @pytest.mark.parametrize(
+    "net", [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)]
+)
+def test_number_of_graphs_of_a_batched_loss(net: nn.Module) -> None:
+    """Of inputs with three axes, whose bias torch joins to the product by a rule that reads the batch size."""
+    params = {name: p.detach() for name, p in net.double().named_parameters()}
+    step = ekfac(lambda p, x: functional_call(net, p, (x,)).square().sum((1, 2)), damping=1e-2, batched=True)
+    precondition, state = compiled(step.precondition), step.init(params, torch.randn(8, 5, 4))
+    for size in (16, 16, 24, 9, 33):
+        _, state, _ = precondition(params, torch.randn(size, 5, 4), state)
+    assert graphs() <= 3
+
+
+@pytest.mark.parametrize(
     "pick",
     [
         lambda h, ids: h.gather(1, ids[:, None]),

@@ -68,6 +68,14 @@ def test_a_parameter_without_a_use_says_so() -> None:
     assert [row.hidden_by for row in rows] == [None, "no call", "a use that no call shows"]
 
 
+def test_a_bias_whose_weight_has_no_rule_says_what_adds_it() -> None:
+    def loss_fn(params: Params, x: Tensor) -> Tensor:
+        return F.linear(x, params["w"], params["b"]).cos().sum() + params["w"].square().sum()
+
+    rows = describe(loss_fn, {"w": torch.randn(3, 4), "b": torch.randn(3)}, torch.ones(2, 4))
+    assert [row.hidden_by for row in rows] == ["torch.Tensor.square", "linear"]
+
+
 class _Square(torch.autograd.Function):
     """Which no `vmap` takes: its forward has the context."""
 
