@@ -84,7 +84,7 @@ def addmm(*operands: Any, **named: Any) -> Tensor:
 
 
 def cast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` as autocast has it: `vmap` would add the bias in a larger dtype than that of the product."""
+    """`F.linear` in the dtype that autocast gives it: `vmap` would add the bias in a larger one than the product's."""
     return F.linear(input, weight, None if bias is None else _under_autocast([bias])[0])
 
 
@@ -92,6 +92,8 @@ def cast_sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.addmm` and the like, which add to their first operand, likewise."""
 
     def cast(input: Tensor, *operands: Any, **named: Any) -> Tensor:
+        if not isinstance(input, Tensor):  # its factor, in an order of arguments that is deprecated
+            return function(input, *operands, **named)
         return function(_under_autocast([input])[0], *operands, **named)
 
     return cast

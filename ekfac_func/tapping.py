@@ -32,7 +32,7 @@ from .copies import Copies
 from .discovery import Options, Plan, Way
 from .graphs import IN_GRAPHS
 from .made import own_of_each
-from .modes import innermost, share, transformed
+from .modes import depth, innermost, share, transformed
 from .refusals import refuse, refuse_changed
 from .rules import RULES, readings
 from .tap import Tap, beneath, output_of, traced, unfused
@@ -104,6 +104,7 @@ class _Tapping:
         self.params = {**fixed, **free}
         self.fixed, self.free = fixed, free
         self.compiling = torch.compiler.is_compiling()
+        self.depth = 0 if self.compiling else depth()
         self.looping = found.way is Way.LOOPED
         self.mapping = not (options.batched or self.looping)
         self.as_written = options.batched or (self.looping and len(found.calls) == 0)
@@ -142,9 +143,14 @@ class _Tapping:
         own_view = self.looping and func in expansions.COPIES and self.name_of(args[0]) is None
         return output_of(self, func, args, kwargs, self.as_written or own_view or func in self.replaced.anywhere)
 
+    def _instead_of(self, func: Any) -> Any:
+        """What is called in place of a function whose call is not tapped."""
+        nested = not self.compiling and depth() > self.depth  # in a `vmap` of the loss's own, which casts as it does
+        return func if nested and func in CAST else self.replaced.anywhere.get(func, func)
+
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The output of a function that has no rule and gives no view."""
-        output = self.replaced.anywhere.get(func, func)(*args, **kwargs)
+        output = self._instead_of(func)(*args, **kwargs)
         if func in COPIED and func in self.replaced.anywhere and args:
             self.copies.add(output, args[0])
         return output
@@ -176,7 +182,7 @@ class _Tapping:
         """The output of a function that has a rule, with a probe where the plan has one."""
         k = len(self.calls)
         if k == len(self.found.calls) or self.found.calls[k].use.at != at:
-            return self.replaced.anywhere.get(func, func)(*args, **kwargs)
+            return self._instead_of(func)(*args, **kwargs)
         planned, use = self.found.calls[k], self.found.calls[k].use
         reads = readings(self.rules, func, args, kwargs)
         read = reads[use.reading] if use.reading < len(reads) else None

@@ -1,5 +1,6 @@
 """Steps in half precision: parameters in bfloat16, autocast within the loss or around the step."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ekfac_func import ekfac, intra_batch, rank, running_average
+from ekfac_func import ekfac, intra_batch, per_example_gradients, rank, running_average
 from ekfac_func.optim import apply_updates, chain, learning_rate, momentum
 from ekfac_func.types import Params
 
@@ -86,6 +87,25 @@ def test_autocast_casts_as_outside_of_a_step(way: str) -> None:
         close(torch.vmap(lambda p: run(p, batch, state)[2].loss)(few)[0], losses(p, batch).mean(), BF16)
         return
     close(run(p, batch, step.init(p, batch))[2].loss, losses(p, batch).mean(), BF16)
+
+
+def test_autocast_in_a_vmap_of_the_losss_own_casts_as_it_does() -> None:
+    """There torch adds a bias in its own dtype outside of a step too; `addmm` is in a deprecated order of arguments."""
+    p, batch = {"w": torch.randn(4, 4).float(), "b": torch.randn(4).float()}, torch.randn(6, 3, 4).float()
+    zeros, dtypes = torch.zeros(1, 4).bfloat16(), list[torch.dtype]()
+
+    def loss_fn(p: Params, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.vmap(lambda row: F.linear(row, p["w"], p["b"]))(x)
+            dtypes.append(y.dtype)
+            return (y + torch.addmm(0.5, zeros, 1.0, x, p["w"])).square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the order
+        expected = torch.stack([loss_fn(p, x) for x in batch])
+        found = per_example_gradients(loss_fn, p, batch)
+    assert set(dtypes) == {torch.float32}
+    close(found.losses, expected, BF16)
 
 
 @pytest.mark.parametrize("options", [{}, pytest.param({"bases": {"*": rank(4)}}, marks=pytest.mark.slow)])
