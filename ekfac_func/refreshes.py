@@ -188,7 +188,7 @@ class Problem(NamedTuple):
     C: Tensor  # [... d d] symmetric, of entries near 1
     old: Tensor | None  # [... d d] its eigenvectors of last time; None of a problem in a span of its own
     side: Callable[[Tensor], Side]  # that its eigenvectors make
-    wanted: Tensor | bool = True  # [... 1 1] false where the old side will do
+    wanted: Tensor | None = None  # [... 1 1] false where the old side will do
 
 
 def refresh_bases(
@@ -219,9 +219,9 @@ def refresh_bases(
     kept = []
     for (name, k, problem), U in zip([*whole, *inner], solved, strict=True):
         good = torch.isfinite(U.sum((-2, -1), keepdim=True))  # what a solver returns is orthonormal or NaN
-        taken = good & problem.wanted
+        taken, failed = (t if problem.wanted is None else t & problem.wanted for t in (good, ~good))
         sides[name][k] = pytree.tree_map(functools.partial(where, taken), problem.side(U), old[name][k])
-        kept.append((~good & problem.wanted).sum())
+        kept.append(failed.sum())
     if not kept:
         Q = next(iter(old.values())).Q_B
         kept.append((Q.V if isinstance(Q, Reflections) else Q).new_zeros((), dtype=torch.int64))

@@ -248,6 +248,18 @@ def test_the_defaults_of_the_optimizer() -> None:
     assert EKFACOptimizer(net, cross_entropy, exponent=-1.0).options == {**rest, "exponent": -1.0}
 
 
+def test_options_that_are_set_afterwards_hold() -> None:
+    net, _, batches = net_and_loss()
+    twin = copy.deepcopy(net)
+    later = EKFACOptimizer(net, cross_entropy, damping=0.1)
+    at_once = EKFACOptimizer(twin, cross_entropy, damping=0.1, exponent=-0.5)
+    later.options["exponent"] = -0.5
+    for batch in batches[:2]:
+        later.step(batch)
+        at_once.step(batch)
+    same_bits(net.state_dict(), twin.state_dict())
+
+
 def test_the_defaults_learn_rare_labels() -> None:
     """Batches without any may not outvote those with some: the loss ends below that of the best constant."""
     torch.manual_seed(0)

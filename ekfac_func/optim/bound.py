@@ -28,7 +28,7 @@ class Bound(NamedTuple):
     """A loss of a module, and where the module had its parameters when the loss was bound to it."""
 
     loss_fn: Callable[[Params, Any], Any]  # of `ekfac`
-    options: dict[str, Any]  # of `ekfac`; a batched loss returns (aux, buffers after it) beside the losses
+    options: Mapping[str, Any]  # of `ekfac`; a batched loss returns (aux, buffers after it) beside the losses
     names: dict[nn.Parameter, str]
     held: set[tuple[str, nn.Parameter]]  # the parameters in each of their places
     module: _Loss
@@ -61,7 +61,7 @@ def bind(model: nn.Module, loss: Callable[[Any, Any], Any], options: Mapping[str
     names, held = {p: name for name, p in model.named_parameters()}, set(model.named_parameters(remove_duplicate=False))
     if options.get("batched", False):
         return Bound(of_batch, {**options, "has_aux": True}, names, held, module)
-    return Bound(of_example, dict(options), names, held, module)
+    return Bound(of_example, options, names, held, module)
 
 
 def _places(module: nn.Module) -> dict[str, str]:

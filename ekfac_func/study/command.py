@@ -45,7 +45,8 @@ def add(commands: Any) -> None:
         nargs="+",
         type=steps,
         metavar="STEPS",
-        help="training steps after which to compare, in rising order (default %(default)s)",
+        help="training steps after which to compare, in rising order (default "
+        f"{' '.join(map(str, Settings().stages))})",
     )
     parser.add_argument("--load", type=Path, help="parameters to start from, a dict of tensors saved by torch.save")
     parser.add_argument("--examples", type=count, help="training examples to compare on (default %(default)s)")
