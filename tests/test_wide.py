@@ -401,6 +401,14 @@ def test_thin_with_each_estimator_and_fisher(estimator: SecondMoment) -> None:
         close_trees(naturals[1], naturals[0], 1e-8)
 
 
+def test_a_compiled_step_of_thin_and_full_layers() -> None:
+    params, batch = {"w": torch.randn(4, 30), "v": torch.randn(3, 4)}, torch.randn(5, 2, 30)
+    step = ekfac(lambda p, x: F.linear(F.linear(x, p["w"]).cos(), p["v"]).sin().sum(), damping=0.1, bases={"w": thin})
+    state = step.init(params, batch)
+    fast = torch.compile(step.precondition, fullgraph=True, backend="eager")
+    close_trees(fast(params, batch, state)[0], step.precondition(params, batch, state)[0], 1e-8)
+
+
 def test_thin_states_do_not_depend_on_the_batch() -> None:
     """One state for every batch size, eager and compiled; a damping relative to the mean over the whole layer."""
     loss_fn, params, _ = wide()
