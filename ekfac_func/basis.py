@@ -134,7 +134,7 @@ def _choose(
             choice = FULL
         if isinstance(choice, Compact) and (table or as_it_is or k > 1 or 2 * choice.samples > max(o, i)):
             choice = FULL
-        chosen[name] = choice
+        chosen[name] = choice._replace()  # a copy: Dynamo cannot guard that a constant is the same object as a global
     return chosen
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .basis import Blocks, Choice, Choices, Compact, Thin, start
+from .basis import FULL, Choice, Choices, Compact, Thin, start
 from .capture import joined
 from .factors import WeightSharing, averages, factor_sums
 from .kronecker import as_samples, gradient
@@ -146,8 +146,7 @@ def into_spans(
         given, spans[name] = compress(whole)
         totals[name] = gradient(whole)
         small, zero = in_span(layer, spans[name]), state.second_moments[name].weight.new_zeros(())
-        full = Blocks()  # not FULL, which Dynamo would guard to be what `chosen` has, and cannot
-        factors[name], bases[name], moments[name] = start(small, full, zero, averaged=True)
+        factors[name], bases[name], moments[name] = start(small, FULL, zero, averaged=True)
         seen[name] = LayerSums(factors=factor_sums(given, bases[name], sharing, False), terms=(given,))
     return replace(state, factors=factors, bases=bases, second_moments=moments), spans, totals
 

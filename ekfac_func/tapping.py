@@ -160,7 +160,7 @@ class _Tapping:
         name = self.name_of(args[0]) if len(args) > 0 else None
         if self.compiling and name is not None:
             views.fix((args[1:], kwargs))
-        output = (func if name is not None else self.replaced.anywhere.get(func, func))(*args, **kwargs)
+        output = (func if name is not None else self._instead_of(func))(*args, **kwargs)
         if func in views.MAY_COPY and args and not self.compiling:
             at, self.reshaped = self.reshaped, self.reshaped + 1
             if at < len(self.found.shared) and self.found.shared[at] != share(output, args[0]):
